@@ -4,8 +4,7 @@ import os
 import sys
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,25 +18,16 @@ Value = torch.Tensor | float
 _FOLD = 256
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a logger is told when a run begins or goes on: its tags, its spec as text, its hyperparameters.
-
-    `step` is the number of updates already made: points after it are left over from an earlier life of the run.
-    """
-
-    tags: tuple[str, ...] = ()
-    spec: str = ""
-    hparams: Mapping[str, HyperValue] = field(default_factory=dict)
-    step: int = 0
-
-
 class Logger(ABC):
     """Where measurements go. One logger serves one run; only rank 0 calls it."""
 
     @abstractmethod
-    def open(self, run: Run) -> None:
-        """Begin, or go on after `run.step` updates: drop every point of a later step. Called again after a reload."""
+    def open(self, *, step: int, tags: Sequence[str], spec: str, hparams: Mapping[str, HyperValue]) -> None:
+        """Begin the run, or go on with it after `step` updates: drop every point of a later step.
+
+        `tags` are those known beforehand, `spec` is the stack as text, `hparams` are its constants by name.
+        Called before the first point, and again when a checkpoint takes the run back.
+        """
 
     @abstractmethod
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -61,7 +51,7 @@ class Metrics:
         every: int = 50,
         tags: Iterable[str] = (),
         spec: str | Callable[[], str] = "",
-        hparams: Mapping[str, HyperValue] | Callable[[], Mapping[str, HyperValue]] = (lambda: {}),
+        hparams: Mapping[str, HyperValue] | Callable[[], Mapping[str, HyperValue]] = dict,
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise LogError(f"log_every={every!r} is not a number of updates: give an integer from 1 up")
@@ -74,7 +64,6 @@ class Metrics:
         self._window: dict[str, _Tally] = {}  # of the updates since the last point
         self._last: dict[str, list[Value]] = {}  # of the last update that measured the tag
         self._updates: int | None = None  # None: the logger has not been told of the run
-        self._written: int | None = None
 
     @property
     def logger(self) -> Logger | None:
@@ -82,7 +71,7 @@ class Metrics:
 
     def attach(self, logger: Logger | None) -> None:
         """Write to `logger` from the next update on; None stops writing."""
-        self._logger, self._updates, self._written = logger, None, None
+        self._logger, self._updates = logger, None
         self._window.clear()
 
     def wanted(self, update: int) -> bool:
@@ -118,7 +107,6 @@ class Metrics:
             return
         sums = _read({tag: tally.values for tag, tally in window.items()})
         means = {tag: sum(sums[tag]) / tally.count for tag, tally in window.items()}
-        self._written = self._updates
         try:
             self._logger.scalars(self._updates, means)
         except LogError:
@@ -150,7 +138,7 @@ class Metrics:
         hparams = self._hparams() if callable(self._hparams) else self._hparams
         self._window.clear()
         try:
-            self._logger.open(Run(self.tags, spec, dict(hparams), step))
+            self._logger.open(step=step, tags=self.tags, spec=spec, hparams=dict(hparams))
         except LogError:
             raise
         except OSError as error:
@@ -162,7 +150,7 @@ class Metrics:
     def __getstate__(self) -> dict[str, Any]:
         # a copy of a stack is another run: two must not write to one log
         state = dict(vars(self))
-        state.update(_logger=None, _spec="", _hparams={}, _now={}, _window={}, _last={}, _updates=None, _written=None)
+        state.update(_logger=None, _spec="", _hparams={}, _now={}, _window={}, _last={}, _updates=None)
         return state
 
 
