@@ -1,0 +1,114 @@
+"""Compose PyTorch optimizers: a base optimizer with wrappers around it, schedules and logging; every part a plugin."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from metaopt.build import build as build
+    from metaopt.build import wrap as wrap
+    from metaopt.errors import CheckpointError as CheckpointError
+    from metaopt.errors import HyperparameterError as HyperparameterError
+    from metaopt.errors import LogError as LogError
+    from metaopt.errors import MetaoptError as MetaoptError
+    from metaopt.errors import ParameterError as ParameterError
+    from metaopt.errors import PluginError as PluginError
+    from metaopt.errors import ProblemError as ProblemError
+    from metaopt.errors import ScheduleConflict as ScheduleConflict
+    from metaopt.errors import SpecError as SpecError
+    from metaopt.errors import StepError as StepError
+    from metaopt.errors import UnknownPart as UnknownPart
+    from metaopt.explaining import explain as explain
+    from metaopt.grouping import groups as groups
+    from metaopt.hooks import hookimpl as hookimpl
+    from metaopt.hyperparameters import hyper as hyper
+    from metaopt.metrics import Logger as Logger
+    from metaopt.problem import Problem as Problem
+    from metaopt.registry import register as register
+    from metaopt.schedule import Schedule as Schedule
+    from metaopt.spec import Part
+    from metaopt.stack import Stack as Stack
+    from metaopt.wrapper import Group as Group
+    from metaopt.wrapper import Gradients as Gradients
+    from metaopt.wrapper import Wrapper as Wrapper
+    from metaopt.wrapper import anchor as anchor
+    from metaopt.wrapper import moments as moments
+    from metaopt.wrapper import start as start
+    from metaopt.wrapper import zeros as zeros
+
+    # what an editor completes; at run time these come from the registry, like every other part
+    adagrad: Part
+    adam: Part
+    adamw: Part
+    rmsprop: Part
+    sgd: Part
+    clip_grad_norm: Part
+    clip_grad_value: Part
+    lookahead: Part
+    constant: Part
+    cosine: Part
+    cosine_restarts: Part
+    cyclic: Part
+    exponential: Part
+    linear: Part
+    noam: Part
+    one_cycle: Part
+    polynomial: Part
+    sequence: Part
+    step_decay: Part
+    warmup: Part
+
+__version__ = "0.1.0"
+
+# public name -> the module that defines it; nothing is imported before it is asked for, so that
+# `metaopt --help` need not wait for torch
+_HOMES = {
+    "build": "build",
+    "wrap": "build",
+    "groups": "grouping",
+    "explain": "explaining",
+    "register": "registry",
+    "Stack": "stack",
+    "Wrapper": "wrapper",
+    "Group": "wrapper",
+    "Gradients": "wrapper",
+    "hyper": "hyperparameters",
+    "anchor": "wrapper",
+    "start": "wrapper",
+    "zeros": "wrapper",
+    "moments": "wrapper",
+    "Schedule": "schedule",
+    "Logger": "metrics",
+    "Problem": "problem",
+    "hookimpl": "hooks",
+    "MetaoptError": "errors",
+    "SpecError": "errors",
+    "UnknownPart": "errors",
+    "HyperparameterError": "errors",
+    "ParameterError": "errors",
+    "ScheduleConflict": "errors",
+    "StepError": "errors",
+    "CheckpointError": "errors",
+    "PluginError": "errors",
+    "LogError": "errors",
+    "ProblemError": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(f"metaopt.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    if name.startswith("_"):
+        raise AttributeError(f"module 'metaopt' has no attribute {name!r}")
+    spec = import_module("metaopt.spec")
+    errors = import_module("metaopt.errors")
+    try:
+        return spec.part(name)
+    except errors.UnknownPart as error:
+        raise AttributeError(f"module 'metaopt' has no attribute {name!r}: {error}") from None
+
+
+def __dir__() -> list[str]:
+    registry = import_module("metaopt.registry").registry
+    return sorted({*globals(), *_HOMES, *(name for name in registry.names() if "." not in name)})

@@ -1,0 +1,211 @@
+"""Wrapper: all that the author of a wrapper must know."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from metaopt.errors import HyperparameterError, SpecError
+from metaopt.hyperparameters import Hyperparameter, bind, declared
+from metaopt.schedule import Schedule
+
+CONTRACT_VERSION = 1
+
+Closure = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor that a wrapper keeps for every parameter, in `state[p]["<label>.<name>"]`.
+
+    `dtype=None` keeps the parameter's own; a text names a dtype, or a hyperparameter whose value names it.
+    """
+
+    kind: Literal["anchor", "start", "zeros", "moments"]
+    dtype: str | None = None
+    name: str = ""
+
+
+def anchor(*, dtype: str | None = None) -> Any:
+    """Declare a copy taken right before a parameter's first update, which follows when a wrapper farther out moves."""
+    return Slot("anchor", dtype)
+
+
+def start(*, dtype: str | None = None) -> Any:
+    """Declare a copy taken right before a parameter's first update, which never follows: for averages."""
+    return Slot("start", dtype)
+
+
+def zeros(*, dtype: str | None = None) -> Any:
+    """Declare a tensor shaped like the parameter that begins at zero."""
+    return Slot("zeros", dtype)
+
+
+def moments() -> Any:
+    """Declare zeros shaped like each moment of the base: `group.<name>` is then {base key: list of tensors}.
+
+    The moments are the base's floating state tensors, except `step` and one-element tensors of larger parameters.
+    """
+    return Slot("moments")
+
+
+class Group(ABC):
+    """What a wrapper sees of one parameter group: aligned lists of local tensors of one device and dtype.
+
+    Hyperparameters and state are attributes under the names that the wrapper declared.
+    """
+
+    params: list[torch.Tensor]
+    updates: int
+
+    @property
+    @abstractmethod
+    def grads(self) -> list[torch.Tensor]:
+        """The gradients, aligned with `params`; a pending lazy scale has been multiplied in."""
+
+    @property
+    @abstractmethod
+    def base_moments(self) -> dict[str, list[torch.Tensor]]:
+        """The base's own moments by key, each aligned with `params` (see `moments`)."""
+
+    @abstractmethod
+    def move_to(self, tensors: list[torch.Tensor]) -> None:
+        """Set the parameters to `tensors` (cast where dtypes differ); anchors nearer the base follow."""
+
+    @abstractmethod
+    def reset_base(self) -> None:
+        """Forget the base's state of these parameters: its next update starts as if it were its first."""
+
+    @abstractmethod
+    def measure(self, name: str, value: torch.Tensor | float) -> None:
+        """Log `value` as `<label>/<name>`; never waits for the device."""
+
+    @property
+    @abstractmethod
+    def measured(self) -> bool:
+        """Whether this update is logged: what costs extra to measure is measured only then."""
+
+    def __getattr__(self, name: str) -> Any:  # hyperparameters and state, named by the wrapper's declarations
+        raise AttributeError(name)
+
+
+class Gradients(ABC):
+    """All groups at once, as a wrapper on gradients sees them: a norm is global."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Group]: ...
+
+    @abstractmethod
+    def norm(self, norm_type: float = 2.0) -> torch.Tensor:
+        """Return the norm over all gradients, reduced over groups, devices and shards (0-dim)."""
+
+    @abstractmethod
+    def scale(self, factor: torch.Tensor) -> None:
+        """Multiply all gradients by a 0-dim factor, lazily: a fused base does it in its own pass."""
+
+
+class Wrapper(ABC):
+    """A part around the base: declares hyperparameters and state, and any of the four methods below.
+
+    `class W(Wrapper, every="k")` is called after an update only when the hyperparameter `k` divides the count.
+    The object is configuration without state: one object may serve two stacks.
+    """
+
+    hyperparameters: ClassVar[dict[str, Hyperparameter]] = {}
+    slots: ClassVar[dict[str, Slot]] = {}
+    every: ClassVar[str | None] = None
+    known_as: ClassVar[tuple[str, ...]] = ()
+    # a wrapper that cannot decide without reading from the device says so
+    synchronises: ClassVar[bool] = False
+
+    given: dict[str, Any]
+    label: str
+
+    def __init_subclass__(cls, every: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.hyperparameters = declared(cls)
+        slots = dict(cls.slots)
+        slots.update({n: replace(v, name=n) for n, v in vars(cls).items() if isinstance(v, Slot)})
+        cls.slots = slots
+        if every is not None:
+            if every not in cls.hyperparameters:
+                raise HyperparameterError(f"{cls.__name__}: every={every!r} names no hyperparameter of the class")
+            cls.every = every
+
+    def __init__(self, *args: Any, label: str | None = None, **kwargs: Any) -> None:
+        where = label or type(self).__name__.lower()
+        given = bind(self.hyperparameters, where, args, kwargs)
+        values: dict[str, Any] = {}
+        for name, hyperparameter in self.hyperparameters.items():
+            if name not in given and hyperparameter.required:
+                raise HyperparameterError(f"{where} needs {name}: {hyperparameter.doc or 'it has no default'}")
+            values[name] = check_value(hyperparameter, given.get(name, hyperparameter.default), where)
+        # class attributes hold the declarations; an instance's own attributes hold its values
+        self.__dict__.update(values)
+        self.given = {name: values[name] for name in given}
+        self.label = where
+
+    def check(self) -> None:
+        """Raise HyperparameterError where hyperparameters contradict each other; the default finds nothing."""
+
+    def state_slots(self) -> dict[str, Slot]:
+        """Return the slots that this configuration needs; the default needs all that the class declares."""
+        return self.slots
+
+    def resets_base(self) -> bool:
+        """Tell whether this configuration ever calls `group.reset_base()`."""
+        return False
+
+    def around(self, closure: Closure, groups: Iterable[Group]) -> Any:
+        """Own the evaluation of the loss: call `closure` as often as needed, return the loss."""
+        return closure()
+
+    def on_gradients(self, groups: Gradients) -> None:
+        """Change the gradients, all groups at once, between the evaluation and the update."""
+
+    def after_update(self, group: Group) -> None:
+        """Act on one group after the base has updated its parameters."""
+
+    def averaged(self, group: Group) -> list[torch.Tensor] | None:
+        """Return the tensors that `opt.averaged()` shows, aligned with `group.params`, or None."""
+        return None
+
+    @classmethod
+    def acts_on(cls) -> frozenset[str]:
+        """Return which of the four methods the class defines itself."""
+        names = ("around", "on_gradients", "after_update", "averaged")
+        return frozenset(name for name in names if getattr(cls, name) is not getattr(Wrapper, name))
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.given.items())
+        return f"{type(self).__name__}({arguments})"
+
+    def __or__(self, other: Any) -> Any:
+        return _composed(self, other)
+
+    def __ror__(self, other: Any) -> Any:
+        return _composed(other, self)
+
+
+def check_value(hyperparameter: Hyperparameter, value: Any, where: str) -> Any:
+    """Return `value` if the hyperparameter allows it: a plain one, or a schedule for a float."""
+    if not isinstance(value, Schedule):
+        return hyperparameter.check(value, where=where)
+    if not hyperparameter.schedulable:
+        raise HyperparameterError(
+            f"{where}: {hyperparameter.name} takes no schedule: only a hyperparameter that is one float does; "
+            f"give it a plain value"
+        )
+    return value
+
+
+# set by metaopt.spec, which alone knows pipelines: a wrapper must not import what stands above it
+compose: Callable[[Any, Any], Any] | None = None
+
+
+def _composed(left: Any, right: Any) -> Any:
+    if compose is None:
+        raise SpecError("`|` needs metaopt.spec: import metaopt's public names from metaopt itself")
+    return compose(left, right)
