@@ -105,6 +105,18 @@ class Gradients(ABC):
     def scale(self, factor: torch.Tensor) -> None:
         """Multiply all gradients by a 0-dim factor, lazily: a fused base does it in its own pass."""
 
+    @property
+    @abstractmethod
+    def measured(self) -> bool:
+        """Whether this update is logged."""
+
+    @abstractmethod
+    def measure(self, name: str, value: torch.Tensor | float) -> None:
+        """Log `value` as `<label>/<name>`; never waits for the device."""
+
+    def __getattr__(self, name: str) -> Any:  # hyperparameters, from the first group
+        raise AttributeError(name)
+
 
 class Wrapper(ABC):
     """A part around the base: declares hyperparameters and state, and any of the four methods below.

@@ -1,0 +1,174 @@
+"""Loading a checkpoint, whole or not at all (law 1)."""
+
+import copy
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from metaopt.composition import RUN_FLAGS, wrapper_keys
+from metaopt.errors import CheckpointError
+from metaopt.first_update import slot_dtype
+
+if TYPE_CHECKING:
+    from metaopt.stack import Stack
+
+
+@dataclass
+class LoadReport:
+    """What came of a `load_state_dict`: labels taken from the checkpoint, started fresh, and dropped."""
+
+    taken: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = (("taken", self.taken), ("started fresh", self.fresh), ("dropped", self.dropped))
+        return "; ".join(f"{what}: {', '.join(labels)}" for what, labels in parts if labels)
+
+
+def load(stack: "Stack", state_dict: dict[str, Any]) -> None:
+    """Load into the base through its own `load_state_dict`, then give every part its entries back, uncast."""
+    state_dict = dict(state_dict)
+    for hook in stack._optimizer_load_state_dict_pre_hooks.values():
+        state_dict = hook(stack, state_dict) or state_dict
+    saved_groups = copy.deepcopy(state_dict["param_groups"])
+    saved_state: dict[Any, Any] = state_dict["state"]
+    _check_structure(stack, saved_groups, saved_state)
+    report = _report(stack, saved_groups)
+    foreign = tuple(f"{label}." for label in (*stack.labelled, *report.dropped))
+    groups = _merge_groups(stack, saved_groups, report)
+    base_state = {
+        i: {k: v for k, v in held.items() if not _belongs(k, foreign)} if isinstance(held, dict) else held
+        for i, held in saved_state.items()
+    }
+    live = stack.base.state, stack.base.param_groups
+    try:
+        stack.base.load_state_dict({"state": base_state, "param_groups": groups})
+        _restore_wrapper_state(stack, groups, saved_state)
+    except BaseException:
+        stack.base.state, stack.base.param_groups = live
+        raise
+    stack.load_report = report
+    if report.fresh or report.dropped:
+        warnings.warn(f"loaded a checkpoint of another stack; {report}", UserWarning, stacklevel=4)
+
+
+def _belongs(key: Any, prefixes: tuple[str, ...]) -> bool:
+    return isinstance(key, str) and key.startswith(prefixes) if prefixes else False
+
+
+def _check_structure(stack: "Stack", groups: list[dict[str, Any]], state: dict[Any, Any]) -> None:
+    live = stack.param_groups
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in live]:
+        raise CheckpointError(
+            f"the checkpoint has groups of {[len(g['params']) for g in groups]} parameters, this stack of "
+            f"{[len(g['params']) for g in live]}: build the stack over the same model and groups"
+        )
+    for position, (group, entry) in enumerate(zip(groups, live, strict=True)):
+        _check_base_keys(stack, group, position)
+        saved, own = group.get("metaopt.total_steps"), entry["metaopt.total_steps"]
+        if saved is not None and own is not None and saved != own:
+            raise CheckpointError(
+                f"the checkpoint's run has total_steps={saved}, this stack total_steps={own}: "
+                f"schedules would not continue where they stopped; build the stack with total_steps={saved}"
+            )
+    ids = chain.from_iterable(g["params"] for g in groups)
+    params = chain.from_iterable(g["params"] for g in live)
+    for i, p in zip(ids, params, strict=True):
+        held = state.get(i)
+        if isinstance(held, dict):
+            _check_shapes(stack, i, p, held)
+
+
+def _check_base_keys(stack: "Stack", group: dict[str, Any], position: int) -> None:
+    saved = {k for k in group if "." not in k} - RUN_FLAGS - {"params", "param_names", "name"}
+    own = set(stack.defaults) - RUN_FLAGS
+    missing, unknown = own - saved, saved - own - set(stack.param_groups[position])
+    # one side alone is an older torch or a scheduler's note; both are another optimizer
+    if missing and unknown:
+        raise CheckpointError(
+            f"the checkpoint belongs to another base than {type(stack.base).__name__}: its group {position} has "
+            f"{', '.join(sorted(unknown))} and lacks {', '.join(sorted(missing))}"
+        )
+
+
+def _check_shapes(stack: "Stack", i: int, p: torch.Tensor, held: dict[str, Any]) -> None:
+    live = stack.state.get(p) or stack.set_aside.get(p) or {}
+    for key, value in held.items():
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            continue
+        expected = live.get(key)
+        if isinstance(expected, torch.Tensor) and expected.shape == value.shape:
+            continue
+        same_rank = value.dim() == p.dim()
+        differs = same_rank and any(a not in (b, 1) for a, b in zip(value.shape, p.shape, strict=True))
+        if differs or (not same_rank and value.numel() == p.numel() > 1) or (p.dim() == 0 and value.numel() > 1):
+            raise CheckpointError(
+                f"the checkpoint's {key} of parameter {i} has shape {tuple(value.shape)}, "
+                f"the parameter has {tuple(p.shape)}: it belongs to another model"
+            )
+
+
+def _report(stack: "Stack", groups: list[dict[str, Any]]) -> LoadReport:
+    saved = list(dict.fromkeys(k.split(".")[0] for g in groups for k in g if "." in k and not k.startswith("metaopt.")))
+    keyed = list(dict.fromkeys(w.label for w, _ in wrapper_keys(stack).values()))
+    return LoadReport(
+        taken=["base", *(label for label in keyed if label in saved)],
+        fresh=[label for label in keyed if label not in saved],
+        dropped=[label for label in saved if label not in stack.labelled],
+    )
+
+
+def _merge_groups(stack: "Stack", saved: list[dict[str, Any]], report: LoadReport) -> list[dict[str, Any]]:
+    """Return groups with the checkpoint's constants, and the live stack's ways to run and fresh parts."""
+    dropped = tuple(f"{label}." for label in report.dropped)
+    keys = wrapper_keys(stack)
+    merged = []
+    for group, entry in zip(saved, stack.param_groups, strict=True):
+        kept = {k: v for k, v in group.items() if not _belongs(k, dropped)}
+        for key, (wrapper, name) in keys.items():
+            if wrapper.label in report.fresh or key not in kept:
+                kept[key] = entry[key]
+            else:
+                value = kept[key]
+                kept[key] = wrapper.hyperparameters[name].check(value, where=f"checkpoint, {wrapper.label}")
+        for key in RUN_FLAGS:
+            if key in entry:
+                kept[key] = entry[key]
+            else:
+                kept.pop(key, None)
+        kept.setdefault("metaopt.updates", 0)
+        kept.setdefault("metaopt.swapped", "")
+        kept.setdefault("metaopt.template", False)
+        kept.setdefault("metaopt.lr_scale", 1.0)
+        kept["metaopt.total_steps"] = entry["metaopt.total_steps"]
+        merged.append(kept)
+    return merged
+
+
+def _restore_wrapper_state(stack: "Stack", groups: list[dict[str, Any]], saved: dict[Any, Any]) -> None:
+    ids = chain.from_iterable(g["params"] for g in groups)
+    params = chain.from_iterable(g["params"] for g in stack.param_groups)
+    state = stack.state
+    if not isinstance(state, defaultdict):
+        stack.state = state = defaultdict(dict, state)
+    for i, p in zip(ids, params, strict=True):
+        held = saved.get(i)
+        if not isinstance(held, dict):
+            continue
+        for key, value in held.items():
+            label, _, name = key.partition(".") if isinstance(key, str) else ("", "", "")
+            if label in stack.labelled and isinstance(value, torch.Tensor):
+                state[p][key] = _placed(stack, label, name, value, p)
+
+
+def _placed(stack: "Stack", label: str, name: str, value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """Return a copy beside its parameter in the dtype that its slot asks for: torch would round a float32 one."""
+    wrapper = stack.labelled[label]
+    slot = wrapper.state_slots().get(name)
+    dtype = value.dtype if slot is None or not p.is_floating_point() else slot_dtype(slot, vars(wrapper), p)
+    return value.detach().to(device=p.device, dtype=dtype, copy=True)

@@ -1,0 +1,1 @@
+"""Where measurements go: one logger per file; the folder is the list."""

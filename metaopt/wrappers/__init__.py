@@ -1,0 +1,1 @@
+"""The built-in wrappers, one per file; the folder is the list."""

@@ -1,0 +1,25 @@
+"""Clipping by the global norm of all gradients."""
+
+from metaopt import Gradients, Wrapper, hookimpl, hyper
+
+
+class ClipGradNorm(Wrapper):
+    """g <- g min(1, max_norm / (|g| + 1e-6)), with |g| over all parameters together. arXiv:1211.5063"""
+
+    known_as = ("clip_by_global_norm", "gradient_clip_val", "max_grad_norm", "clip_grad_norm_")
+
+    max_norm: float = hyper(min=0.0, doc="the largest norm that passes unchanged", known_as=("clip_value", "max_grad_norm"))
+    norm_type: float = hyper(2.0, above=0.0, doc="the p of the norm; inf is allowed", known_as=("p",))
+
+    def on_gradients(self, groups: Gradients) -> None:
+        norm = groups.norm(groups.norm_type)
+        # as in torch: an infinite norm scales to zero or NaN, it is not hidden
+        factor = (groups.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        groups.scale(factor)
+        if groups.measured:
+            groups.measure("clipped_fraction", factor < 1.0)
+
+
+@hookimpl
+def metaopt_wrappers() -> dict[str, type[Wrapper]]:
+    return {"clip_grad_norm": ClipGradNorm}

@@ -1,0 +1,23 @@
+"""Clipping every component of every gradient."""
+
+import torch
+
+from metaopt import Gradients, Wrapper, hookimpl, hyper
+
+
+class ClipGradValue(Wrapper):
+    """g <- min(max(g, -clip_value), clip_value), componentwise."""
+
+    known_as = ("clip", "gradient_clip_algorithm", "clip_grad_value_")
+
+    clip_value: float = hyper(min=0.0, doc="the largest magnitude of a component", known_as=("max_delta", "value"))
+
+    def on_gradients(self, groups: Gradients) -> None:
+        for group in groups:
+            torch._foreach_clamp_min_(group.grads, -group.clip_value)
+            torch._foreach_clamp_max_(group.grads, group.clip_value)
+
+
+@hookimpl
+def metaopt_wrappers() -> dict[str, type[Wrapper]]:
+    return {"clip_grad_value": ClipGradValue}

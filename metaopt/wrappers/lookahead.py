@@ -1,0 +1,71 @@
+"""Lookahead: slow weights that the fast ones are pulled back to every `k` updates."""
+
+from typing import Literal
+
+import torch
+
+from metaopt import Group, Wrapper, anchor, hookimpl, hyper, moments
+
+
+class Lookahead(Wrapper, every="k"):
+    """slow <- slow + alpha (fast - slow); fast <- slow, every k updates. arXiv:1907.08610
+
+    `pullback_momentum` treats the base's moments at a pull: "reset" drops the base's state, which then starts lazily
+    (bias correction included); "pullback" interpolates each moment with its value at the last pull,
+    m <- alpha m + (1 - alpha) c; c <- m, with c = 0 at first. The paper calls these three none, reset, interpolate.
+    """
+
+    k: int = hyper(5, min=1, doc="updates between pulls", known_as=("sync_period", "la_steps", "lookahead_k"))
+    alpha: float = hyper(
+        0.5,
+        above=0.0,
+        doc="how far the slow weights move toward the fast ones",
+        known_as=("slow_step_size", "la_alpha", "lookahead_alpha"),
+    )
+    pullback_momentum: Literal["none", "reset", "pullback"] = hyper(
+        "none", choices=("none", "reset", "pullback"), doc="what a pull does to the base's moments"
+    )
+    slow_dtype: str | None = hyper(
+        None, choices=(None, "float32"), doc="the dtype of the slow weights; None: the parameter's own"
+    )
+    slow = anchor(dtype="slow_dtype")
+    cached = moments()
+
+    def state_slots(self) -> dict:  # type: ignore[type-arg]
+        pulls_back = self.pullback_momentum == "pullback"
+        return {name: slot for name, slot in self.slots.items() if pulls_back or name != "cached"}
+
+    def resets_base(self) -> bool:
+        return self.pullback_momentum == "reset"
+
+    def after_update(self, group: Group) -> None:
+        if group.measured:
+            group.measure("distance", _distance(group))
+        fast = _cast(group.params, group.slow)
+        torch._foreach_lerp_(group.slow, fast, group.alpha)
+        group.move_to(group.slow)
+        if self.pullback_momentum == "reset":
+            group.reset_base()
+        elif self.pullback_momentum == "pullback":
+            for key, held in group.cached.items():
+                current = group.base_moments[key]
+                torch._foreach_lerp_(current, held, 1.0 - group.alpha)
+                torch._foreach_copy_(held, current)
+
+    def averaged(self, group: Group) -> list[torch.Tensor]:
+        return group.slow
+
+
+def _cast(tensors: list[torch.Tensor], like: list[torch.Tensor]) -> list[torch.Tensor]:
+    # a multi-tensor lerp refuses mixed dtypes; casting copies only where they differ
+    return [tensor.to(model.dtype) for tensor, model in zip(tensors, like, strict=True)]
+
+
+def _distance(group: Group) -> torch.Tensor:
+    fast = _cast(group.params, group.slow)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(torch._foreach_sub(fast, group.slow))))
+
+
+@hookimpl
+def metaopt_wrappers() -> dict[str, type[Wrapper]]:
+    return {"lookahead": Lookahead}
