@@ -66,6 +66,10 @@ class TensorBoard(Logger):
         if not self._owned:
             self._writer.flush()
             return
+        from torch.utils.tensorboard.summary import hparams as records
+
+        # only a run that was closed is shown as finished
+        self._writer.file_writer.add_summary(records({}, {})[2], 0)  # type: ignore[no-untyped-call]
         self._writer.close()
         self._writer = None
 
@@ -73,7 +77,8 @@ class TensorBoard(Logger):
         """Open a new event file that hides what earlier ones hold after `step`; return whether there are any."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.close()
+        if self._writer is not None:
+            self._writer.close()
         try:
             earlier = bool(_wait_for_a_later_name(_writable(self.directory)))
             self._writer = SummaryWriter(
@@ -89,8 +94,9 @@ class TensorBoard(Logger):
         if spec:
             self._writer.add_text("metaopt/spec", f"    {spec}", 0)
         # not SummaryWriter.add_hparams: that puts the record into a run of its own, below this one
-        for record in records(dict(hparams), {self.metric: 0.0}):
-            self._writer.file_writer.add_summary(record, 0)
+        experiment, session, _ = records(dict(hparams), {self.metric: 0.0})  # type: ignore[no-untyped-call]
+        self._writer.file_writer.add_summary(experiment, 0)
+        self._writer.file_writer.add_summary(session, 0)
         self._writer.flush()
 
 

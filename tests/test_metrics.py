@@ -1,0 +1,218 @@
+"""Metrics: what is measured stays on its device; a point is the mean since the point before."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+
+from metaopt import LogError, Logger
+from metaopt.metrics import Metrics, as_logger
+
+
+class Memory(Logger):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.opened = []
+        self.points = []
+        self.closed = 0
+
+    def open(self, *, step, tags, spec, hparams):
+        self.opened.append((step, tuple(tags), spec, dict(hparams)))
+
+    def scalars(self, step, values):
+        self.points.append((step, dict(values)))
+
+    def close(self):
+        self.closed += 1
+
+
+def train(metrics, losses, first=1):
+    for update, loss in enumerate(losses, first):
+        metrics.measure("train/loss", torch.tensor(loss))
+        metrics.end_update(update)
+
+
+def test_a_point_is_the_mean_since_the_point_before():
+    log = Memory()
+    train(Metrics(log, every=2), [1.0, 3.0, 5.0, 9.0, 100.0])
+    assert log.points == [(2, {"train/loss": 2.0}), (4, {"train/loss": 7.0})]
+
+
+def test_closing_writes_the_last_shorter_window_once():
+    log = Memory()
+    metrics = Metrics(log, every=2)
+    train(metrics, [1.0, 3.0, 5.0])
+    metrics.close()
+    metrics.close()
+    assert log.points[-1] == (3, {"train/loss": 5.0})
+    assert log.closed == 1
+
+
+def test_latest_is_of_the_last_update_not_of_the_window():
+    metrics = Metrics(Memory(), every=10)
+    train(metrics, [1.0, 3.0])
+    assert metrics.latest() == {"train/loss": 3.0}
+
+
+def test_latest_works_without_a_logger():
+    metrics = Metrics()
+    train(metrics, [1.0, 3.0])
+    assert metrics.latest() == {"train/loss": 3.0}
+
+
+def test_several_values_in_one_update_are_averaged():
+    metrics = Metrics()
+    metrics.measure("train/loss", 1.0)
+    metrics.measure("train/loss", torch.tensor(4.0, dtype=torch.bfloat16))
+    assert metrics.latest() == {"train/loss": 2.5}
+
+
+def test_a_skipped_update_leaves_nothing():
+    log = Memory()
+    metrics = Metrics(log, every=1)
+    metrics.measure("train/loss", math.inf)
+    metrics.drop_update()
+    train(metrics, [2.0])
+    assert log.points == [(1, {"train/loss": 2.0})]
+
+
+def test_a_tensor_changed_after_measuring_is_logged_as_it_was():
+    metrics = Metrics()
+    loss = torch.tensor(2.0, requires_grad=True)
+    metrics.measure("train/loss", loss)
+    with torch.no_grad():
+        loss.mul_(100)
+    assert metrics.latest() == {"train/loss": 2.0}
+
+
+def test_float64_keeps_its_digits_beside_float32():
+    metrics = Metrics()
+    metrics.measure("a", torch.tensor(0.1, dtype=torch.float64))
+    metrics.measure("b", torch.tensor(0.5))
+    assert metrics.latest() == {"a": 0.1, "b": 0.5}
+
+
+def test_a_window_longer_than_it_keeps_is_still_the_mean():
+    log = Memory()
+    train(Metrics(log, every=1000), [float(n) for n in range(1000)])
+    assert log.points == [(1000, {"train/loss": 499.5})]
+
+
+def test_measuring_never_reads_a_tensor():
+    # a meta tensor has no values: whatever read it would raise
+    metrics = Metrics(Memory(), every=10)
+    for update in range(1, 10):
+        metrics.measure("train/loss", torch.empty((), device="meta"))
+        metrics.end_update(update)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_measuring_never_waits_for_a_gpu():
+    metrics = Metrics(Memory(), every=10)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for update in range(1, 10):
+            metrics.measure("train/loss", torch.ones((), device="cuda"))
+            metrics.end_update(update)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert metrics.latest() == {"train/loss": 1.0}
+
+
+def test_one_read_serves_all_tags_of_a_device(monkeypatch):
+    reads = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(self.shape) or tolist(self))
+    log = Memory()
+    metrics = Metrics(log, every=3)
+    for update in range(1, 4):
+        metrics.measure("a", torch.tensor(float(update)))
+        metrics.measure("b", torch.tensor(-float(update), dtype=torch.float64))
+        metrics.end_update(update)
+    assert reads == [(6,)]
+    assert log.points == [(3, {"a": 2.0, "b": -2.0})]
+
+
+def test_the_logger_hears_of_the_run_before_its_first_point():
+    log = Memory()
+    train(Metrics(log, tags=["train/loss"], spec=lambda: "sgd", hparams={"sgd.lr": 0.1}), [1.0])
+    assert log.opened == [(0, ("train/loss",), "sgd", {"sgd.lr": 0.1})]
+
+
+def test_a_run_that_goes_on_opens_after_its_checkpoint():
+    log = Memory()
+    train(Metrics(log), [1.0], first=41)
+    assert [step for step, *_ in log.opened] == [40]
+
+
+def test_a_count_that_goes_back_opens_again_and_drops_the_window():
+    log = Memory()
+    metrics = Metrics(log, every=5)
+    train(metrics, [1.0] * 8)
+    train(metrics, [2.0] * 5, first=6)
+    assert [step for step, *_ in log.opened] == [0, 5]
+    assert log.points == [(5, {"train/loss": 1.0}), (10, {"train/loss": 2.0})]
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_writes_to_no_log(again):
+    log = Memory()
+    metrics = Metrics(log, every=1, spec=lambda: "sgd")
+    train(metrics, [1.0])
+    twin = again(metrics)
+    train(twin, [7.0], first=2)
+    assert twin.logger is None and len(log.points) == 1
+    assert twin.latest() == {"train/loss": 7.0}
+
+
+def test_a_value_of_several_numbers_is_refused():
+    with pytest.raises(LogError, match=r"train/loss is measured as one real number.*\(3,\)"):
+        Metrics().measure("train/loss", torch.ones(3))
+
+
+@pytest.mark.parametrize("every", [0, -1, 2.5, True])
+def test_log_every_must_count_updates(every):
+    with pytest.raises(LogError, match="log_every"):
+        Metrics(every=every)
+
+
+def test_a_logger_that_fails_on_the_disk_raises_a_log_error():
+    class Full(Memory):
+        def scalars(self, step, values):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(LogError, match="Full could not write update 1: .*No space left"):
+        train(Metrics(Full(), every=1), [1.0])
+
+
+def test_log_takes_a_logger_a_directory_or_nothing(tmp_path):
+    made = []
+    log = Memory()
+    assert as_logger(None, made.append) is None
+    assert as_logger(log, made.append) is log
+    as_logger(tmp_path, made.append)
+    as_logger("runs/x", made.append)
+    assert made == [tmp_path, "runs/x"]
+
+
+def test_what_cannot_be_logged_to_is_refused():
+    with pytest.raises(LogError, match="log=3 is nothing to write to: give a directory"):
+        as_logger(3, Memory)
+
+
+def test_only_rank_0_writes(tmp_path):
+    torch.multiprocessing.spawn(_two_ranks, args=(str(tmp_path),), nprocs=2)
+    assert sorted(path.name for path in tmp_path.glob("wrote-*")) == ["wrote-0"]
+
+
+def _two_ranks(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    log = Memory()
+    train(Metrics(log, every=1), [1.0])
+    if log.points or log.opened:
+        with open(f"{folder}/wrote-{rank}", "w"):
+            pass
+    torch.distributed.destroy_process_group()
