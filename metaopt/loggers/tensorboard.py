@@ -81,9 +81,8 @@ class TensorBoard(Logger):
             self._writer.close()
         try:
             earlier = bool(_wait_for_a_later_name(_writable(self.directory)))
-            self._writer = SummaryWriter(
-                str(self.directory), purge_step=step + 1 if earlier else None, flush_secs=_FLUSH_SECONDS
-            )
+            # also where nothing is earlier: TensorBoard takes the first such mark for the start and obeys the second
+            self._writer = SummaryWriter(str(self.directory), purge_step=step + 1, flush_secs=_FLUSH_SECONDS)
         except OSError as error:
             raise LogError(f"cannot write to the log directory {self.directory}: {error}") from error
         return earlier
@@ -94,7 +93,8 @@ class TensorBoard(Logger):
         if spec:
             self._writer.add_text("metaopt/spec", f"    {spec}", 0)
         # not SummaryWriter.add_hparams: that puts the record into a run of its own, below this one
-        experiment, session, _ = records(dict(hparams), {self.metric: 0.0})  # type: ignore[no-untyped-call]
+        # with "stack" in every record: the page takes its columns from one run's record, whatever the others have
+        experiment, session, _ = records({"stack": spec, **hparams}, {self.metric: 0.0})  # type: ignore[no-untyped-call]
         self._writer.file_writer.add_summary(experiment, 0)
         self._writer.file_writer.add_summary(session, 0)
         self._writer.flush()

@@ -1,0 +1,233 @@
+"""TensorBoard, proved by the real server: what was logged is read back over HTTP."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from metaopt import LogError
+from metaopt.loggers.jsonl import JsonLines
+from metaopt.loggers.tensorboard import TensorBoard
+from metaopt.metrics import Metrics
+
+# the server that ships with TensorBoard reads event files in two ways, and users get either
+LOADERS = ["--load_fast=false", "--load_fast=auto"]
+
+
+class Server:
+    """A TensorBoard server on loopback."""
+
+    def __init__(self, address):
+        self.address = address
+
+    def get(self, path, **query):
+        url = f"{self.address}/data/{path}" + ("?" + urllib.parse.urlencode(query) if query else "")
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return json.load(answer)
+
+    def post(self, path, body):
+        request = urllib.request.Request(
+            f"{self.address}/data/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return json.load(answer)
+
+    def points(self, run, tag):
+        return [(step, value) for _, step, value in self.get("plugin/scalars/scalars", run=run, tag=tag)]
+
+
+@contextmanager
+def tensorboard(logdir, *options):
+    """Start `tensorboard --logdir` on a free port and wait until it has read the runs."""
+    environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--host", "127.0.0.1", "--port", "0"]
+    log = logdir.parent / f"{logdir.name}.server"
+    with log.open("w") as output:
+        process = subprocess.Popen([*command, *options], stdout=output, stderr=output, env=environment)
+    try:
+        server = Server(_until(lambda: _address(log), process, log))
+        _until(lambda: server.get("runs"), process, log)
+        yield server
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+def _address(log):
+    found = re.search(r"http://127\.0\.0\.1:\d+", log.read_text())
+    return found and found.group()
+
+
+def _until(question, process, log):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            if answer := question():
+                return answer
+        except urllib.error.URLError:
+            pass
+        if process.poll() is not None:
+            break
+        time.sleep(0.1)
+    raise AssertionError(f"TensorBoard did not come up:\n{log.read_text()}")
+
+
+def log_run(directory, losses, *, first=1, every=1, hparams=None):
+    metrics = Metrics(TensorBoard(directory), every=every, spec="sgd(lr=0.1)", hparams=hparams or {"sgd.lr": 0.1})
+    for update, loss in enumerate(losses, first):
+        metrics.measure("train/loss", torch.tensor(loss))
+        metrics.measure("train/learning_rate", 0.1)
+        metrics.end_update(update)
+    return metrics
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_the_server_shows_what_was_logged(tmp_path, loader):
+    logdir = tmp_path / "runs"
+    log_run(logdir / "first", [4.0, 2.0, 1.0, 0.5], every=2).close()
+    with tensorboard(logdir, loader) as server:
+        assert server.get("runs") == ["first"]
+        assert set(server.get("plugin/scalars/tags")["first"]) == {"train/loss", "train/learning_rate"}
+        assert server.points("first", "train/loss") == [(2, 3.0), (4, 0.75)]
+        assert server.points("first", "train/learning_rate") == [(2, pytest.approx(0.1)), (4, pytest.approx(0.1))]
+
+
+def test_a_point_is_on_the_page_while_the_run_goes_on(tmp_path):
+    logdir = tmp_path / "runs"
+    metrics = log_run(logdir / "live", [4.0])
+    with tensorboard(logdir) as server:
+        assert server.points("live", "train/loss") == [(1, 4.0)]
+    metrics.close()
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_resumed_run_leaves_no_points_from_after_its_checkpoint(tmp_path, loader):
+    logdir = tmp_path / "runs"
+    log_run(logdir / "run", [1.0] * 9)  # killed after update 9, never closed
+    log_run(logdir / "run", [2.0, 2.0], first=6).close()  # from a checkpoint taken at update 5
+    with tensorboard(logdir, loader) as server:
+        assert server.points("run", "train/loss") == [(t, 1.0) for t in range(1, 6)] + [(6, 2.0), (7, 2.0)]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_new_run_in_an_old_directory_shows_none_of_the_old_points(tmp_path, loader):
+    logdir = tmp_path / "runs"
+    log_run(logdir / "run", [1.0] * 9).close()
+    log_run(logdir / "run", [2.0, 2.0]).close()
+    with tensorboard(logdir, loader) as server:
+        assert server.points("run", "train/loss") == [(1, 2.0), (2, 2.0)]
+
+
+def test_a_run_has_one_hparams_record_in_its_own_directory(tmp_path):
+    logdir = tmp_path / "runs"
+    log_run(logdir / "slow", [1.0] * 3, hparams={"sgd.lr": 0.1})
+    log_run(logdir / "slow", [3.0], first=3, hparams={"sgd.lr": 0.1}).close()
+    log_run(logdir / "fast", [2.0], hparams={"sgd.lr": 0.3}).close()
+    assert sorted(path.name for path in logdir.rglob("*") if path.is_dir()) == ["fast", "slow"]
+    with tensorboard(logdir) as server:
+        experiment = server.post("plugin/hparams/experiment", {"experimentName": ""})
+        names = {info["name"]["tag"] for info in experiment["metricInfos"]}
+        assert names == {"train/loss"}
+        assert {info["name"] for info in experiment["hparamInfos"]} == {"stack", "sgd.lr"}
+        asked = {
+            "experimentName": "",
+            "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"],
+            "colParams": [{"metric": {"tag": "train/loss", "group": ""}}],
+            "startIndex": 0,
+            "sliceSize": 10,
+        }
+        sessions = [
+            s for g in server.post("plugin/hparams/session_groups", asked)["sessionGroups"] for s in g["sessions"]
+        ]
+    assert {s["name"].rstrip("/."): s["metricValues"][0]["value"] for s in sessions} == {"slow": 3.0, "fast": 2.0}
+    assert len(sessions) == 2
+    records = [tag for tag in _tags(logdir / "slow") if tag == "_hparams_/session_start_info"]
+    assert len(records) == 1
+
+
+def _tags(directory):
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    for path in sorted(directory.iterdir()):
+        for event in EventFileLoader(str(path)).Load():
+            yield from (value.tag for value in event.summary.value)
+
+
+def test_a_summary_writer_stays_its_owners(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    logdir = tmp_path / "runs"
+    with SummaryWriter(str(logdir / "mine")) as writer:
+        metrics = Metrics(TensorBoard(writer), every=1)
+        metrics.measure("train/loss", 2.0)
+        metrics.end_update(1)
+        metrics.close()
+        writer.add_scalar("my/own", 5.0, 1)
+    with tensorboard(logdir) as server:
+        assert server.points("mine", "train/loss") == [(1, 2.0)]
+        assert server.points("mine", "my/own") == [(1, 5.0)]
+
+
+@pytest.mark.parametrize("make", [TensorBoard, lambda folder: JsonLines(folder / "log.jsonl")])
+def test_a_place_that_cannot_be_written_is_an_error_at_once(tmp_path, make):
+    occupied = tmp_path / "occupied"
+    occupied.write_text("a file where the directory should go")
+    with pytest.raises(LogError, match="cannot write to.*occupied"):
+        make(occupied / "run")
+
+
+@pytest.mark.parametrize("make", [TensorBoard, lambda folder: JsonLines(folder / "log.jsonl")])
+def test_a_directory_that_disappears_is_a_clear_error(tmp_path, make):
+    directory = tmp_path / "run"
+    metrics = Metrics(make(directory), every=1)
+    metrics.measure("train/loss", 1.0)
+    metrics.end_update(1)
+    shutil.rmtree(directory)
+    metrics.measure("train/loss", 1.0)
+    with pytest.raises(LogError, match=re.escape(str(directory))):
+        metrics.end_update(2)
+    metrics.close()
+
+
+def json_run(path, losses, first=1):
+    metrics = Metrics(JsonLines(path), every=1, spec="sgd(lr=0.1)", tags=["train/loss"])
+    for update, loss in enumerate(losses, first):
+        metrics.measure("train/loss", loss)
+        metrics.end_update(update)
+    metrics.close()
+
+
+def test_json_lines_hold_the_run_and_its_points(tmp_path):
+    json_run(tmp_path / "log.jsonl", [1.0, float("nan")])
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"spec": "sgd(lr=0.1)", "hparams": {}, "tags": ["train/loss"]},
+        {"step": 1, "train/loss": 1.0},
+        {"step": 2, "train/loss": "NaN"},
+    ]
+
+
+def test_json_lines_of_a_resumed_run_end_at_the_checkpoint_first(tmp_path):
+    path = tmp_path / "log.jsonl"
+    json_run(path, [1.0] * 4)
+    with path.open("a") as file:
+        file.write('{"step": 5, "tra')  # killed in the middle of a line
+    json_run(path, [2.0], first=3)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["step"], line["train/loss"]) for line in lines[1:]] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+    assert lines[0]["spec"] == "sgd(lr=0.1)"
+
+
+def test_importing_the_loggers_imports_no_tensorboard():
+    code = "import sys, metaopt, metaopt.loggers.tensorboard; assert 'tensorboard' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
