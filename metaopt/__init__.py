@@ -1,6 +1,7 @@
 """Compose PyTorch optimizers: a base optimizer with wrappers around it, schedules and logging; every part a plugin."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -101,6 +102,9 @@ def __getattr__(name: str) -> Any:
         return value
     if name.startswith("_"):
         raise AttributeError(f"module 'metaopt' has no attribute {name!r}")
+    if find_spec(f"metaopt.{name}") is not None:
+        # `from metaopt import stack` asks here before it imports the module: the registry has no say in that
+        return import_module(f"metaopt.{name}")
     spec = import_module("metaopt.spec")
     errors = import_module("metaopt.errors")
     try:

@@ -1,0 +1,174 @@
+"""Finding plugins: names, origins, near misses. Nothing is imported before the first look-up."""
+
+import inspect
+import pkgutil
+import re
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from typing import Any
+
+import pluggy
+
+from metaopt import hooks
+from metaopt.errors import PluginError, UnknownPart, did_you_mean
+
+KINDS = tuple(hooks.HOOKS)
+BUILT_IN = ("optimizers", "wrappers", "schedules", "loggers", "problems")
+NAME = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)?")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered part: its name, kind and class, and the distribution that it came with."""
+
+    name: str
+    kind: str
+    target: Any
+    origin: str
+    version: str = ""
+
+    @property
+    def description(self) -> str:
+        """The first sentence of the part's docstring."""
+        text = inspect.getdoc(self.target) or ""
+        return " ".join(text.split("\n\n")[0].split()) or "(no description)"
+
+
+@dataclass(frozen=True)
+class BrokenPlugin:
+    """A plugin that failed to import or broke a rule, with its error in one line."""
+
+    name: str
+    error: str
+
+
+class Registry:
+    """All parts by name. A plugin that fails is recorded and breaks nothing else."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, list[Entry]] = {}
+        self._broken: list[BrokenPlugin] = []
+        self._plugins = pluggy.PluginManager(hooks.PROJECT)
+        self._plugins.add_hookspecs(hooks)
+        self._loaded = False
+
+    def find(self, name: str, kind: str | None = None) -> Entry:
+        """Return the part of this name. Raises UnknownPart with near misses, PluginError where two plugins offer it."""
+        self._load()
+        found = self._entries.get(name, [])
+        if len(found) > 1:
+            origins = " and ".join(sorted({entry.origin for entry in found}))
+            raise PluginError(f"{name!r} is offered by {origins}: uninstall one of them, or rename one part")
+        if found and kind in (None, found[0].kind):
+            return found[0]
+        if found:
+            raise UnknownPart(f"{name!r} is a {found[0].kind}, no {kind}. See: metaopt list {kind}s")
+        raise UnknownPart(self._unknown(name, kind))
+
+    def entries(self, kind: str | None = None) -> list[Entry]:
+        """Return all parts, of one kind or of all, sorted by name."""
+        self._load()
+        every = (entry for found in self._entries.values() for entry in found)
+        return sorted((e for e in every if kind in (None, e.kind)), key=lambda e: (KINDS.index(e.kind), e.name))
+
+    def names(self, kind: str | None = None) -> list[str]:
+        """Return all registered names, of one kind or of all."""
+        return [entry.name for entry in self.entries(kind)]
+
+    def name_of(self, target: Any) -> str | None:
+        """Return the name under which a class is registered, or None."""
+        return next((entry.name for entry in self.entries() if entry.target is target), None)
+
+    def broken(self) -> list[BrokenPlugin]:
+        """Return the plugins that could not be used, with their errors."""
+        self._load()
+        return list(self._broken)
+
+    def register(self, **offers: dict[str, Any] | None) -> None:
+        """Register parts from a running program; see `metaopt.register`."""
+        self._load()
+        offered = {kind: offers.get(f"{kind}s") or {} for kind in KINDS}
+        for kind, parts in offered.items():
+            for name, target in parts.items():
+                known = self._entries.get(name, [])
+                if any(entry.target is not target for entry in known):
+                    raise PluginError(f"{name!r} is registered already, by {known[0].origin}: choose another name")
+        for kind, parts in offered.items():
+            self._take(kind, parts, "this program")
+
+    def load_plugin_module(self, name: str) -> None:
+        """Import a module by name and take the parts that its hooks offer. Raises PluginError."""
+        self._load()
+        try:
+            module = import_module(name)
+        except Exception as error:
+            raise PluginError(f"plugin {name!r} cannot be imported: {type(error).__name__}: {error}") from error
+        if not self._plugins.is_registered(module):
+            self._take_plugin(module, name, "")
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        for folder in BUILT_IN:
+            package = import_module(f"metaopt.{folder}")
+            for found in pkgutil.iter_modules(package.__path__):
+                module = import_module(f"metaopt.{folder}.{found.name}")
+                self._take_plugin(module, "metaopt", metadata.version("metaopt-torch"))
+        for point in metadata.entry_points(group=hooks.PROJECT):
+            origin = point.dist.name if point.dist else point.name
+            try:
+                self._take_plugin(point.load(), origin, point.dist.version if point.dist else "")
+            except Exception as error:  # whatever a plugin raises, the others must still work
+                self._broken.append(BrokenPlugin(origin, f"{type(error).__name__}: {error}"))
+
+    def _take_plugin(self, plugin: Any, origin: str, version: str) -> None:
+        known = set(hooks.HOOKS.values())
+        misspelt = sorted(n for n in vars(plugin) if n.startswith("metaopt_") and n not in known)
+        misspelt = [n for n in misspelt if getattr(getattr(plugin, n), "metaopt_impl", None) is not None]
+        if misspelt:
+            raise PluginError(f"plugin {origin!r} implements no known hook with {misspelt[0]}.{did_you_mean(misspelt[0], known)}")
+        self._plugins.register(plugin)
+        for kind, hook in hooks.HOOKS.items():
+            for implementation in getattr(self._plugins.hook, hook).get_hookimpls():
+                if implementation.plugin is plugin:
+                    offered = implementation.function()
+                    if not isinstance(offered, dict):
+                        raise PluginError(f"plugin {origin!r}: {hook} returned {type(offered).__name__}, not a dict")
+                    self._take(kind, offered, origin, version)
+
+    def _take(self, kind: str, parts: dict[str, Any], origin: str, version: str = "") -> None:
+        for name, target in parts.items():
+            if not NAME.fullmatch(name):
+                raise PluginError(f"{origin}: {name!r} is no name: lower-case letters, digits, underscores, one dot")
+            if not callable(target):
+                raise PluginError(f"{origin}: {name!r} is a {type(target).__name__}, neither a class nor a factory")
+            found = self._entries.setdefault(name, [])
+            if not any(entry.target is target for entry in found):
+                found.append(Entry(name, kind, target, origin, version))
+
+    def _unknown(self, name: str, kind: str | None) -> str:
+        called = kind or "part"
+        names = self.names(kind)
+        for entry in self.entries(kind):
+            if name in getattr(entry.target, "known_as", ()):
+                return f"no {called} is called {name!r}; here it is {entry.name}. See: metaopt show {entry.name}"
+        listing = f"metaopt list {kind}s" if kind else "metaopt list"
+        return f"no {called} is called {name!r}.{did_you_mean(name, names)} See: {listing}"
+
+
+registry = Registry()
+
+
+def register(
+    *,
+    optimizers: dict[str, Any] | None = None,
+    wrappers: dict[str, Any] | None = None,
+    schedules: dict[str, Any] | None = None,
+    loggers: dict[str, Any] | None = None,
+    problems: dict[str, Any] | None = None,
+) -> None:
+    """Register parts from a script: `metaopt.register(optimizers={"mine": Mine})`. Raises PluginError."""
+    registry.register(
+        optimizers=optimizers, wrappers=wrappers, schedules=schedules, loggers=loggers, problems=problems
+    )
