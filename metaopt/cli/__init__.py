@@ -1,0 +1,107 @@
+"""The command line: one command per file of this folder, each with a `register(app)` that adds it."""
+
+import contextlib
+import os
+import pkgutil
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+
+from metaopt.errors import MetaoptError
+
+# every mistake in the arguments is one of these; typer carries click inside and exports only this leaf
+_ArgumentError: Any = typer.BadParameter.__mro__[2]
+
+INTERRUPTED = 130
+PIPE_CLOSED = 141  # what a shell reports for a program that SIGPIPE ended
+
+
+def load_plugins(names: list[str]) -> list[str]:
+    """Import modules by name, also from the current folder, and register the parts that they offer."""
+    if names:
+        from metaopt.registry import registry
+
+        folder = os.getcwd()
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+        for name in names:
+            registry.load_plugin_module(name)
+    return names
+
+
+# the option of every command that looks names up: `plugin: Plugins = []`
+Plugins = Annotated[
+    list[str],
+    typer.Option(
+        "--plugin", metavar="MODULE", callback=load_plugins, is_eager=True, help="Import this module as a plugin first."
+    ),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from metaopt import __version__
+
+        print(f"metaopt {__version__}")
+        raise typer.Exit
+
+
+def make_app() -> typer.Typer:
+    """Return the app with every command of this folder; nothing here imports torch."""
+    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+    @app.callback()
+    def metaopt(
+        version: Annotated[
+            bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        ] = False,
+    ) -> None:
+        """Compose PyTorch optimizers: look parts up, explain stacks, train and compare."""
+
+    for found in sorted(pkgutil.iter_modules(__path__), key=lambda found: found.name):
+        import_module(f"{__name__}.{found.name}").register(app)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 when done, 2 for a user's mistake, told in one line on standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # a replaced stream need not be reconfigurable
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        status = _run(sys.argv[1:] if arguments is None else [*arguments])  # `list` is a submodule here
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # the reader left, as `head` does; python would complain again when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = PIPE_CLOSED
+    sys.exit(status)
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        command = typer.main.get_command(make_app())
+        returned = command.main(arguments, prog_name="metaopt", standalone_mode=False)
+        if returned == INTERRUPTED:
+            return _fail("interrupted", INTERRUPTED)
+        return returned if isinstance(returned, int) else 0
+    except MetaoptError as error:
+        return _fail(error)
+    except _ArgumentError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # it carries the help text, already printed by rich
+            return 2
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "metaopt"
+        return _fail(f"{error.format_message().rstrip('.')}. See: {path} --help")
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", INTERRUPTED)
+
+
+def _fail(what: object, status: int = 2) -> int:
+    """Print one line on standard error and return the exit status."""
+    line = " ".join(str(what).split())
+    print(f"metaopt: {line}", file=sys.stderr)
+    return status
