@@ -12,6 +12,7 @@ from metaopt.composition import RUN_FLAGS, check_labels, stands_before_base
 from metaopt.errors import HyperparameterError, SpecError, did_you_mean
 from metaopt.grouping import Group, as_groups
 from metaopt.metrics import Metrics, as_logger
+from metaopt.recording import describe_run
 from metaopt.registry import registry
 from metaopt.schedule import Schedule
 from metaopt.spec import Part, Pipeline, as_pipeline
@@ -78,7 +79,9 @@ def wrap(
     pipeline = as_pipeline(spec_or_parts)
     bases = [part.name for part in pipeline if part.kind == "optimizer"]
     if bases:
-        raise SpecError(f"wrap() is given an optimizer, so {bases[0]} is one too many; build() takes a base in the spec")
+        raise SpecError(
+            f"wrap() is given an optimizer, so {bases[0]} is one too many; build() takes a base in the spec"
+        )
     _check_total_steps(total_steps)
     wrappers = tuple(part.make() for part in pipeline)
     check_labels(wrappers)
@@ -166,7 +169,9 @@ def _schedules(base: Part | None, wrappers: tuple[Wrapper, ...]) -> dict[str, Sc
 
 
 def _check_total_steps(total_steps: int | None) -> None:
-    if total_steps is not None and (isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1):
+    if total_steps is not None and (
+        isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1
+    ):
         raise HyperparameterError(f"total_steps={total_steps!r} is no number of updates: give an integer from 1 up")
 
 
@@ -239,7 +244,7 @@ def _stacked(
 ) -> Stack:
     logger = as_logger(log, lambda directory: registry.find("tensorboard", "logger").target(directory))
     metrics = Metrics(logger, every=log_every)
-    return Stack(
+    stack = Stack(
         base,
         wrappers,
         schedules=schedules,
@@ -248,3 +253,5 @@ def _stacked(
         description=description,
         fused_by_default=fused,
     )
+    describe_run(stack)
+    return stack

@@ -33,7 +33,7 @@ class Logger(ABC):
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write one point per tag at `step` updates, durably. Raises LogError (or OSError) where it cannot."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  not abstract: most loggers have nothing to let go
         """Write what is left and let go; the default does nothing."""
 
 
@@ -41,25 +41,16 @@ class Metrics:
     """Collects measurements without waiting for a device, and writes a point every `every` updates.
 
     A point is the mean of what was measured under its tag since the point before; `latest()` is of the last update.
-    `spec` and `hparams` may be callables: they are asked when the run opens, after a checkpoint was loaded.
+    `run` is what `describe` takes; `spec` and `hparams` may be callables, asked when the run opens: a checkpoint has
+    been loaded by then.
     """
 
-    def __init__(
-        self,
-        logger: Logger | None = None,
-        *,
-        every: int = 50,
-        tags: Iterable[str] = (),
-        spec: str | Callable[[], str] = "",
-        hparams: Mapping[str, HyperValue] | Callable[[], Mapping[str, HyperValue]] = dict,
-    ) -> None:
+    def __init__(self, logger: Logger | None = None, *, every: int = 50, **run: Any) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise LogError(f"log_every={every!r} is not a number of updates: give an integer from 1 up")
         self.every = every
-        self.tags = tuple(tags)
         self._logger = logger
-        self._spec = spec
-        self._hparams = hparams
+        self.describe(**run)
         self._now: dict[str, list[Value]] = {}  # of the update that is being made
         self._window: dict[str, _Tally] = {}  # of the updates since the last point
         self._last: dict[str, list[Value]] = {}  # of the last update that measured the tag
@@ -74,9 +65,22 @@ class Metrics:
         self._logger, self._updates = logger, None
         self._window.clear()
 
-    def wanted(self, update: int) -> bool:
-        """Return whether a point is written after this update (counted from 1)."""
-        return update % self.every == 0
+    def describe(
+        self,
+        *,
+        tags: Iterable[str] = (),
+        spec: str | Callable[[], str] = "",
+        hparams: Mapping[str, HyperValue] | Callable[[], Mapping[str, HyperValue]] = dict,
+    ) -> None:
+        """Say what the run is, for the logger to hear when it opens."""
+        self.tags, self._spec, self._hparams = tuple(tags), spec, hparams
+
+    def wanted(self, update: int, within: int = 1) -> bool:
+        """Return whether a point is written after this update (counted from 1), or after one of the next `within - 1`.
+
+        What happens every k updates asks with `within=k`: else only common multiples of k and `every` would be seen.
+        """
+        return -update % self.every < within
 
     def measure(self, tag: str, value: Value) -> None:
         """Keep one number under `tag`; a tensor is copied on its device and not read."""

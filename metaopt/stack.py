@@ -157,8 +157,11 @@ class Stack(torch.optim.Optimizer):
 
     def measure(self, tag: str, value: torch.Tensor | float) -> None:
         """Take one measurement under its whole tag, without waiting for the device."""
-        if self.measuring:
-            self._own_metrics.measure(tag, value)
+        self._own_metrics.measure(tag, value)
+
+    def point_within(self, updates: int) -> bool:
+        """Tell whether a point is logged after this update or before the one that follows `updates` later."""
+        return self._own_metrics.wanted(self.updates, updates)
 
     def averaged(self, label: str | None = None) -> Any:
         """Return a context in which the parameters hold an average: `with opt.averaged(): validate(model)`.
@@ -214,6 +217,8 @@ class Stack(torch.optim.Optimizer):
     def filter_gradients(self) -> None:
         """Let the wrappers on gradients act, once per evaluation of the loss."""
         self.pending_scale = None
+        if self.measuring:
+            self._own_metrics.measure("train/grad_norm", AllGradients(self, None).norm())
         for wrapper in self._on_gradients:
             wrapper.on_gradients(AllGradients(self, wrapper))
 
@@ -387,6 +392,5 @@ class Stack(torch.optim.Optimizer):
 
 # rebuilt after a copy: structure derived from the parts, a step that a torch scheduler replaced, loggers
 _DROPPED = frozenset(
-    "base step _opt_called _own_metrics labelled _around _on_gradients _after _base_step _timetables grad_scale found_inf"
-    .split()
+    "base step _opt_called _own_metrics labelled _around _on_gradients _after _base_step _timetables grad_scale found_inf".split()
 )

@@ -80,7 +80,9 @@ class Piece(Group):
     def move_to(self, tensors: list[torch.Tensor]) -> None:
         torch._foreach_copy_(self.params, tensors)
         for key in self._stack.anchors_nearer_than(self._wrapper):
-            followers = [(self._stack.state[p].get(key), moved) for p, moved in zip(self.owners, self.params, strict=True)]
+            followers = [
+                (self._stack.state[p].get(key), moved) for p, moved in zip(self.owners, self.params, strict=True)
+            ]
             kept = [(local(follower), moved) for follower, moved in followers if follower is not None]
             if kept:
                 torch._foreach_copy_([follower for follower, _ in kept], [moved for _, moved in kept])
@@ -90,7 +92,13 @@ class Piece(Group):
 
     @property
     def measured(self) -> bool:
-        return self._stack.measuring
+        every = self._wrapper.every
+        # called every k updates: the call before a point speaks for it
+        return (
+            self._stack.measuring
+            if every is None
+            else self._stack.point_within(int(self._entry[f"{self._wrapper.label}.{every}"]))
+        )
 
     def measure(self, name: str, value: torch.Tensor | float) -> None:
         self._stack.measure(f"{self._wrapper.label}/{name}", value)
@@ -109,7 +117,7 @@ def pieces(stack: "Stack", position: int, wrapper: Wrapper, owners: list[torch.T
 class AllGradients(Gradients):
     """The gradients of all groups at one evaluation of the loss; a lazy factor waits in the stack."""
 
-    def __init__(self, stack: "Stack", wrapper: Wrapper) -> None:
+    def __init__(self, stack: "Stack", wrapper: Wrapper | None) -> None:
         self._stack = stack
         self._wrapper = wrapper
 
