@@ -16,8 +16,8 @@ class ClipGradNorm(Wrapper):
         # as in torch: an infinite norm scales to zero or NaN, it is not hidden
         factor = (groups.max_norm / (norm + 1e-6)).clamp(max=1.0)
         groups.scale(factor)
-        if groups.measured:
-            groups.measure("clipped_fraction", factor < 1.0)
+        # at every update: a fraction is of all updates since the last point, not of the one at the point
+        groups.measure("clipped_fraction", factor < 1.0)
 
 
 @hookimpl
