@@ -29,7 +29,7 @@ def test_the_example_runs_and_prints(example, tmp_path):
     assert run(example, tmp_path).strip()
 
 
-def test_rosenbrock_ends_where_the_issue_says_and_draws(tmp_path):
+def test_rosenbrock_ends_at_the_known_points_and_draws(tmp_path):
     output = run(next(e for e in EXAMPLES if e.stem == "rosenbrock"), tmp_path)
     ends = {name: (float(x), float(y)) for name, x, y in re.findall(r"(\w+) +ends at \((\S+), (\S+)\)", output)}
     assert ends["SGD"] == pytest.approx((0.242146, 0.055676), abs=2e-6)
