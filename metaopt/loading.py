@@ -41,10 +41,7 @@ def load(stack: "Stack", state_dict: dict[str, Any]) -> None:
     report = _report(stack, saved_groups)
     foreign = tuple(f"{label}." for label in (*stack.labelled, *report.dropped))
     groups = _merge_groups(stack, saved_groups, report)
-    base_state = {
-        i: {k: v for k, v in held.items() if not _belongs(k, foreign)} if isinstance(held, dict) else held
-        for i, held in saved_state.items()
-    }
+    base_state = _base_state(saved_state, foreign)
     live = stack.base.state, stack.base.param_groups
     try:
         stack.base.load_state_dict({"state": base_state, "param_groups": groups})
@@ -55,6 +52,16 @@ def load(stack: "Stack", state_dict: dict[str, Any]) -> None:
     stack.load_report = report
     if report.fresh or report.dropped:
         warnings.warn(f"loaded a checkpoint of another stack; {report}", UserWarning, stacklevel=4)
+
+
+def _base_state(state: dict[Any, Any], foreign: tuple[str, ...]) -> dict[Any, Any]:
+    """Return the base's own entries; a parameter without any (its moments were reset) is left out, not left empty."""
+    found = {}
+    for i, held in state.items():
+        own = {k: v for k, v in held.items() if not _belongs(k, foreign)} if isinstance(held, dict) else held
+        if own:
+            found[i] = own
+    return found
 
 
 def _belongs(key: Any, prefixes: tuple[str, ...]) -> bool:
