@@ -1,5 +1,6 @@
 """TensorBoard, proved by the real server: what was logged is read back over HTTP."""
 
+import copy
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+import metaopt
 from metaopt import LogError
 from metaopt.loggers.jsonl import JsonLines
 from metaopt.loggers.tensorboard import TensorBoard
@@ -182,7 +184,7 @@ def test_a_summary_writer_stays_its_owners(tmp_path):
 def test_a_place_that_cannot_be_written_is_an_error_at_once(tmp_path, make):
     occupied = tmp_path / "occupied"
     occupied.write_text("a file where the directory should go")
-    with pytest.raises(LogError, match="cannot write to.*occupied"):
+    with pytest.raises(LogError, match=r"cannot write to.*occupied"):
         make(occupied / "run")
 
 
@@ -231,3 +233,103 @@ def test_json_lines_of_a_resumed_run_end_at_the_checkpoint_first(tmp_path):
 def test_importing_the_loggers_imports_no_tensorboard():
     code = "import sys, metaopt, metaopt.loggers.tensorboard; assert 'tensorboard' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def step_through(stack, model, updates):
+    generator = torch.Generator().manual_seed(stack.updates)
+    for _ in range(updates):
+        inputs = torch.randn(16, 4, generator=generator)
+        stack.zero_grad()
+        loss = (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+        loss.backward()
+        stack.record(loss=loss)
+        stack.step()
+
+
+def stack_of(directory, **options):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    spec = "clip_grad_norm(0.1) | adamw(lr=0.03, weight_decay=0.0) | lookahead(k=3)"
+    return model, metaopt.build(model, spec, log=directory, **options)
+
+
+def test_a_stack_logs_under_names_that_people_know(tmp_path):
+    logdir = tmp_path / "runs"
+    model, stack = stack_of(logdir / "run", log_every=10)
+    step_through(stack, model, 20)
+    latest = stack.metrics()
+    with tensorboard(logdir) as server:
+        known = {"train/loss", "train/grad_norm", "train/learning_rate", "clip_grad_norm/clipped_fraction"}
+        assert set(server.get("plugin/scalars/tags")["run"]) == known | {"lookahead/distance"}
+        for tag in known | {"lookahead/distance"}:
+            points = server.points("run", tag)
+            assert [step for step, _ in points] == [10, 20]
+        # measured at the point alone: the value read back is the value of that update
+        assert server.points("run", "train/grad_norm")[-1][1] == pytest.approx(latest["train/grad_norm"])
+        assert server.points("run", "train/learning_rate")[-1][1] == pytest.approx(0.03)
+        # before clipping: what is logged lies above the threshold
+        assert server.points("run", "train/grad_norm")[0][1] > 0.1
+        assert server.points("run", "clip_grad_norm/clipped_fraction")[0][1] == 1.0
+
+
+def test_a_stack_loaded_from_a_checkpoint_goes_on_in_its_log(tmp_path):
+    logdir = tmp_path / "runs"
+    model, stack = stack_of(logdir / "run", log_every=1)
+    step_through(stack, model, 5)
+    checkpoint = model.state_dict(), stack.state_dict()
+    checkpoint = copy.deepcopy(checkpoint)
+    step_through(stack, model, 4)
+    model, stack = stack_of(logdir / "run", log_every=1)
+    model.load_state_dict(checkpoint[0])
+    stack.load_state_dict(checkpoint[1])
+    step_through(stack, model, 2)
+    with tensorboard(logdir) as server:
+        assert [step for step, _ in server.points("run", "train/loss")] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_the_groups_rates_bear_the_groups_names(tmp_path):
+    model = torch.nn.Linear(2, 1)
+    groups = [{"params": [model.weight], "name": "body"}, {"params": [model.bias], "lr": 0.5}]
+    stack = metaopt.build(groups, "sgd(lr=0.1)", log=tmp_path / "run", log_every=1)
+    model(torch.ones(1, 2)).sum().backward()
+    stack.step()
+    rates = {tag: value for tag, value in stack.metrics().items() if "learning_rate" in tag}
+    assert rates == {"train/learning_rate/body": pytest.approx(0.1), "train/learning_rate/1": pytest.approx(0.5)}
+
+
+def test_what_happens_every_k_updates_is_seen_whatever_log_every_is(tmp_path):
+    model, stack = stack_of(None, log_every=5)  # pulls at 3, 6, 9, ...: never at 5 or 10
+    step_through(stack, model, 5)
+    assert "lookahead/distance" in stack.metrics()
+
+
+def test_wrap_and_build_take_every_kind_of_log(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    model = torch.nn.Linear(2, 1)
+    with SummaryWriter(str(tmp_path / "writer")) as writer:
+        for log in (str(tmp_path / "text"), tmp_path / "path", writer, JsonLines(tmp_path / "log.jsonl"), None):
+            stack = metaopt.wrap(torch.optim.SGD(model.parameters(), lr=0.1), "lookahead", log=log, log_every=1)
+            model(torch.ones(1, 2)).sum().backward()
+            stack.step()
+    assert {path.name for path in tmp_path.iterdir()} == {"text", "path", "writer", "log.jsonl"}
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["hparams"]["lookahead.k"] == 5
+
+
+def test_a_log_that_cannot_be_written_stops_the_build(tmp_path):
+    (tmp_path / "occupied").write_text("")
+    with pytest.raises(LogError, match=r"cannot write to the log directory.*occupied"):
+        metaopt.build(torch.nn.Linear(2, 1), "sgd(lr=0.1)", log=tmp_path / "occupied" / "run")
+
+
+def test_a_copied_stack_writes_to_no_log(tmp_path):
+    path = tmp_path / "log.jsonl"
+    model, stack = stack_of(JsonLines(path), log_every=1)
+    step_through(stack, model, 1)
+    before = path.read_text()
+    twin = copy.deepcopy(stack)
+    for group in twin.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    twin.step()
+    assert path.read_text() == before
