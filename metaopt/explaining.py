@@ -1,0 +1,183 @@
+"""Explaining an optimizer: what is done to which parameters, at which rate, and what looks like a mistake."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metaopt import findings
+from metaopt.composition import stands_before_base
+from metaopt.errors import CheckpointError, ParameterError
+from metaopt.explanation import Explanation, Row
+from metaopt.stack import Stack
+from metaopt.wrapper import Wrapper
+
+# a closed form is sampled at this many updates at most when its peak is looked for
+SAMPLES = 10_000
+DEEPEST = 4
+
+
+def explain(optimizer: torch.optim.Optimizer, model: torch.nn.Module | None = None) -> Explanation:
+    """Return what an optimizer does, group by group, and what is suspicious about it; changes nothing.
+
+    Takes a stack or any torch optimizer, before, during or after a run; with a model it also compares their
+    parameters. `print(explain(opt, model))` shows a table. Reads learning rates, so it may wait for the device.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ParameterError(f"explain() takes a torch.optim.Optimizer, not {type(optimizer).__name__}")
+    stack = optimizer if isinstance(optimizer, Stack) else None
+    scheduler = findings.scheduler_of(optimizer)
+    rows = []
+    for number, entry in enumerate(optimizer.param_groups):
+        rate = _number(entry.get("lr"))
+        peak, end = (None, None) if scheduler is not None else _peak_and_end(stack, entry, rate)
+        order = _order(stack, optimizer, entry)
+        if scheduler is not None:
+            order = (*order, type(scheduler).__name__)
+        parameters = entry["params"]
+        rows.append(
+            Row(
+                group=str(entry.get("name", number)),
+                tensors=len(parameters),
+                elements=sum(p.numel() for p in parameters),
+                order=order,
+                rate=rate,
+                peak=peak,
+                end=end,
+                decay=_number(entry.get("weight_decay")),
+                state_bytes=sum(_bytes(optimizer.state.get(p)) for p in parameters),
+            )
+        )
+    return Explanation(
+        optimizer=type(optimizer).__name__ if stack is None else _text(stack),
+        updates=_count(optimizer),
+        total_steps=None if stack is None else stack.total_steps,
+        rows=tuple(rows),
+        findings=findings.in_optimizer(optimizer, model),
+    )
+
+
+def explain_checkpoint(path: str | Path) -> Explanation:
+    """Return what a checkpoint file tells of its optimizer; executes nothing in it. Raises CheckpointError."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged or foreign file makes the reader raise is not foreseeable
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {type(error).__name__}: {reason}") from error
+    saved = _find_state_dict(content, DEEPEST)
+    if saved is None:
+        raise CheckpointError(f"{path} holds no optimizer's state_dict (a dict with 'state' and 'param_groups')")
+    entries, state = saved["param_groups"], saved["state"]
+    rows = tuple(_saved_row(number, entry, state) for number, entry in enumerate(entries))
+    first = entries[0] if entries else {}
+    return Explanation(
+        optimizer=f"checkpoint {path}",
+        updates=first.get("metaopt.updates", _saved_step(state)),
+        total_steps=first.get("metaopt.total_steps"),
+        rows=rows,
+        findings=tuple(findings.in_entries(entries)),
+    )
+
+
+def _find_state_dict(content: Any, depth: int) -> dict[str, Any] | None:
+    """Return the first optimizer's state dict inside nested dicts and lists, or None."""
+    if isinstance(content, Mapping):
+        if isinstance(content.get("param_groups"), list) and isinstance(content.get("state"), Mapping):
+            return dict(content)
+        members: Sequence[Any] = list(content.values())
+    else:
+        members = content if isinstance(content, list | tuple) else ()
+    found = (_find_state_dict(member, depth - 1) for member in members if depth > 0)
+    return next((state_dict for state_dict in found if state_dict is not None), None)
+
+
+def _saved_row(number: int, entry: dict[str, Any], state: Mapping[Any, Any]) -> Row:
+    labels = dict.fromkeys(k.split(".")[0] for k in entry if "." in k and not k.startswith("metaopt."))
+    held = [state[p] for p in entry["params"] if isinstance(state.get(p), Mapping)]
+    keys = dict.fromkeys(k for p in held for k in p if isinstance(k, str) and "." not in k)
+    # which class the base was is not saved; its own state keys tell the reader
+    base = f"base ({', '.join(keys) or 'no state'})"
+    return Row(
+        group=str(entry.get("name", number)),
+        tensors=len(entry["params"]),
+        elements=sum(_elements(p) for p in held),
+        order=(base, *labels),
+        rate=_number(entry.get("lr")),
+        peak=None,
+        end=None,
+        decay=_number(entry.get("weight_decay")),
+        state_bytes=sum(_bytes(p) for p in held),
+    )
+
+
+def _elements(held: Mapping[str, Any]) -> int:
+    return max((value.numel() for value in held.values() if isinstance(value, torch.Tensor)), default=0)
+
+
+def _saved_step(state: Mapping[Any, Any]) -> int | None:
+    steps = (held.get("step") for held in state.values() if isinstance(held, Mapping))
+    step = next((step for step in steps if step is not None), None)
+    return None if step is None else int(step)
+
+
+def _text(stack: Stack) -> str:
+    return repr(stack.spec) if stack.description is not None else f"Stack over {type(stack.base).__name__}"
+
+
+def _count(optimizer: torch.optim.Optimizer) -> int | None:
+    """Return how many updates were done; None where a plain optimizer does not count them."""
+    if isinstance(optimizer, Stack):
+        return optimizer.updates
+    return _saved_step(optimizer.state) if optimizer.state else 0
+
+
+def _order(stack: Stack | None, optimizer: torch.optim.Optimizer, entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what is done to one group, in order, with the group's own values."""
+    if stack is None:
+        return (type(optimizer).__name__,)
+    before = [_described(w, entry) for w in stack.wrappers if stands_before_base(w)]
+    after = [_described(w, entry) for w in stack.wrappers if not stands_before_base(w)]
+    return (*before, type(stack.base).__name__, *after)
+
+
+def _described(wrapper: Wrapper, entry: Mapping[str, Any]) -> str:
+    values = {name: entry[f"{wrapper.label}.{name}"] for name in wrapper.hyperparameters}
+    shown = [
+        f"{name}={_short(value)}"
+        for name, value in values.items()
+        if name in wrapper.given or name == wrapper.every or value != wrapper.hyperparameters[name].default
+    ]
+    return f"{wrapper.label}({', '.join(shown)})"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else repr(value)
+
+
+def _peak_and_end(stack: Stack | None, entry: Mapping[str, Any], rate: float | None) -> tuple[float | None, float | None]:
+    """Return the highest and the last learning rate of the run; a rate without a schedule stays as it is."""
+    schedule = None if stack is None else stack.schedules.get("lr")
+    if stack is None or schedule is None:
+        return rate, rate
+    run = stack.total_steps
+    last = run if run is not None else schedule.length(None, None)
+    if last is None:
+        return None, None
+    curve = schedule.over(run, run)
+    stride = max(1, last // SAMPLES)
+    scale = float(entry.get("metaopt.lr_scale", 1.0))
+    # the last update runs at the value after last - 1 updates
+    return scale * max(curve(t) for t in range(0, last, stride)), scale * curve(last - 1)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float | torch.Tensor) else None
+
+
+def _bytes(held: Any) -> int:
+    """Return the bytes of all tensors in one parameter's state, also in lists such as L-BFGS's."""
+    if isinstance(held, torch.Tensor):
+        return held.numel() * held.element_size()
+    members = held.values() if isinstance(held, Mapping) else held if isinstance(held, list | tuple) else ()
+    return sum(_bytes(member) for member in members)

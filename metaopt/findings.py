@@ -1,0 +1,214 @@
+"""What `metaopt.explain` looks for: each check yields findings with a code, a reason and a fix."""
+
+import gc
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from metaopt.explanation import Finding
+from metaopt.hyperparameters import from_signature
+from metaopt.reporting import ReportingScheduler
+from metaopt.stack import Stack
+
+Entry = dict[str, Any]
+Optimizer = torch.optim.Optimizer
+SHOWN = 3
+
+
+def in_optimizer(optimizer: Optimizer, model: torch.nn.Module | None) -> tuple[Finding, ...]:
+    """Return everything suspicious about an optimizer, and about it beside a model where one is given."""
+    names = _names(optimizer, model)
+    found = [*_in_groups(optimizer.param_groups, names), *_rates(optimizer)]
+    if model is not None:
+        found += _beside_model(optimizer, model)
+    if isinstance(optimizer, Stack):
+        found += [*_cycles(optimizer), *_lengths(optimizer)]
+        found += in_entries(optimizer.param_groups)
+    return tuple(found)
+
+
+def in_entries(entries: Sequence[Entry]) -> Iterator[Finding]:
+    """Find what the group entries alone tell; those of a checkpoint will do."""
+    swapped = next((entry["metaopt.swapped"] for entry in entries if entry.get("metaopt.swapped")), None)
+    if swapped:
+        yield Finding(
+            "inside-averaged",
+            f"the parameters hold the average of {swapped}, not the weights that are trained",
+            "save and go on outside of `with opt.averaged():`; a loaded stack swaps back at its first step()",
+        )
+
+
+def _names(optimizer: Optimizer, model: torch.nn.Module | None) -> dict[int, str]:
+    """Return a name for every parameter, by identity: the model's, the group's or its place."""
+    names: dict[int, str] = {}
+    for number, entry in enumerate(optimizer.param_groups):
+        given = entry.get("param_names") or []
+        for place, parameter in enumerate(entry["params"]):
+            names[id(parameter)] = given[place] if place < len(given) else f"group {number}, parameter {place}"
+    if model is not None:
+        names.update({id(parameter): name for name, parameter in model.named_parameters()})
+    return names
+
+
+def _some(names: Iterable[str]) -> str:
+    every = list(names)
+    more = f" and {len(every) - SHOWN} more" if len(every) > SHOWN else ""
+    return ", ".join(every[:SHOWN]) + more
+
+
+def _in_groups(entries: Sequence[Entry], names: dict[int, str]) -> Iterator[Finding]:
+    members = [parameter for entry in entries for parameter in entry["params"]]
+    twice = [names[identity] for identity, times in Counter(map(id, members)).items() if times > 1]
+    if twice:
+        yield Finding(
+            "parameter-in-two-groups",
+            f"updated more than once per step: {_some(twice)}",
+            "put every parameter in one group; metaopt.groups(model, ...) does",
+        )
+    flat = [names[id(p)] for entry in entries if _plain(entry.get("weight_decay")) for p in entry["params"] if p.dim() <= 1]
+    if flat:
+        yield Finding(
+            "decay-on-1d",
+            f"weight decay also shrinks biases and norms: {_some(flat)}",
+            'build over metaopt.groups(model, no_decay="1d")',
+        )
+    frozen = [names[id(p)] for p in members if not p.requires_grad]
+    if frozen:
+        yield Finding(
+            "frozen-parameter",
+            f"in a group but without requires_grad, so never updated: {_some(frozen)}",
+            "leave frozen parameters out: [p for p in model.parameters() if p.requires_grad]",
+        )
+
+
+def _beside_model(optimizer: Optimizer, model: torch.nn.Module) -> Iterator[Finding]:
+    held = {id(p) for entry in optimizer.param_groups for p in entry["params"]}
+    named = dict(model.named_parameters())
+    missing = [name for name, p in named.items() if p.requires_grad and id(p) not in held]
+    if missing:
+        yield Finding(
+            "parameter-in-no-group",
+            f"in the model but in no group, so never updated: {_some(missing)}",
+            "give the optimizer model.parameters() once the model is whole, or opt.add_param_group(...)",
+        )
+    foreign = len(held - {id(p) for p in named.values()})
+    if foreign:
+        yield Finding(
+            "parameter-not-in-model",
+            f"{foreign} of the optimizer's {len(held)} parameters are not the model's: it trains tensors nobody uses",
+            "make the optimizer after the model's last change (a new layer, a copy, a cast that replaces parameters)",
+        )
+
+
+def _plain(value: Any) -> float:
+    return float(value) if isinstance(value, int | float | torch.Tensor) else 0.0
+
+
+def _schedulers(optimizer: Optimizer) -> tuple[list[LRScheduler], list[LRScheduler]]:
+    """Return the live torch schedulers bound to this optimizer, and those bound to another over its parameters."""
+    bound: list[LRScheduler] = []
+    elsewhere: list[LRScheduler] = []
+    own = {id(optimizer)} | ({id(optimizer.base)} if isinstance(optimizer, Stack) else set())
+    held = {id(p) for entry in optimizer.param_groups for p in entry["params"]}
+    # an optimizer does not know its schedulers; only a search finds the one that drives a forgotten optimizer
+    for candidate in gc.get_objects():
+        if not issubclass(type(candidate), LRScheduler) or issubclass(type(candidate), ReportingScheduler):
+            continue
+        driven = vars(candidate).get("optimizer")
+        driven = getattr(driven, "optimizer", driven)  # Accelerate puts a shell around the optimizer
+        if driven is None or id(driven) in own:
+            bound += [candidate] if driven is not None else []
+        elif any(id(p) in held for entry in driven.param_groups for p in entry["params"]):
+            # a base wrapped meanwhile shares its group dicts with the stack: its scheduler drives both
+            shares = any(theirs is ours for theirs in driven.param_groups for ours in optimizer.param_groups)
+            (bound if shares else elsewhere).append(candidate)
+    return bound, elsewhere
+
+
+def scheduler_of(optimizer: Optimizer) -> LRScheduler | None:
+    """Return a live torch scheduler that drives this optimizer, or None."""
+    bound, _ = _schedulers(optimizer)
+    return bound[0] if bound else None
+
+
+def _rates(optimizer: Optimizer) -> Iterator[Finding]:
+    bound, elsewhere = _schedulers(optimizer)
+    for scheduler in elsewhere:
+        yield Finding(
+            "scheduler-of-another-optimizer",
+            f"a {type(scheduler).__name__} is bound to another optimizer over the same parameters: it changes nothing here",
+            "make the scheduler from this optimizer, after it was wrapped or built",
+        )
+    scheduled = isinstance(optimizer, Stack) and "lr" in optimizer.schedules
+    if scheduled and bound:
+        yield Finding(
+            "two-drivers",
+            f"the stack's own schedule and a {type(bound[0]).__name__} both set lr: the next step() raises",
+            "drop one of the two, or hand the client opt.scheduler(), which only reports",
+        )
+    default = default_rate(optimizer)
+    rates = [entry.get("lr") for entry in optimizer.param_groups]
+    if default is not None and not scheduled and not bound and all(_plain(rate) == default for rate in rates):
+        base = optimizer.base if isinstance(optimizer, Stack) else optimizer
+        yield Finding(
+            "default-rate",
+            f"the learning rate is {type(base).__name__}'s default, {default:g}, everywhere",
+            "choose one for this problem: metaopt compare tries a grid of them",
+        )
+
+
+def default_rate(optimizer: Optimizer) -> float | None:
+    """Return the learning rate that the optimizer's class has by default, or None where none was left unchanged."""
+    if isinstance(optimizer, Stack) and _chose_rate(optimizer):
+        return None
+    base = optimizer.base if isinstance(optimizer, Stack) else optimizer
+    try:
+        declared = from_signature(type(base))
+    except (TypeError, ValueError):  # a class without a signature that can be read
+        return None
+    default = declared["lr"].default if "lr" in declared else None
+    return float(default) if isinstance(default, int | float) else None
+
+
+def _chose_rate(stack: Stack) -> bool:
+    """Tell whether the pipeline that the stack was built from gives the base a learning rate."""
+    pipeline = () if stack.description is None else stack.description.pipeline
+    return any(part.kind == "optimizer" and "lr" in part.given for part in pipeline)
+
+
+def _cycles(stack: Stack) -> Iterator[Finding]:
+    for wrapper in stack.wrappers:
+        if wrapper.every is None or stack.total_steps is None:
+            continue
+        key = f"{wrapper.label}.{wrapper.every}"
+        for every in sorted({entry[key] for entry in stack.param_groups}):
+            rest = stack.total_steps % every
+            if rest:
+                yield Finding(
+                    "ends-inside-cycle",
+                    f"{stack.total_steps} updates end {rest} after the last time {wrapper.label} acts, every {every}",
+                    f"run {stack.total_steps - rest} or {stack.total_steps - rest + every} updates, "
+                    f"or evaluate inside `with opt.averaged():`",
+                )
+
+
+def _lengths(stack: Stack) -> Iterator[Finding]:
+    run = stack.total_steps
+    for key, schedule in stack.schedules.items() if run is not None else ():
+        assert run is not None
+        length = schedule.length(run, run)
+        if length is not None and length < run:
+            yield Finding(
+                "schedule-shorter-than-run",
+                f"the schedule of {key} ends after {length} of {run} updates and then holds {schedule(run, run):.4g}",
+                "leave its steps out, so that it runs to the end of the run",
+            )
+        elif length is not None and length > run:
+            yield Finding(
+                "schedule-longer-than-run",
+                f"the schedule of {key} takes {length} updates, the run has {run}: it never reaches its end",
+                "leave its steps out, so that it runs to the end of the run",
+            )
