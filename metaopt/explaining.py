@@ -8,7 +8,7 @@ import torch
 
 from metaopt import findings
 from metaopt.composition import stands_before_base
-from metaopt.errors import CheckpointError, ParameterError
+from metaopt.errors import CheckpointError, ParameterError, SpecError
 from metaopt.explanation import Explanation, Row
 from metaopt.stack import Stack
 from metaopt.wrapper import Wrapper
@@ -122,7 +122,12 @@ def _saved_step(state: Mapping[Any, Any]) -> int | None:
 
 
 def _text(stack: Stack) -> str:
-    return repr(stack.spec) if stack.description is not None else f"Stack over {type(stack.base).__name__}"
+    if stack.description is None:
+        return f"Stack over {type(stack.base).__name__}"
+    try:
+        return str(stack.spec)
+    except SpecError:  # a part without text: repr always works
+        return repr(stack.spec)
 
 
 def _count(optimizer: torch.optim.Optimizer) -> int | None:
@@ -155,7 +160,9 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else repr(value)
 
 
-def _peak_and_end(stack: Stack | None, entry: Mapping[str, Any], rate: float | None) -> tuple[float | None, float | None]:
+def _peak_and_end(
+    stack: Stack | None, entry: Mapping[str, Any], rate: float | None
+) -> tuple[float | None, float | None]:
     """Return the highest and the last learning rate of the run; a rate without a schedule stays as it is."""
     schedule = None if stack is None else stack.schedules.get("lr")
     if stack is None or schedule is None:

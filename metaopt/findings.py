@@ -68,7 +68,9 @@ def _in_groups(entries: Sequence[Entry], names: dict[int, str]) -> Iterator[Find
             f"updated more than once per step: {_some(twice)}",
             "put every parameter in one group; metaopt.groups(model, ...) does",
         )
-    flat = [names[id(p)] for entry in entries if _plain(entry.get("weight_decay")) for p in entry["params"] if p.dim() <= 1]
+    flat = [
+        names[id(p)] for entry in entries if _plain(entry.get("weight_decay")) for p in entry["params"] if p.dim() <= 1
+    ]
     if flat:
         yield Finding(
             "decay-on-1d",

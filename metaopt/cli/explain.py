@@ -1,0 +1,76 @@
+"""`metaopt explain`: what a pipeline, or the optimizer in a checkpoint, does to which parameters."""
+
+import copy
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from metaopt.cli import Plugins
+from metaopt.errors import HyperparameterError
+
+if TYPE_CHECKING:
+    from metaopt.explanation import Explanation
+
+ENDINGS = (".pt", ".pth", ".ckpt", ".bin")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("explain")(explain_what)
+
+
+def explain_what(
+    what: Annotated[str, typer.Argument(metavar="SPEC|CHECKPOINT", help="A pipeline as text, or a checkpoint file.")],
+    problem: Annotated[str | None, typer.Option(help="Explain the pipeline on this problem's model.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Length of the run in updates.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    plugin: Plugins = [],  # noqa: B006  typer reads the default, nothing changes it
+) -> None:
+    """Explain what is done to which parameters, at which rates, and what looks like a mistake."""
+    if what.endswith(ENDINGS) or os.path.isfile(what):
+        from metaopt.explaining import explain_checkpoint
+
+        explanation = explain_checkpoint(what)
+    else:
+        explanation = _explain_spec(what, problem, steps)
+    print(explanation.to_json() if as_json else explanation)
+
+
+def _explain_spec(text: str, problem: str | None, steps: int | None) -> "Explanation":
+    import torch
+
+    from metaopt.build import build
+    from metaopt.explaining import explain
+    from metaopt.registry import registry
+
+    if problem is None:
+        # one weight matrix stands in for a model: rates and order do not depend on it, and it raises no finding
+        model: torch.nn.Module = torch.nn.Linear(16, 16, bias=False)
+    else:
+        trained = registry.find(problem, "problem").target()
+        model = trained.model(0, torch.device("cpu"))
+        steps = steps or trained.default_steps
+    stepped = copy.deepcopy(model)
+    try:
+        # parameters, not the module: build's hint about decay is a finding here
+        stack = build(model.named_parameters(), text, total_steps=steps)
+    except HyperparameterError as error:
+        raise HyperparameterError(str(error).replace("total_steps", "--steps")) from None
+    explanation = explain(stack, model)
+    later = build(stepped.named_parameters(), text, total_steps=steps)
+    try:
+        _step_on_zeros(later, stepped)
+    except (RuntimeError, TypeError):  # an optimizer that cannot step on dense zeros tells no state beforehand
+        return explanation
+    held = [row.state_bytes for row in explain(later).rows]
+    rows = [replace(row, state_bytes=size) for row, size in zip(explanation.rows, held, strict=True)]
+    return replace(explanation, rows=tuple(rows))
+
+
+def _step_on_zeros(optimizer: Any, model: Any) -> None:
+    """Make one update with zero gradients on a throw-away model: how much state there is shows only then."""
+    for parameter in model.parameters():
+        parameter.grad = parameter.detach() * 0.0
+    optimizer.step(lambda: sum(p.detach().sum() * 0.0 for p in model.parameters()))
