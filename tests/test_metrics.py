@@ -184,7 +184,7 @@ def test_a_logger_that_fails_on_the_disk_raises_a_log_error():
         def scalars(self, step, values):
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(LogError, match="Full could not write update 1: .*No space left"):
+    with pytest.raises(LogError, match=r"Full could not write update 1: .*No space left"):
         train(Metrics(Full(), every=1), [1.0])
 
 

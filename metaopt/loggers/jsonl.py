@@ -11,7 +11,7 @@ from metaopt import LogError, Logger, hookimpl
 
 
 class JsonLines(Logger):
-    """Writes one JSON object per line: first the run (spec, hyperparameters, tags), then `{"step": t, tag: value, ...}`.
+    """Writes one JSON object per line: first the run (spec, hyperparameters, tags), then `{"step": t, tag: value}`.
 
     What is not finite is written as "NaN", "Infinity" or "-Infinity", which JSON's numbers cannot be.
     Raises LogError where the file cannot be written.
