@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch when it is imported, and by the processes that tests start
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # read by torch when it is imported, and by the processes that tests start
 
 import random
 

@@ -11,7 +11,9 @@ ROOT = Path(__file__).parent.parent
 
 def blocks(page, language):
     """Return the code blocks of one language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
 
 
 def python(*arguments, folder, path=()):

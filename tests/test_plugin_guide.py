@@ -1,7 +1,6 @@
 """plugins/README.md, run as it stands."""
 
 import pytest
-
 from documents import blocks, python
 
 PAGE = "plugins/README.md"

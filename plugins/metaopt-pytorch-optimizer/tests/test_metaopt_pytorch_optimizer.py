@@ -3,10 +3,11 @@
 import inspect
 from importlib.metadata import entry_points
 
-import metaopt
 import pytest
 import pytorch_optimizer
 import torch
+
+import metaopt
 from metaopt.registry import registry
 
 NAMES = [name for name in registry.names("optimizer") if name.startswith("pytorch_optimizer.")]
