@@ -65,12 +65,15 @@ def wrapper_keys(stack: "Stack") -> dict[str, tuple[Wrapper, str]]:
     return {f"{w.label}.{name}": (w, name) for w in stack.wrappers for name in w.hyperparameters}
 
 
-def check_group(stack: "Stack", group: dict[str, Any], position: int) -> None:
-    """Raise HyperparameterError for a group entry that no part has, that is out of bounds or that a schedule owns."""
+def check_group(stack: "Stack", group: dict[str, Any], position: int, *, built: bool = False) -> None:
+    """Raise HyperparameterError for a group entry that no part has, that is out of bounds or that a schedule owns.
+
+    A group that the base has `built` holds the base's defaults already: those are no settings of the user's.
+    """
     where = f"group {group.get('name', position)}"
     known = wrapper_keys(stack)
     for key, value in group.items():
-        if key in stack.schedules:
+        if key in stack.schedules and not (built and key not in known):
             raise HyperparameterError(
                 f"{where} sets {key}={value!r}, but the stack has a schedule for it: "
                 f"use lr_scale in the group to scale the learning rate, or drop one of the two"

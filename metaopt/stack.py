@@ -66,7 +66,7 @@ class Stack(torch.optim.Optimizer):
         self.set_aside = first_update.set_constructor_state_aside(base)
         self._built_with_rate = any(float(entry.get("lr", 0.0)) != 0.0 for entry in self.param_groups)
         for position, entry in enumerate(self.param_groups):
-            composition.check_group(self, entry, position)
+            composition.check_group(self, entry, position, built=True)
             composition.complete(self, entry)
         self._fix_timetables()
 

@@ -1,0 +1,83 @@
+"""Schedules made of schedules: a warm-up before one, several in sequence."""
+
+from collections.abc import Callable
+from typing import Any
+
+from metaopt import HyperparameterError, Schedule, hookimpl, hyper
+
+
+class Warmup(Schedule):
+    """v(t) = start + (s(0) - start) t / w for t < w, then s(t - w). arXiv:1706.02677"""
+
+    known_as = ("LinearWarmup", "warmup_constant_schedule", "get_constant_schedule_with_warmup")
+    schedule: Any = hyper(doc="the schedule after the warm-up, or a number that then stays")
+    steps: int | float = hyper(doc="updates, or a fraction of the run", known_as=("warmup_steps", "num_warmup_steps"))
+    start: float = hyper(0.0, doc="the value at the first update", known_as=("init_value",))
+
+    def over(self, run: int | None, span: int | None) -> Callable[[float], float]:
+        steps = self.resolve_steps(self.steps, run, span)
+        then = _curve(self.schedule, run, None if span is None else span - steps, "warmup")
+        first = then(0)
+
+        def value(t: float) -> float:
+            return self.start + (first - self.start) * t / steps if t < steps else then(t - steps)
+
+        return value
+
+    def length(self, run: int | None, span: int | None) -> int | None:
+        steps = self.resolve_steps(self.steps, run, span)
+        if not isinstance(self.schedule, Schedule):
+            return steps
+        after = self.schedule.length(run, None if span is None else span - steps)
+        return None if after is None else steps + after
+
+
+class Sequence(Schedule):
+    """sequence(a, n, b, m, ..., z): a for n updates, b for m, ..., z to the end; each counts its own t from 0."""
+
+    known_as = ("SequentialLR", "join_schedules", "ChainedScheduler")
+
+    def __init__(self, *members: Any) -> None:
+        if len(members) < 3 or len(members) % 2 == 0:
+            raise HyperparameterError(
+                f"sequence takes schedule, updates, ..., schedule: an odd number of values, not {len(members)}"
+            )
+        self.given = {}
+        self.positional = members
+
+    def over(self, run: int | None, span: int | None) -> Callable[[float], float]:
+        curves: list[tuple[int, Callable[[float], float]]] = []
+        begin = 0
+        for member, steps in zip(self.positional[::2], (*self.positional[1::2], None), strict=True):
+            left = None if span is None else span - begin
+            length = None if steps is None else self.resolve_steps(steps, run, left)
+            curves.append((begin, _curve(member, run, left if length is None else length, "sequence")))
+            begin += length or 0
+
+        def value(t: float) -> float:
+            begin, curve = next(pair for pair in reversed(curves) if t >= pair[0])
+            return curve(t - begin)
+
+        return value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self.positional == other.positional
+
+    __hash__ = Schedule.__hash__
+
+    def __repr__(self) -> str:
+        return f"Sequence({', '.join(map(repr, self.positional))})"
+
+
+def _curve(member: Any, run: int | None, span: int | None, where: str) -> Callable[[float], float]:
+    if isinstance(member, Schedule):
+        return member.over(run, span)
+    if isinstance(member, int | float) and not isinstance(member, bool):
+        number = float(member)
+        return lambda t: number
+    raise HyperparameterError(f"{where}: {member!r} is neither a schedule nor a number")
+
+
+@hookimpl
+def metaopt_schedules() -> dict[str, type[Schedule]]:
+    return {"warmup": Warmup, "sequence": Sequence}

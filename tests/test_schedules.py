@@ -1,0 +1,156 @@
+"""Every schedule against torch's scheduler of the same rule, and against law 15: what time means."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+import metaopt
+from metaopt.spec import parse
+
+STEPS = 300
+
+
+def from_torch(make: Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler], lr: float = 0.1) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr, momentum=0.9)
+    scheduler = make(optimizer)
+    values = []
+    for _ in range(STEPS):
+        values.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return values
+
+
+def schedule(text: str) -> metaopt.Schedule:
+    return parse(f"sgd(lr={text})").parts[0].given["lr"]
+
+
+PAIRS = [
+    ("constant(0.1)", lambda o: lr_scheduler.ConstantLR(o, factor=1.0)),
+    ("linear(0.05, 0.1, steps=100)", lambda o: lr_scheduler.LinearLR(o, 0.5, 1.0, 100)),
+    ("step_decay(0.1, step_size=30, gamma=0.5)", lambda o: lr_scheduler.StepLR(o, 30, 0.5)),
+    ("exponential(0.1, gamma=0.99)", lambda o: lr_scheduler.ExponentialLR(o, 0.99)),
+    ("polynomial(0.1, power=2.0, steps=250)", lambda o: lr_scheduler.PolynomialLR(o, 250, 2.0)),
+    ("cosine(0.1, end=0.01, steps=300)", lambda o: lr_scheduler.CosineAnnealingLR(o, 300, 0.01)),
+    ("cosine_restarts(0.1, first=40)", lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 40)),
+    ("cosine_restarts(0.1, first=20, mult=2)", lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 20, 2)),
+    ("cyclic(0.01, 0.1, up=30)", lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, 30)),
+    (
+        "cyclic(0.01, 0.1, up=30, down=20, mode='triangular2')",
+        lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, 30, 20, mode="triangular2"),
+    ),
+    (
+        "cyclic(0.01, 0.1, up=30, mode='exp_range', gamma=0.99)",
+        lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, 30, mode="exp_range", gamma=0.99),
+    ),
+    ("one_cycle(0.1, steps=301)", lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=301)),
+    (
+        "one_cycle(0.1, steps=301, anneal='linear')",
+        lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=301, anneal_strategy="linear"),
+    ),
+    ("warmup(0.1, 50, start=0.01)", lambda o: lr_scheduler.LinearLR(o, 0.1, 1.0, 50)),
+    (
+        "warmup(cosine(0.1, steps=200), 50, start=0.01)",
+        lambda o: lr_scheduler.SequentialLR(
+            o, [lr_scheduler.LinearLR(o, 0.1, 1.0, 50), lr_scheduler.CosineAnnealingLR(o, 200)], [50]
+        ),
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter in:UserWarning")  # torch's SequentialLR uses it itself
+@pytest.mark.parametrize(("text", "make"), PAIRS, ids=[text for text, _ in PAIRS])
+def test_equals_torch_over_300_steps(
+    text: str, make: Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]
+) -> None:
+    ours = schedule(text)
+    until = 250 if "warmup(cosine" in text else STEPS  # torch's closed cosine rises again after its end
+    found = [ours(t) for t in range(until)]
+    assert found == pytest.approx(from_torch(make)[:until], rel=1e-12, abs=1e-12)
+
+
+def test_noam_peaks_at_the_end_of_its_warm_up() -> None:
+    noam = schedule("noam(d_model=512, warmup=4000)")
+    values = [noam(t) for t in range(8000)]
+    assert values.index(max(values)) == 4000 - 1  # the 4000th update
+    assert max(values) == pytest.approx(6.98771242969e-4, rel=1e-11)
+
+
+def test_a_warm_up_hands_over_to_the_inner_schedule_s_own_time() -> None:
+    warm = schedule("warmup(cosine(0.1), 0.1)")
+    inner = schedule("cosine(0.1, steps=90)")
+    assert [warm(t, 100) for t in (0, 5, 10)] == pytest.approx([0.0, 0.05, 0.1])
+    assert [warm(t, 100) for t in range(10, 120)] == [inner(t - 10) for t in range(10, 120)]
+
+
+def test_sequence_gives_each_member_its_own_time() -> None:
+    joined = schedule("sequence(linear(0.0, 1.0, steps=10), 10, constant(0.5), 5, cosine(1.0))")
+    assert joined(5, 115) == pytest.approx(0.5)
+    assert [joined(t, 115) for t in (10, 14)] == [0.5, 0.5]
+    assert joined(15, 115) == pytest.approx(1.0)
+    assert joined(65, 115) == pytest.approx((1 + math.cos(math.pi / 2)) / 2)
+    assert joined(500, 115) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("text", ["cosine(0.1)", "linear(0.1, 0.0, steps=0.5)", "warmup(0.1, 0.05)"])
+def test_a_length_that_depends_on_the_run_needs_total_steps(text: str) -> None:
+    with pytest.raises(metaopt.HyperparameterError, match="total_steps"):
+        metaopt.build([torch.nn.Parameter(torch.zeros(1))], f"sgd(lr={text})")
+
+
+def test_a_fraction_is_rounded_and_at_least_one_update() -> None:
+    assert schedule("linear(1.0, 0.0, steps=0.001)")(1, 100) == 0.0
+    assert schedule("linear(1.0, 0.0, steps=0.29)")(29, 100) == 0.0
+
+
+def test_a_schedule_is_written_at_construction_and_after_each_update() -> None:
+    x = torch.nn.Parameter(torch.zeros(1))
+    opt = metaopt.build(
+        [x], "sgd(lr=linear(1.0, 0.0)) | lookahead(k=2, alpha=linear(0.5, 0.8, steps=4))", total_steps=4
+    )
+    seen = []
+    for _ in range(5):
+        seen += [opt.param_groups[0]["lr"], opt.param_groups[0]["lookahead.alpha"]]
+        x.grad = torch.ones(1)
+        opt.step()
+    assert seen == pytest.approx([1.0, 0.5, 0.75, 0.575, 0.5, 0.65, 0.25, 0.725, 0.0, 0.8])
+    assert str(metaopt.build([x], str(opt.spec), total_steps=4).spec) == str(opt.spec)
+
+
+def test_a_skipped_step_advances_no_schedule() -> None:
+    x = torch.nn.Parameter(torch.zeros(1))
+    opt = metaopt.build([x], "sgd(lr=linear(1.0, 0.0, steps=4))")
+    opt.step()
+    assert (opt.updates, opt.skipped, opt.param_groups[0]["lr"]) == (0, "no gradients", 1.0)
+
+
+def test_a_foreign_driver_of_a_scheduled_value_is_a_conflict() -> None:
+    x = torch.nn.Parameter(torch.zeros(1))
+    opt = metaopt.build([x], "sgd(lr=linear(1.0, 0.0, steps=4))")
+    opt.param_groups[0]["lr"] = 0.3
+    x.grad = torch.ones(1)
+    with pytest.raises(metaopt.ScheduleConflict, match=r"opt\.scheduler\(\)"):
+        opt.step()
+    assert x.item() == 0.0
+
+
+def test_lr_scale_multiplies_constant_and_scheduled_rates_once() -> None:
+    for spec in ("sgd(lr=1.0)", "sgd(lr=constant(1.0))"):
+        x, y = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+        opt = metaopt.build([{"params": [x], "lr_scale": 0.1}, {"params": [y]}], spec)
+        for _ in range(3):
+            assert [group["lr"] for group in opt.param_groups] == pytest.approx([0.1, 1.0])
+            assert "lr_scale" not in opt.param_groups[0]
+            x.grad = y.grad = torch.ones(1)
+            opt.step()
+
+
+@pytest.mark.parametrize(
+    "text", ["adamw(betas=linear(0.1, 0.2, steps=5))", "sgd(lr=0.1) | lookahead(k=linear(1, 5, steps=5))"]
+)
+def test_pairs_and_integers_take_no_schedule(text: str) -> None:
+    with pytest.raises(metaopt.HyperparameterError, match="takes no schedule"):
+        metaopt.build([torch.nn.Parameter(torch.zeros(1))], text)
