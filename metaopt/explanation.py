@@ -81,9 +81,10 @@ def _table(rows: Sequence[Row]) -> list[str]:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    numbers = (_number(row.rate), _number(row.peak), _number(row.end), _number(row.decay))
+    numbers = (_number(row.rate), _number(row.peak), _number(row.end))
+    decay = "-" if row.decay is None else _number(row.decay)
     order = " -> ".join(row.order)
-    return (row.group, f"{row.tensors:,}", f"{row.elements:,}", *numbers, size(row.state_bytes), order)
+    return (row.group, f"{row.tensors:,}", f"{row.elements:,}", *numbers, decay, size(row.state_bytes), order)
 
 
 def _number(value: float | None) -> str:

@@ -141,7 +141,7 @@ def _rates(optimizer: Optimizer) -> Iterator[Finding]:
     for scheduler in elsewhere:
         yield Finding(
             "scheduler-of-another-optimizer",
-            f"a {type(scheduler).__name__} is bound to another optimizer over the same parameters: it changes nothing here",
+            f"a {type(scheduler).__name__} drives another optimizer over the same parameters and changes nothing here",
             "make the scheduler from this optimizer, after it was wrapped or built",
         )
     scheduled = isinstance(optimizer, Stack) and "lr" in optimizer.schedules

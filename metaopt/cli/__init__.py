@@ -96,6 +96,11 @@ def _run(arguments: list[str]) -> int:
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "metaopt"
         return _fail(f"{error.format_message().rstrip('.')}. See: {path} --help")
+    except SystemExit as error:
+        # typer's own way out of a closed pipe, with status 1
+        if isinstance(error.__context__, BrokenPipeError):
+            return PIPE_CLOSED
+        raise
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", INTERRUPTED)
 

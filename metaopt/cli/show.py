@@ -65,7 +65,7 @@ def _description(entry: "Entry") -> list[str]:
 
 def _slot(declared: Any) -> str:
     meanings = {
-        "anchor": "a copy of the parameter from right before its first update; follows when a wrapper farther out moves",
+        "anchor": "a copy of the parameter from right before its first update, moved along by wrappers farther out",
         "start": "a copy of the parameter from right before its first update; never follows",
         "zeros": "shaped like the parameter, zero at first",
         "moments": "zeros for each moment of the base, where a hyperparameter asks for them",

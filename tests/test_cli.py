@@ -1,0 +1,136 @@
+"""The command line: lists, shows, and tells a user's mistake in one line."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from metaopt.cli import main
+
+
+def run(*arguments: str, cwd: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "metaopt", *arguments], capture_output=True, text=True, cwd=cwd)
+
+
+def called(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    printed = capsys.readouterr()
+    return int(exit.value.code or 0), printed.out, printed.err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list", "--help"], ["explain", "--help"]])
+def test_help_imports_no_torch(arguments):
+    script = (
+        "import sys\nfrom metaopt.cli import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit as exit:\n    assert not exit.code\n"
+        "heavy = {'torch', 'tensorboard', 'matplotlib', 'sklearn'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_help_comes_at_once():
+    def seconds() -> float:
+        began = time.perf_counter()
+        assert run("--help").returncode == 0
+        return time.perf_counter() - began
+
+    # the best of some: other work on the machine slows single runs down
+    assert min(seconds() for _ in range(5)) < 0.4
+
+
+def test_help_names_every_command(capsys):
+    _, out, _ = called(capsys, "--help")
+    assert {"list", "show", "explain"} <= set(out.replace("│", " ").split())
+
+
+def test_list_shows_name_origin_and_description(capsys):
+    status, out, _ = called(capsys, "list")
+    assert status == 0
+    line = next(line for line in out.splitlines() if line.split()[:1] == ["lookahead"])
+    assert "metaopt" in line and "slow" in line
+
+
+def test_list_of_one_kind_shows_nothing_else(capsys):
+    _, out, _ = called(capsys, "list", "wrappers", "--json")
+    listed = json.loads(out)
+    assert {part["kind"] for part in listed["parts"]} == {"wrapper"}
+    assert "lookahead" in {part["name"] for part in listed["parts"]}
+
+
+def test_show_tells_defaults_bounds_formula_paper_and_other_names(capsys):
+    _, out, _ = called(capsys, "show", "lookahead")
+    for told in ("arXiv:1907.08610", "alpha", "> 0", "sync_period", "slow: a copy"):
+        assert told in out
+
+
+def test_show_draws_the_curve_of_a_schedule(capsys):
+    _, out, _ = called(capsys, "show", "cosine")
+    rows = [line for line in out.splitlines() if "│" in line]
+    filled = [sum(mark not in " │" for mark in row.partition("│")[2]) for row in rows]
+    assert len(rows) == 10
+    # a falling curve: the higher the row, the less of it is filled
+    assert filled == sorted(filled) and filled[0] < filled[-1]
+
+
+def test_show_draws_a_schedule_given_with_arguments(capsys):
+    status, out, _ = called(capsys, "show", "warmup(cosine(0.25), 0.1)")
+    assert status == 0
+    assert "0.25" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["show", "lookahed"], "Did you mean lookahead?"),
+        (["list", "gadgets"], "wrappers"),
+        (["list", "--jsn"], "--jsn"),
+        (["lst"], "lst"),
+        (["show"], "NAME"),
+        (["show", "adamw(1.0)"], "is a"),
+        (["explain", "adamw | lookahed"], "lookahed"),
+        (["explain", "adamw(lr=-1.0)"], "adamw"),
+        (["explain", "__import__('os').system('true')"], "spec"),
+        (["explain", "adamw", "--problem", "no_such_problem"], "no_such_problem"),
+        (["explain", "nowhere.pt"], "nowhere.pt"),
+        (["list", "--plugin", "no_such_module_anywhere"], "no_such_module_anywhere"),
+    ],
+)
+def test_a_mistake_is_one_line_on_standard_error_and_status_2(capsys, arguments, told):
+    status, out, err = called(capsys, *arguments)
+    assert status == 2
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert told in err
+
+
+def test_a_plugin_module_of_the_current_folder_is_listed(tmp_path):
+    (tmp_path / "pull_here.py").write_text(
+        "from metaopt import Wrapper, hookimpl\n"
+        "class Pull(Wrapper):\n    '''Pulls.'''\n"
+        "@hookimpl\ndef metaopt_wrappers():\n    return {'pull_here': Pull}\n"
+    )
+    done = run("list", "wrappers", "--plugin", "pull_here", cwd=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "pull_here" in done.stdout
+
+
+def test_a_plugin_that_raises_on_import_is_one_line(tmp_path):
+    (tmp_path / "broken_here.py").write_text("raise RuntimeError('first line\\nsecond line')\n")
+    done = run("list", "--plugin", "broken_here", cwd=str(tmp_path))
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "RuntimeError" in done.stderr
+
+
+def test_a_reader_that_leaves_early_causes_no_traceback():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-m", "metaopt", "list"], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.returncode == 141
+    assert done.stderr == ""
