@@ -1,0 +1,1 @@
+"""Training, comparing, statistics, figures."""

@@ -1,0 +1,104 @@
+"""One training run with checkpoints; a run that was killed goes on bit for bit."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metaopt.build import build
+from metaopt.errors import CheckpointError, ProblemError
+from metaopt.lab import checkpoint
+from metaopt.problem import Problem
+from metaopt.stack import Stack
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run ended with: the model, its stack, and the evaluation on validation data."""
+
+    model: torch.nn.Module
+    stack: Stack
+    evaluation: dict[str, float]
+
+
+def train(
+    problem: Problem,
+    spec: str,
+    *,
+    steps: int,
+    seed: int = 0,
+    device: str = "cpu",
+    log: Path | None = None,
+    checkpoint_every: int = 100,
+    resume: bool | Path = False,
+    progress: Callable[[int], None] | None = None,
+) -> Result:
+    """Train for `steps` steps; checkpoints lie in `log/checkpoints`. `resume` continues the newest, or the one named.
+
+    Raises CheckpointError, and ProblemError where the loss is not finite: the last checkpoint is then intact.
+    """
+    model = problem.model(seed, device)
+    opt = build(model, spec, total_steps=steps, log=log)
+    folder = None if log is None else log / "checkpoints"
+    run = {"problem": repr((type(problem).__name__, problem.given)), "spec": str(opt.spec), "seed": seed}
+    run |= {"steps": steps, "data": problem.data_hash()}
+    torch.manual_seed(seed)
+    first = _resume(resume, folder, run, model, opt, device) if resume else 0
+    if not resume and folder is not None and checkpoint.found(folder):
+        raise CheckpointError(f"{folder} holds a run already: give --resume to continue it, or another --log")
+    batches = problem.batches(seed, device, start=first)
+    for step in range(first + 1, steps + 1):
+        loss = _step(problem, model, opt, next(batches))
+        if folder is not None and (step % checkpoint_every == 0 or step == steps):
+            # the loss is read here alone, so that no update in between waits for the device
+            _check_finite(loss, step, folder)
+            checkpoint.save(folder, step, _content(run, step, model, opt))
+        if progress is not None:
+            progress(step)
+    return Result(model, opt, problem.evaluate(model, "validation"))
+
+
+def _step(problem: Problem, model: torch.nn.Module, opt: Stack, batch: Any) -> Any:
+    def closure() -> torch.Tensor:
+        opt.zero_grad()
+        loss = problem.loss(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    return opt.step(closure)
+
+
+def _check_finite(loss: Any, step: int, folder: Path) -> None:
+    if not math.isfinite(float(loss)):
+        last = next(iter(checkpoint.found(folder)), "none was written yet")
+        raise ProblemError(f"the loss is {float(loss)} at step {step}: lower lr or clip. Last checkpoint: {last}")
+
+
+def _content(run: dict[str, Any], step: int, model: torch.nn.Module, opt: Stack) -> dict[str, Any]:
+    random = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state()
+    return {"run": run, "step": step, "model": model.state_dict(), "stack": opt.state_dict(), "random": random}
+
+
+def _resume(
+    resume: bool | Path, folder: Path | None, run: dict[str, Any], model: torch.nn.Module, opt: Stack, device: str
+) -> int:
+    if folder is None:
+        raise CheckpointError("--resume needs --log: the directory of the run that is continued")
+    paths = [resume] if isinstance(resume, Path) else checkpoint.found(folder)
+    if not paths:
+        return 0  # killed before its first checkpoint: the run starts again, and ends the same
+    content = checkpoint.load(paths[0])
+    for key, value in run.items():
+        if content["run"][key] != value:
+            raise CheckpointError(f"{paths[0]} is of another run: {key} is {content['run'][key]!r} there, {value!r} here")
+    model.load_state_dict(content["model"])
+    opt.load_state_dict(content["stack"])
+    torch.set_rng_state(content["random"]["cpu"])
+    if device.startswith("cuda") and "cuda" in content["random"]:
+        torch.cuda.set_rng_state(content["random"]["cuda"])
+    return int(content["step"])
