@@ -13,7 +13,7 @@ STACKS = {
 for name, spec in STACKS.items():
     problem = metaopt.xor()
     model = problem.model(0, "cpu")  # the same initial weights for each
-    opt = metaopt.build(model, spec)
+    opt = metaopt.build(metaopt.groups(model, no_decay="1d"), spec)
     for _, batch in zip(range(600), problem.batches(0, "cpu"), strict=False):
         opt.zero_grad()
         problem.loss(model, batch).backward()
