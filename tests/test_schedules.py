@@ -79,6 +79,22 @@ def test_noam_peaks_at_the_end_of_its_warm_up() -> None:
     assert max(values) == pytest.approx(6.98771242969e-4, rel=1e-11)
 
 
+def test_wsd_rises_stays_and_falls_as_three_joined_lines() -> None:
+    wsd, run = schedule("wsd(0.1, warmup=0.1, decay=60, end=0.01, start=0.02)"), STEPS
+    up, down = [0.02 + 0.08 * t / 30 for t in range(30)], [0.1 - 0.09 * t / 60 for t in range(61)]
+    assert [wsd(t, run) for t in range(run + 1)] == pytest.approx(up + [0.1] * 210 + down, rel=1e-12)
+    assert wsd(10 * run, run) == 0.01
+    with pytest.raises(metaopt.HyperparameterError, match="exceed"):
+        schedule("wsd(0.1, warmup=0.6, decay=0.6)")(0, run)
+
+
+def test_inverse_sqrt_is_noam_with_the_peak_given() -> None:
+    ours, noam = schedule("inverse_sqrt(0.1, warmup=100)"), schedule("noam(d_model=512, warmup=100)")
+    assert [ours(t) for t in range(1, STEPS)] == pytest.approx(
+        [0.1 * noam(t - 1) / noam(99) for t in range(1, STEPS)], rel=1e-12
+    )
+
+
 def test_a_warm_up_hands_over_to_the_inner_schedule_s_own_time() -> None:
     warm = schedule("warmup(cosine(0.1), 0.1)")
     inner = schedule("cosine(0.1, steps=90)")

@@ -18,6 +18,25 @@ class Noam(Schedule):
         return lambda t: scale * min((t + 1) ** -0.5, (t + 1) * self.warmup**-1.5)
 
 
+class InverseSqrt(Schedule):
+    """v(t) = start + (peak - start) t / warmup for t < warmup, then peak sqrt(warmup / t). arXiv:1706.03762"""
+
+    known_as = ("get_inverse_sqrt_schedule", "inverse_square_root")
+    peak: float = hyper(doc="the value at the end of the warm-up", known_as=("max_lr", "peak_value"))
+    warmup: int | float = hyper(doc="updates, or a fraction of the run", known_as=("warmup_steps", "num_warmup_steps"))
+    start: float = hyper(0.0, doc="the value at the first update", known_as=("init_value", "warmup_init_lr"))
+
+    def over(self, run: int | None, span: int | None) -> Callable[[float], float]:
+        warmup = self.resolve_steps(self.warmup, run, span)
+
+        def value(t: float) -> float:
+            if t < warmup:
+                return self.start + (self.peak - self.start) * t / warmup
+            return float(self.peak * (warmup / t) ** 0.5)
+
+        return value
+
+
 @hookimpl
 def metaopt_schedules() -> dict[str, type[Schedule]]:
-    return {"noam": Noam}
+    return {"noam": Noam, "inverse_sqrt": InverseSqrt}
