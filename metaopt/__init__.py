@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from metaopt.schedule import Schedule as Schedule
     from metaopt.spec import Part
     from metaopt.stack import Stack as Stack
-    from metaopt.wrapper import Group as Group
     from metaopt.wrapper import Gradients as Gradients
+    from metaopt.wrapper import Group as Group
     from metaopt.wrapper import Wrapper as Wrapper
     from metaopt.wrapper import anchor as anchor
     from metaopt.wrapper import moments as moments

@@ -1,6 +1,6 @@
 """Making a stack: from a model and a pipeline, or around an optimizer that exists already."""
 
-import warnings
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace as changed
@@ -228,7 +228,8 @@ def _hint_at_decay(model: Any, groups: list[Group], base: torch.optim.Optimizer)
         _hinted = True
         print(
             f"metaopt: weight_decay also acts on {flat} parameters of one dimension (biases, norms); "
-            f"metaopt.groups(model, no_decay='1d') leaves them out"
+            f"metaopt.groups(model, no_decay='1d') leaves them out",
+            file=sys.stderr,  # standard output may carry JSON
         )
 
 

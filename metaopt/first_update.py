@@ -115,5 +115,7 @@ def constructor_state(base: torch.optim.Optimizer, p: torch.Tensor) -> dict[str,
     # entries of a group are what the constructor takes; whatever else stands there belongs to clients and wrappers
     names = inspect.signature(type(base)).parameters
     with torch.enable_grad():
-        scratch = type(base)([torch.zeros_like(p).requires_grad_()], **{k: v for k, v in base.defaults.items() if k in names})
+        scratch = type(base)(
+            [torch.zeros_like(p).requires_grad_()], **{k: v for k, v in base.defaults.items() if k in names}
+        )
     return dict(next(iter(scratch.state.values()), {}))

@@ -111,7 +111,9 @@ def _check_members(found: list[Group]) -> None:
         name = str(group.get("name", position))
         for p in group["params"]:
             if id(p) in seen:
-                raise ParameterError(f"a parameter of shape {tuple(p.shape)} stands in group {seen[id(p)]} and in {name}")
+                raise ParameterError(
+                    f"a parameter of shape {tuple(p.shape)} stands in group {seen[id(p)]} and in {name}"
+                )
         seen.update((id(p), name) for p in group["params"])
     if not seen:
         raise ParameterError("the parameter groups are all empty")

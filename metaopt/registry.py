@@ -127,7 +127,9 @@ class Registry:
         misspelt = sorted(n for n in vars(plugin) if n.startswith("metaopt_") and n not in known)
         misspelt = [n for n in misspelt if getattr(getattr(plugin, n), "metaopt_impl", None) is not None]
         if misspelt:
-            raise PluginError(f"plugin {origin!r} implements no known hook with {misspelt[0]}.{did_you_mean(misspelt[0], known)}")
+            raise PluginError(
+                f"plugin {origin!r} implements no known hook with {misspelt[0]}.{did_you_mean(misspelt[0], known)}"
+            )
         self._plugins.register(plugin)
         for kind, hook in hooks.HOOKS.items():
             for implementation in getattr(self._plugins.hook, hook).get_hookimpls():
@@ -169,6 +171,4 @@ def register(
     problems: dict[str, Any] | None = None,
 ) -> None:
     """Register parts from a script: `metaopt.register(optimizers={"mine": Mine})`. Raises PluginError."""
-    registry.register(
-        optimizers=optimizers, wrappers=wrappers, schedules=schedules, loggers=loggers, problems=problems
-    )
+    registry.register(optimizers=optimizers, wrappers=wrappers, schedules=schedules, loggers=loggers, problems=problems)

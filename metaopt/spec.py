@@ -35,7 +35,9 @@ class Part:
     def hyperparameters(self) -> dict[str, Hyperparameter]:
         """What the part can be given, by name."""
         own = getattr(self.target, "hyperparameters", None)
-        return dict(own) if isinstance(own, Mapping) else from_signature(self.target, skip_first=self.kind == "optimizer")
+        return (
+            dict(own) if isinstance(own, Mapping) else from_signature(self.target, skip_first=self.kind == "optimizer")
+        )
 
     def __call__(self, *args: Any, label: str | None = None, **kwargs: Any) -> Any:
         """Return the part with these hyperparameters; a schedule, logger or problem is made at once."""
@@ -236,7 +238,9 @@ def _called(node: ast.Call, text: str) -> Any:
     kwargs = {str(keyword.arg): _value(keyword.value, text) for keyword in node.keywords}
     for value in (*args, *kwargs.values()):
         if isinstance(value, Part):
-            raise SpecError(f"{called.name}: {value.name} is a {value.kind} and no value; a schedule needs its brackets")
+            raise SpecError(
+                f"{called.name}: {value.name} is a {value.kind} and no value; a schedule needs its brackets"
+            )
     try:
         return called(*args, **kwargs)
     except MetaoptError:

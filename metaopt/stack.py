@@ -1,17 +1,15 @@
 """Stack: a base optimizer with wrappers around it, itself a `torch.optim.Optimizer`."""
 
-import copy
 import inspect
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from metaopt import averaging, composition, evaluation, first_update, loading, template
-from metaopt.errors import HyperparameterError, StepError
+from metaopt.errors import StepError
 from metaopt.metrics import Metrics
 from metaopt.reporting import ReportingScheduler
 from metaopt.schedule import Schedule
@@ -392,5 +390,18 @@ class Stack(torch.optim.Optimizer):
 
 # rebuilt after a copy: structure derived from the parts, a step that a torch scheduler replaced, loggers
 _DROPPED = frozenset(
-    "base step _opt_called _own_metrics labelled _around _on_gradients _after _base_step _timetables grad_scale found_inf".split()
+    [
+        "base",
+        "step",
+        "_opt_called",
+        "_own_metrics",
+        "labelled",
+        "_around",
+        "_on_gradients",
+        "_after",
+        "_base_step",
+        "_timetables",
+        "grad_scale",
+        "found_inf",
+    ]
 )

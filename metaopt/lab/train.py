@@ -68,7 +68,7 @@ def _step(problem: Problem, model: torch.nn.Module, opt: Stack, batch: Any) -> A
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    return opt.step(closure)
+    return opt.step(closure).detach()
 
 
 def _check_finite(loss: Any, step: int, folder: Path) -> None:

@@ -8,7 +8,9 @@ class ClipGradNorm(Wrapper):
 
     known_as = ("clip_by_global_norm", "gradient_clip_val", "max_grad_norm", "clip_grad_norm_")
 
-    max_norm: float = hyper(min=0.0, doc="the largest norm that passes unchanged", known_as=("clip_value", "max_grad_norm"))
+    max_norm: float = hyper(
+        min=0.0, doc="the largest norm that passes unchanged", known_as=("clip_value", "max_grad_norm")
+    )
     norm_type: float = hyper(2.0, above=0.0, doc="the p of the norm; inf is allowed", known_as=("p",))
 
     def on_gradients(self, groups: Gradients) -> None:

@@ -1,0 +1,43 @@
+"""`metaopt train`: one run, with checkpoints, that `--resume` continues bit for bit."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from metaopt.cli import Plugins
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("train")(train)
+
+
+def train(
+    problem: Annotated[str, typer.Option(help="What is trained; see: metaopt list problems.")] = "digits",
+    stack: Annotated[str, typer.Option(metavar="SPEC", help="The optimizer.")] = "adamw(lr=3e-3)",
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps; the problem's own by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the initial weights and the batches.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    log: Annotated[Path | None, typer.Option(help="Directory of the run: its log and its checkpoints.")] = None,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --log.")] = False,
+    plugin: Plugins = [],  # noqa: B006  typer reads the default, nothing changes it
+) -> None:
+    """Train a problem with a stack and print its evaluation on validation data."""
+    from metaopt.lab.train import train as run
+    from metaopt.registry import registry
+
+    chosen = registry.find(problem, "problem").target()
+    result = run(
+        chosen,
+        stack,
+        steps=steps or chosen.default_steps,
+        seed=seed,
+        device=device,
+        log=log,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+    )
+    values = ", ".join(f"{name} {value:.6g}" for name, value in result.evaluation.items())
+    print(f"{result.stack.updates} updates: validation {values}")
