@@ -1,7 +1,7 @@
 """`metaopt compare`: which of these optimizers is better on this problem."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -59,7 +59,7 @@ def compare(
     _print(report.rows(plan, contenders), report.remarks(plan, contenders), out)
 
 
-def _with_progress(comparing, plan):  # type: ignore[no-untyped-def]
+def _with_progress(comparing: Any, plan: Any) -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
