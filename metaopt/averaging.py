@@ -108,7 +108,7 @@ def swap_out(stack: "Stack", wrapper: Wrapper) -> None:
 def exchange(a: torch.Tensor, b: torch.Tensor) -> None:
     """Exchange the contents of two tensors of one shape and dtype, a piece at a time."""
     rows = max(1, PIECE // max(1, a[0].numel())) if a.dim() and a.shape[0] else 1
-    pairs = zip(a.split(rows), b.split(rows), strict=True) if a.dim() else [(a, b)]
+    pairs = zip(torch.split(a, rows), torch.split(b, rows), strict=True) if a.dim() else [(a, b)]
     for x, y in pairs:
         held = x.clone()
         x.copy_(y)

@@ -99,9 +99,9 @@ def _leave_fused_if_sparse(stack: "Stack", entry: dict[str, Any]) -> None:
     """Turn the fused kernel off for a group with a sparse gradient, where it was our choice and no state exists."""
     if not (stack.fused_by_default and entry.get("fused")):
         return
-    if any(p.grad is not None and p.grad.is_sparse for p in entry["params"]):
-        if not any(stack.state.get(p) for p in entry["params"]):
-            entry["fused"] = None
+    sparse = any(p.grad is not None and p.grad.is_sparse for p in entry["params"])
+    if sparse and not any(stack.state.get(p) for p in entry["params"]):
+        entry["fused"] = None
 
 
 def set_constructor_state_aside(base: torch.optim.Optimizer) -> Copies:

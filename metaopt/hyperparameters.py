@@ -152,8 +152,8 @@ def declared(owner: type) -> dict[str, Hyperparameter]:
 def from_signature(factory: Callable[..., Any], *, skip_first: bool = True) -> dict[str, Hyperparameter]:
     """Return the hyperparameters of an optimizer class (or factory), read from its signature.
 
-    The first parameter of an optimizer holds the model's parameters and is left out. Annotations of tensors are reduced to
-    their plain type (`float | Tensor` -> float); where none is given, the type of the default serves.
+    The first parameter of an optimizer holds the model's parameters and is left out. Annotations of tensors are
+    reduced to their plain type (`float | Tensor` -> float); where none is given, the type of the default serves.
     """
     found: dict[str, Hyperparameter] = {}
     parameters = list(inspect.signature(factory).parameters.values())[1 if skip_first else 0 :]

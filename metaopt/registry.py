@@ -88,7 +88,7 @@ class Registry:
         """Register parts from a running program; see `metaopt.register`."""
         self._load()
         offered = {kind: offers.get(f"{kind}s") or {} for kind in KINDS}
-        for kind, parts in offered.items():
+        for parts in offered.values():
             for name, target in parts.items():
                 known = self._entries.get(name, [])
                 if any(entry.target is not target for entry in known):

@@ -59,10 +59,10 @@ class Part:
         return made
 
     def __or__(self, other: Any) -> "Pipeline":
-        return as_pipeline(self) | other
+        return Pipeline((*as_pipeline(self).parts, *as_pipeline(other).parts))
 
     def __ror__(self, other: Any) -> "Pipeline":
-        return as_pipeline(other) | self
+        return Pipeline((*as_pipeline(other).parts, *as_pipeline(self).parts))
 
     def __hash__(self) -> int:
         return hash((self.kind, self.name, repr(self.given), self.label))
@@ -180,8 +180,8 @@ def _refuse(node: ast.AST, text: str) -> SpecError:
     source = ast.get_source_segment(text.strip(), node) or type(node).__name__
     column = getattr(node, "col_offset", 0) + 1
     return SpecError(
-        f"the spec does not allow {source!r:.60} (column {column}): a pipeline is names, calls, literals, tuples, lists, "
-        f"schedules and `|`"
+        f"the spec does not allow {source!r:.60} (column {column}): a pipeline is names, calls, literals, "
+        f"tuples, lists, schedules and `|`"
     )
 
 

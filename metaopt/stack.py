@@ -14,7 +14,7 @@ from metaopt.metrics import Metrics
 from metaopt.reporting import ReportingScheduler
 from metaopt.schedule import Schedule
 from metaopt.timetable import Timetable
-from metaopt.views import WIDEST_FOLDED, AllGradients, pieces
+from metaopt.views import WIDEST_FOLDED, AllGradients, gradient_norm, pieces
 from metaopt.wrapper import Closure, Wrapper
 
 _HOOKS = (
@@ -80,7 +80,9 @@ class Stack(torch.optim.Optimizer):
         self._prefixes = tuple(f"{label}." for label in self.labelled)
         step = type(self.base).step
         # torch wraps the class's step to fire hooks; the stack's own step fires them already
-        self._base_step: Callable[..., Any] = step.__wrapped__ if getattr(step, "hooked", False) else step
+        self._base_step: Callable[..., Any] = (
+            getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
+        )
         closure = inspect.signature(self._base_step).parameters.get("closure")
         self.needs_closure = closure is not None and closure.default is inspect.Parameter.empty
         self.pending_scale: torch.Tensor | None = None
@@ -98,7 +100,7 @@ class Stack(torch.optim.Optimizer):
     # ---- shared with the base, also when a client rebinds them
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The live list of group dicts, the base's own."""
         return self.base.param_groups
 
@@ -108,7 +110,7 @@ class Stack(torch.optim.Optimizer):
         self._whole = -1
 
     @property
-    def state(self) -> defaultdict[torch.Tensor, Any]:  # type: ignore[override]
+    def state(self) -> defaultdict[torch.Tensor, Any]:
         """The live mapping of parameter to state, the base's own."""
         return self.base.state
 
@@ -118,7 +120,7 @@ class Stack(torch.optim.Optimizer):
         self._whole = -1
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The base's defaults."""
         return self.base.defaults
 
@@ -183,7 +185,7 @@ class Stack(torch.optim.Optimizer):
     # ---- the update
 
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> Any:
         """Make one update; return the closure's loss, or None without a closure.
 
         `skipped` says afterwards why no update was made, or is None. Raises ScheduleConflict, StepError.
@@ -216,7 +218,7 @@ class Stack(torch.optim.Optimizer):
         """Let the wrappers on gradients act, once per evaluation of the loss."""
         self.pending_scale = None
         if self.measuring:
-            self._own_metrics.measure("train/grad_norm", AllGradients(self, None).norm())
+            self._own_metrics.measure("train/grad_norm", gradient_norm(self))
         for wrapper in self._on_gradients:
             wrapper.on_gradients(AllGradients(self, wrapper))
 
@@ -307,7 +309,7 @@ class Stack(torch.optim.Optimizer):
                     wrapper.after_update(piece)
 
     def updated(self, entry: dict[str, Any], wrapper: Wrapper) -> list[torch.Tensor]:
-        """Return the group's parameters that have been updated: those that hold the wrapper's state, where it has any."""
+        """Return the group's parameters that have been updated: those that hold the wrapper's state, if any."""
         state = self.state
         keys = [f"{wrapper.label}.{n}" for n, slot in wrapper.state_slots().items() if slot.kind != "moments"]
         if not keys:

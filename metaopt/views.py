@@ -114,10 +114,27 @@ def pieces(stack: "Stack", position: int, wrapper: Wrapper, owners: list[torch.T
     return [Piece(stack, position, wrapper, bucket) for bucket in buckets.values()]
 
 
+def gradient_norm(stack: "Stack", norm_type: float = 2.0) -> torch.Tensor:
+    """Return the norm over all gradients, reduced over groups, devices and shards; a pending factor counts."""
+    gradients = [
+        # a sparse gradient counts each stored value once: duplicates are summed first
+        dense(p.grad) if p.grad.is_sparse else p.grad
+        for entry in stack.param_groups
+        for p in entry["params"]
+        if p.grad is not None
+    ]
+    total = torch.nn.utils.get_total_norm(gradients, norm_type)
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is not None and isinstance(total, module.DTensor):
+        total = total.full_tensor()
+    pending = stack.pending_scale
+    return total if pending is None else total * pending.abs().to(total.device)
+
+
 class AllGradients(Gradients):
     """The gradients of all groups at one evaluation of the loss; a lazy factor waits in the stack."""
 
-    def __init__(self, stack: "Stack", wrapper: Wrapper | None) -> None:
+    def __init__(self, stack: "Stack", wrapper: Wrapper) -> None:
         self._stack = stack
         self._wrapper = wrapper
 
@@ -127,19 +144,7 @@ class AllGradients(Gradients):
             yield from pieces(self._stack, position, self._wrapper, owners)
 
     def norm(self, norm_type: float = 2.0) -> torch.Tensor:
-        gradients = [
-            # a sparse gradient counts each stored value once: duplicates are summed first
-            dense(p.grad) if p.grad.is_sparse else p.grad
-            for entry in self._stack.param_groups
-            for p in entry["params"]
-            if p.grad is not None
-        ]
-        total = torch.nn.utils.get_total_norm(gradients, norm_type)
-        module = sys.modules.get("torch.distributed.tensor")
-        if module is not None and isinstance(total, module.DTensor):
-            total = total.full_tensor()
-        pending = self._stack.pending_scale
-        return total if pending is None else total * pending.abs().to(total.device)
+        return gradient_norm(self._stack, norm_type)
 
     def scale(self, factor: torch.Tensor) -> None:
         pending = self._stack.pending_scale

@@ -159,7 +159,7 @@ class Wrapper(ABC):
         self.given = {name: values[name] for name in given}
         self.label = where
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 - nothing to check is a fine answer
         """Raise HyperparameterError where hyperparameters contradict each other; the default finds nothing."""
 
     def state_slots(self) -> dict[str, Slot]:
@@ -174,10 +174,10 @@ class Wrapper(ABC):
         """Own the evaluation of the loss: call `closure` as often as needed, return the loss."""
         return closure()
 
-    def on_gradients(self, groups: Gradients) -> None:
+    def on_gradients(self, groups: Gradients) -> None:  # noqa: B027 - each wrapper defines what it needs
         """Change the gradients, all groups at once, between the evaluation and the update."""
 
-    def after_update(self, group: Group) -> None:
+    def after_update(self, group: Group) -> None:  # noqa: B027
         """Act on one group after the base has updated its parameters."""
 
     def averaged(self, group: Group) -> list[torch.Tensor] | None:

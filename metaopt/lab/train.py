@@ -95,7 +95,9 @@ def _resume(
     content = checkpoint.load(paths[0])
     for key, value in run.items():
         if content["run"][key] != value:
-            raise CheckpointError(f"{paths[0]} is of another run: {key} is {content['run'][key]!r} there, {value!r} here")
+            raise CheckpointError(
+                f"{paths[0]} is of another run: {key} is {content['run'][key]!r} there, {value!r} here"
+            )
     model.load_state_dict(content["model"])
     opt.load_state_dict(content["stack"])
     torch.set_rng_state(content["random"]["cpu"])

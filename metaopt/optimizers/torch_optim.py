@@ -8,7 +8,7 @@ from metaopt import hookimpl
 
 
 def _name(class_name: str) -> str:
-    """Return the registered name of a class: SparseAdam -> sparse_adam, AdamW -> adamw, LBFGS -> lbfgs, NAdam -> nadam."""
+    """Return the registered name of a class: SparseAdam -> sparse_adam, AdamW -> adamw, LBFGS -> lbfgs."""
     return re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", class_name).lower()
 
 

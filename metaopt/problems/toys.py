@@ -16,7 +16,7 @@ class Point(torch.nn.Module):
 
 
 class Rosenbrock(Problem):
-    """(1 - x)^2 + 100 (y - x^2)^2 from (-0.5, 0.5), in float64; its minimum is 0 at (1, 1). doi:10.1093/comjnl/3.3.175"""
+    """(1 - x)^2 + 100 (y - x^2)^2 from (-0.5, 0.5), in float64; 0 at (1, 1). doi:10.1093/comjnl/3.3.175"""
 
     targets = {"loss": 1e-2}
 
@@ -30,7 +30,7 @@ class Rosenbrock(Problem):
             yield None
 
     def loss(self, model: torch.nn.Module, batch: None) -> torch.Tensor:
-        x, y = next(model.parameters())
+        x, y = next(model.parameters()).unbind()
         return (1 - x) ** 2 + 100 * (y - x**2) ** 2
 
     @torch.no_grad()

@@ -53,7 +53,8 @@ class Lookahead(Wrapper, every="k"):
                 torch._foreach_copy_(held, current)
 
     def averaged(self, group: Group) -> list[torch.Tensor]:
-        return group.slow
+        slow: list[torch.Tensor] = group.slow
+        return slow
 
 
 def _cast(tensors: list[torch.Tensor], like: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -63,7 +64,10 @@ def _cast(tensors: list[torch.Tensor], like: list[torch.Tensor]) -> list[torch.T
 
 def _distance(group: Group) -> torch.Tensor:
     fast = _cast(group.params, group.slow)
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(torch._foreach_sub(fast, group.slow))))
+    distance: torch.Tensor = torch.linalg.vector_norm(
+        torch.stack(torch._foreach_norm(torch._foreach_sub(fast, group.slow)))
+    )
+    return distance
 
 
 @hookimpl
