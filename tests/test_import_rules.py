@@ -1,0 +1,115 @@
+"""Imports point one way, and every public name can be reached in any order."""
+
+import ast
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import metaopt
+from metaopt.registry import BUILT_IN, registry
+
+ROOT = Path(metaopt.__file__).parent
+HEAVY = {"tensorboard", "typer", "rich", "matplotlib", "sklearn"}
+# the engine: what a stack is made of works without pluggy and without any registered part
+ENGINE = ["stack", "composition", "first_update", "loading", "averaging", "views", "template", "timetable", "wrapper",
+          "schedule", "metrics", "hyperparameters", "errors"]  # fmt: skip
+ALLOWED = {
+    "errors": set(),
+    "hooks": set(),
+    "hyperparameters": {"errors", "schedule"},
+    "schedule": {"errors", "hyperparameters"},
+    "metrics": {"errors"},
+    "registry": {"errors", "hooks"},
+}
+
+# a known fault: once `metaopt.build` the module is imported first, `metaopt.build` is no function any more
+MODULE_BUILD = pytest.mark.xfail(strict=True, reason="metaopt/build.py bears the public name build: rename the module")
+
+
+def imported(file: Path) -> set[str]:
+    """Return the modules of metaopt that a file imports at run time; `metaopt` itself stands for the public names."""
+    tree = ast.parse(file.read_text())
+    typing_only = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        for child in ast.walk(node)
+    }
+    found: set[str] = set()
+    for node in (n for n in ast.walk(tree) if id(n) not in typing_only):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "metaopt":
+            modules = {a.name for a in node.names if (ROOT / f"{a.name}.py").exists() or (ROOT / a.name).is_dir()}
+            found |= {f"metaopt.{name}" for name in modules}
+            found |= {"metaopt"} if len(modules) < len(node.names) else set()
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: imports are absolute"
+            found.add(node.module or "")
+    return {name for name in found if name.split(".")[0] == "metaopt"}
+
+
+def first(names: set[str]) -> set[str]:
+    return {name.split(".")[1] if "." in name else "metaopt" for name in names}
+
+
+PARTS = sorted(f for folder in BUILT_IN for f in (ROOT / folder).glob("*.py"))
+
+
+@pytest.mark.parametrize("file", PARTS, ids=lambda f: f"{f.parent.name}/{f.stem}")
+def test_a_part_imports_only_what_a_third_party_may(file: Path) -> None:
+    assert imported(file) <= {"metaopt"}
+
+
+@pytest.mark.parametrize("module", sorted(ALLOWED))
+def test_a_core_module_imports_only_what_lies_below_it(module: str) -> None:
+    assert first(imported(ROOT / f"{module}.py")) <= ALLOWED[module]
+
+
+@pytest.mark.parametrize("module", ENGINE)
+def test_the_engine_imports_neither_registry_nor_parts(module: str) -> None:
+    above = {"metaopt", "registry", "hooks", "spec", "build", "lab", "cli", "testing", *BUILT_IN}
+    assert not first(imported(ROOT / f"{module}.py")) & above
+
+
+@pytest.mark.parametrize(
+    "statement", ["import metaopt", "import metaopt; metaopt.build; metaopt.explain; metaopt.adamw"]
+)
+def test_importing_metaopt_loads_nothing_heavy(statement: str) -> None:
+    # a name is looked up with every built-in part present, except those that a logger or problem needs when it is made
+    program = f"import sys; {statement}; print(*{{n.split('.')[0] for n in sys.modules}} & {HEAVY!r})"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == []
+
+
+@MODULE_BUILD
+def test_no_module_bears_a_public_or_a_registered_name() -> None:
+    modules = {p.stem for p in ROOT.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()} - {"__init__"}
+    assert modules & (set(metaopt._HOMES) | set(registry.names())) == set()
+
+
+def test_no_registered_name_is_a_public_one() -> None:
+    assert set(metaopt._HOMES) & set(registry.names()) == set()
+
+
+@MODULE_BUILD
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_name_is_reached_whatever_was_imported_before(seed: int) -> None:
+    files = [f for f in ROOT.rglob("*.py") if f.stem not in ("__init__", "__main__") and "lab" not in f.parts]
+    modules = [".".join(("metaopt", *f.relative_to(ROOT).with_suffix("").parts)) for f in sorted(files)]
+    random.Random(seed).shuffle(modules)
+    program = f"""
+import importlib, types
+for name in {modules!r}:
+    importlib.import_module(name)
+import metaopt
+from metaopt.registry import registry
+names = [*metaopt._HOMES, *(n for n in registry.names() if "." not in n)]
+print(*[n for n in names if isinstance(getattr(metaopt, n), types.ModuleType) or n not in dir(metaopt)])
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == []

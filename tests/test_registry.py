@@ -1,0 +1,124 @@
+"""Parts are found by name, lazily; a fault of a plugin is told and breaks nothing else."""
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import metaopt
+from metaopt.registry import NAME, Registry
+
+
+class Mine(torch.optim.SGD):
+    """Descend."""
+
+
+class Other(torch.optim.SGD):
+    """Descend too."""
+
+
+def plugin(name: str, hook: str, offered: object) -> types.ModuleType:
+    module = types.ModuleType(name)
+
+    def implementation() -> object:
+        return offered
+
+    implementation.__name__ = hook
+    setattr(module, hook, metaopt.hookimpl(implementation))
+    return module
+
+
+def test_every_optimizer_of_torch_is_there_under_its_lower_case_name() -> None:
+    registry = Registry()
+    expected = {"sgd", "adam", "adamw", "adagrad", "rmsprop", "adamax", "radam", "nadam", "adadelta", "asgd", "rprop",
+                "lbfgs", "sparse_adam", "adafactor"} | ({"muon"} if "Muon" in vars(torch.optim) else set())  # fmt: skip
+    assert expected <= set(registry.names("optimizer"))
+    offered = {entry.target for entry in registry.entries("optimizer")}
+    walked = {c for c in vars(torch.optim).values() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)}
+    assert walked - {torch.optim.Optimizer} <= offered
+
+
+def test_every_name_is_well_formed_and_borne_once() -> None:
+    names = Registry().names()
+    assert len(names) == len(set(names))
+    assert all(NAME.fullmatch(name) for name in names)
+
+
+def test_every_part_says_what_it_is() -> None:
+    assert [e.name for e in Registry().entries() if not e.description or e.description == "(no description)"] == []
+
+
+def test_an_unknown_name_names_near_ones_and_the_list() -> None:
+    with pytest.raises(metaopt.UnknownPart, match="Did you mean .*adam.* See: metaopt list optimizers"):
+        Registry().find("adm", "optimizer")
+
+
+def test_a_part_of_another_kind_says_which() -> None:
+    with pytest.raises(metaopt.UnknownPart, match="'lookahead' is a wrapper, no optimizer"):
+        Registry().find("lookahead", "optimizer")
+
+
+def test_a_registered_part_is_found_by_name_and_class() -> None:
+    registry = Registry()
+    registry.register(optimizers={"mine": Mine, "lab.mine": Other})
+    assert registry.find("mine").target is Mine
+    assert registry.name_of(Other) == "lab.mine"
+    registry.register(optimizers={"mine": Mine})  # the same again is no conflict
+
+
+@pytest.mark.parametrize("name", ["Mine", "a.b.c", "mi-ne", "", "1st", ".x", "mine "])
+def test_a_malformed_name_is_refused(name: str) -> None:
+    with pytest.raises(metaopt.PluginError):
+        Registry().register(optimizers={name: Mine})
+
+
+def test_a_taken_name_is_refused() -> None:
+    with pytest.raises(metaopt.PluginError, match="'adamw'.*metaopt"):
+        Registry().register(wrappers={"adamw": Mine})
+
+
+def test_two_plugins_with_one_name_are_both_named_at_the_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, target in (("first_of_two", Mine), ("second_of_two", Other)):
+        monkeypatch.setitem(sys.modules, name, plugin(name, "metaopt_optimizers", {"twice": target}))
+    registry = Registry()
+    registry.load_plugin_module("first_of_two")
+    registry.load_plugin_module("second_of_two")
+    assert registry.find("adamw")
+    with pytest.raises(metaopt.PluginError, match="first_of_two and second_of_two"):
+        registry.find("twice")
+
+
+def test_a_misspelt_hook_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "misspelt", plugin("misspelt", "metaopt_optimisers", {}))
+    with pytest.raises(metaopt.PluginError, match="metaopt_optimisers.*metaopt_optimizers"):
+        Registry().load_plugin_module("misspelt")
+
+
+@pytest.mark.parametrize("offered", [None, [], {"x": 3}, {"X": Mine}])
+def test_a_hook_that_returns_no_parts_is_an_error(offered: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "offers_nonsense", plugin("offers_nonsense", "metaopt_optimizers", offered))
+    with pytest.raises(metaopt.PluginError, match="offers_nonsense"):
+        Registry().load_plugin_module("offers_nonsense")
+
+
+def test_a_plugin_that_raises_on_import_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "raises_on_import.py").write_text("raise RuntimeError('no luck')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(metaopt.PluginError, match="raises_on_import.*RuntimeError: no luck"):
+        Registry().load_plugin_module("raises_on_import")
+
+
+def test_an_installed_plugin_that_fails_is_recorded_and_breaks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ill_plugin.py").write_text("raise RuntimeError('no luck')\n")
+    info = tmp_path / "ill_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ill-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[metaopt]\nill = ill_plugin\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    registry = Registry()
+    assert registry.find("adamw")
+    assert [(b.name, b.error) for b in registry.broken()] == [("ill-plugin", "RuntimeError: no luck")]
