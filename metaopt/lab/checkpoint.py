@@ -32,7 +32,7 @@ def save(folder: Path, step: int, content: dict[str, Any]) -> Path:
             old.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(
-            f"the checkpoint of update {step} cannot be written to {folder}: {error.strerror or error}. {_newest(folder)}"
+            f"checkpoint {step} cannot be written to {folder}: {error.strerror or error}. {_newest(folder)}"
         ) from None
     return path
 
