@@ -5,8 +5,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from metaopt.build import build as build
-    from metaopt.build import wrap as wrap
+    from metaopt.building import build as build
+    from metaopt.building import wrap as wrap
     from metaopt.errors import CheckpointError as CheckpointError
     from metaopt.errors import HyperparameterError as HyperparameterError
     from metaopt.errors import LogError as LogError
@@ -63,8 +63,8 @@ __version__ = "0.1.0"
 # public name -> the module that defines it; nothing is imported before it is asked for, so that
 # `metaopt --help` need not wait for torch
 _HOMES = {
-    "build": "build",
-    "wrap": "build",
+    "build": "building",
+    "wrap": "building",
     "groups": "grouping",
     "explain": "explaining",
     "register": "registry",

@@ -51,7 +51,7 @@ def test_every_part_says_what_it_is() -> None:
 
 
 def test_an_unknown_name_names_near_ones_and_the_list() -> None:
-    with pytest.raises(metaopt.UnknownPart, match="Did you mean .*adam.* See: metaopt list optimizers"):
+    with pytest.raises(metaopt.UnknownPart, match=r"Did you mean .*adam.* See: metaopt list optimizers"):
         Registry().find("adm", "optimizer")
 
 
@@ -75,7 +75,7 @@ def test_a_malformed_name_is_refused(name: str) -> None:
 
 
 def test_a_taken_name_is_refused() -> None:
-    with pytest.raises(metaopt.PluginError, match="'adamw'.*metaopt"):
+    with pytest.raises(metaopt.PluginError, match=r"'adamw'.*metaopt"):
         Registry().register(wrappers={"adamw": Mine})
 
 
@@ -92,7 +92,7 @@ def test_two_plugins_with_one_name_are_both_named_at_the_look_up(monkeypatch: py
 
 def test_a_misspelt_hook_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "misspelt", plugin("misspelt", "metaopt_optimisers", {}))
-    with pytest.raises(metaopt.PluginError, match="metaopt_optimisers.*metaopt_optimizers"):
+    with pytest.raises(metaopt.PluginError, match=r"metaopt_optimisers.*metaopt_optimizers"):
         Registry().load_plugin_module("misspelt")
 
 
@@ -106,7 +106,7 @@ def test_a_hook_that_returns_no_parts_is_an_error(offered: object, monkeypatch: 
 def test_a_plugin_that_raises_on_import_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "raises_on_import.py").write_text("raise RuntimeError('no luck')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(metaopt.PluginError, match="raises_on_import.*RuntimeError: no luck"):
+    with pytest.raises(metaopt.PluginError, match=r"raises_on_import.*RuntimeError: no luck"):
         Registry().load_plugin_module("raises_on_import")
 
 

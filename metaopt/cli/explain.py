@@ -41,7 +41,7 @@ def explain_what(
 def _explain_spec(text: str, problem: str | None, steps: int | None) -> "Explanation":
     import torch
 
-    from metaopt.build import build
+    from metaopt.building import build
     from metaopt.explaining import explain
     from metaopt.registry import registry
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from metaopt.build import build
+from metaopt.building import build
 from metaopt.errors import CheckpointError, ProblemError
 from metaopt.lab import checkpoint
 from metaopt.problem import Problem

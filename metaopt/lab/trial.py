@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from metaopt.build import build
+from metaopt.building import build
 from metaopt.registry import registry
 
 POINTS = 20
