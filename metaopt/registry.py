@@ -93,6 +93,8 @@ class Registry:
                 known = self._entries.get(name, [])
                 if any(entry.target is not target for entry in known):
                     raise PluginError(f"{name!r} is registered already, by {known[0].origin}: choose another name")
+        for parts in offered.values():
+            self._check(parts, "this program")
         for kind, parts in offered.items():
             self._take(kind, parts, "this program")
 
@@ -109,12 +111,10 @@ class Registry:
     def _load(self) -> None:
         if self._loaded:
             return
+        for module in _built_in_modules():
+            self._take_plugin(module, "metaopt", _own_version())
+        # set only now: a look-up that failed must fail again, not find an empty registry
         self._loaded = True
-        for folder in BUILT_IN:
-            package = import_module(f"metaopt.{folder}")
-            for found in pkgutil.iter_modules(package.__path__):
-                module = import_module(f"metaopt.{folder}.{found.name}")
-                self._take_plugin(module, "metaopt", metadata.version("metaopt-torch"))
         for point in metadata.entry_points(group=hooks.PROJECT):
             origin = point.dist.name if point.dist else point.name
             try:
@@ -130,21 +130,30 @@ class Registry:
             raise PluginError(
                 f"plugin {origin!r} implements no known hook with {misspelt[0]}.{did_you_mean(misspelt[0], known)}"
             )
-        self._plugins.register(plugin)
+        offers: list[tuple[str, dict[str, Any]]] = []
+        if not self._plugins.is_registered(plugin):
+            self._plugins.register(plugin)
         for kind, hook in hooks.HOOKS.items():
             for implementation in getattr(self._plugins.hook, hook).get_hookimpls():
                 if implementation.plugin is plugin:
                     offered = implementation.function()
                     if not isinstance(offered, dict):
                         raise PluginError(f"plugin {origin!r}: {hook} returned {type(offered).__name__}, not a dict")
-                    self._take(kind, offered, origin, version)
+                    self._check(offered, origin)
+                    offers.append((kind, offered))
+        # all or nothing: a plugin with one bad part leaves none behind
+        for kind, offered in offers:
+            self._take(kind, offered, origin, version)
 
-    def _take(self, kind: str, parts: dict[str, Any], origin: str, version: str = "") -> None:
+    def _check(self, parts: dict[str, Any], origin: str) -> None:
         for name, target in parts.items():
             if not NAME.fullmatch(name):
                 raise PluginError(f"{origin}: {name!r} is no name: lower-case letters, digits, underscores, one dot")
             if not callable(target):
                 raise PluginError(f"{origin}: {name!r} is a {type(target).__name__}, neither a class nor a factory")
+
+    def _take(self, kind: str, parts: dict[str, Any], origin: str, version: str = "") -> None:
+        for name, target in parts.items():
             found = self._entries.setdefault(name, [])
             if not any(entry.target is target for entry in found):
                 found.append(Entry(name, kind, target, origin, version))
@@ -157,6 +166,23 @@ class Registry:
                 return f"no {called} is called {name!r}; here it is {entry.name}. See: metaopt show {entry.name}"
         listing = f"metaopt list {kind}s" if kind else "metaopt list"
         return f"no {called} is called {name!r}.{did_you_mean(name, names)} See: {listing}"
+
+
+def _built_in_modules() -> list[Any]:
+    """Import every module of the folders of built-in parts: the folder is the list."""
+    packages = [import_module(f"metaopt.{folder}") for folder in BUILT_IN]
+    return [
+        import_module(f"{package.__name__}.{found.name}")
+        for package in packages
+        for found in pkgutil.iter_modules(package.__path__)
+    ]
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version("metaopt-torch")
+    except metadata.PackageNotFoundError:  # a bare checkout on the path
+        return ""
 
 
 registry = Registry()
