@@ -1,5 +1,6 @@
 """Schedule: a pure function from the number of updates done to the value of one hyperparameter."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -25,7 +26,7 @@ class Schedule(ABC):
         cls.hyperparameters = declared(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        where = type(self).__name__.lower()
+        where = self._called()
         given = bind(self.hyperparameters, where, args, kwargs)
         values = {}
         for name, hyperparameter in self.hyperparameters.items():
@@ -34,6 +35,10 @@ class Schedule(ABC):
             values[name] = hyperparameter.check(given.get(name, hyperparameter.default), where=where)
         self.__dict__.update(values)
         self.given = {name: values[name] for name in given}
+
+    def _called(self) -> str:
+        """Return the name for errors: CosineRestarts -> cosine_restarts."""
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
 
     @abstractmethod
     def over(self, run: int | None, span: int | None) -> Curve:
@@ -51,7 +56,7 @@ class Schedule(ABC):
 
     def resolve_steps(self, steps: int | float | None, run: int | None, span: int | None) -> int:
         """Return a length in updates: None is what is left of the run, a float in (0, 1) a fraction of the whole."""
-        where = type(self).__name__.lower()
+        where = self._called()
         if steps is None:
             if span is None:
                 raise HyperparameterError(f"{where}: steps=None means to the end of the run: give total_steps as well")

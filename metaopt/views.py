@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from metaopt.errors import HyperparameterError
 from metaopt.wrapper import Gradients, Group, Wrapper
 
 if TYPE_CHECKING:
@@ -158,8 +159,14 @@ class AllGradients(Gradients):
         self._stack.measure(f"{self._wrapper.label}/{name}", value)
 
     def __getattr__(self, name: str) -> Any:
-        # a wrapper on all gradients at once reads its hyperparameters from the first group
         wrapper = self.__dict__["_wrapper"]
         if name in wrapper.hyperparameters:
-            return self._stack.param_groups[0][f"{wrapper.label}.{name}"]
+            key = f"{wrapper.label}.{name}"
+            first, *others = (entry[key] for entry in self._stack.param_groups)
+            if any(other is not first and other != first for other in others):
+                raise HyperparameterError(
+                    f"{key} differs between groups, but {wrapper.label} acts on all gradients at once: "
+                    f"give every group the same value"
+                )
+            return first
         raise AttributeError(f"{wrapper.label} declares no hyperparameter called {name!r}")

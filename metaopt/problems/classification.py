@@ -89,7 +89,7 @@ class Digits(Problem):
     """1797 real handwritten digits of 8x8 pixels (scikit-learn's): 1000 to train, 397 to validate, 400 to test."""
 
     targets = {"accuracy": 0.95}
-    default_steps = 200
+    default_steps = 150
     batch_size: int = hyper(64, min=1, doc="images in a batch")
 
     def _images(self) -> Data:

@@ -35,7 +35,7 @@ class Warmup(Schedule):
 class Sequence(Schedule):
     """sequence(a, n, b, m, ..., z): a for n updates, b for m, ..., z to the end; each counts its own t from 0."""
 
-    known_as = ("SequentialLR", "join_schedules", "ChainedScheduler")
+    known_as = ("SequentialLR", "join_schedules")
 
     def __init__(self, *members: Any) -> None:
         if len(members) < 3 or len(members) % 2 == 0:
