@@ -1,5 +1,6 @@
 """`metaopt train`: one run, with checkpoints, that `--resume` continues bit for bit."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -25,19 +26,26 @@ def train(
     plugin: Plugins = [],  # noqa: B006  typer reads the default, nothing changes it
 ) -> None:
     """Train a problem with a stack and print its evaluation on validation data."""
+    from rich.console import Console
+    from rich.progress import Progress
+
     from metaopt.lab.train import train as run
     from metaopt.registry import registry
 
     chosen = registry.find(problem, "problem").target()
-    result = run(
-        chosen,
-        stack,
-        steps=steps or chosen.default_steps,
-        seed=seed,
-        device=device,
-        log=log,
-        checkpoint_every=checkpoint_every,
-        resume=resume,
-    )
+    length = steps or chosen.default_steps
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(f"training {problem}", total=length)
+        result = run(
+            chosen,
+            stack,
+            steps=length,
+            seed=seed,
+            device=device,
+            log=log,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+            progress=lambda step: bar.update(task, completed=step),
+        )
     values = ", ".join(f"{name} {value:.6g}" for name, value in result.evaluation.items())
-    print(f"{result.stack.updates} updates: validation {values}")
+    print(f"{result.stack.updates} updates: validation {values} ({result.weights} weights)")

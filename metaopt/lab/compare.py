@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from metaopt.errors import ProblemError, SpecError
+from metaopt.lab.device import usable_device
 from metaopt.lab.statistics import Verdict, verdicts
 from metaopt.lab.trial import Trial, run_trial
 from metaopt.registry import registry
@@ -102,7 +103,17 @@ def plan_comparison(
         with_rate(spec, LOWEST)
     rates = tuple(float(rate) for rate in np.geomspace(LOWEST, HIGHEST, lrs))
     return Plan(
-        problem, chosen, first, seeds, steps or found.default_steps, rates, tune, device, out, jobs, tuple(plugins)
+        problem,
+        chosen,
+        first,
+        seeds,
+        steps or found.default_steps,
+        rates,
+        tune,
+        usable_device(device),
+        out,
+        jobs,
+        tuple(plugins),
     )
 
 

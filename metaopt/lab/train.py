@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,19 @@ import torch
 from metaopt.building import build
 from metaopt.errors import CheckpointError, ProblemError
 from metaopt.lab import checkpoint
+from metaopt.lab.device import usable_device
 from metaopt.problem import Problem
 from metaopt.stack import Stack
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run ended with: the model, its stack, and the evaluation on validation data."""
+    """What a run ended with: the model, its stack, and the evaluation of `weights` on validation data."""
 
     model: torch.nn.Module
     stack: Stack
     evaluation: dict[str, float]
+    weights: str
 
 
 def train(
@@ -40,7 +43,7 @@ def train(
 
     Raises CheckpointError, and ProblemError where the loss is not finite: the last checkpoint is then intact.
     """
-    model = problem.model(seed, device)
+    model = problem.model(seed, usable_device(device))
     opt = build(model, spec, total_steps=steps, log=log)
     folder = None if log is None else log / "checkpoints"
     run = {"problem": repr((type(problem).__name__, problem.given)), "spec": str(opt.spec), "seed": seed}
@@ -53,12 +56,17 @@ def train(
     for step in range(first + 1, steps + 1):
         loss = _step(problem, model, opt, next(batches))
         if folder is not None and (step % checkpoint_every == 0 or step == steps):
-            # the loss is read here alone, so that no update in between waits for the device
-            _check_finite(loss, step, folder)
+            # read here alone, so that no update in between waits for the device
+            _check_finite(loss, model, step, folder)
             checkpoint.save(folder, step, _content(run, step, model, opt))
         if progress is not None:
             progress(step)
-    return Result(model, opt, problem.evaluate(model, "validation"))
+    _check_finite(0.0, model, steps, folder)
+    averages = [wrapper.label for wrapper in opt.wrappers if "averaged" in wrapper.acts_on()]
+    # of several averages the outermost: it has seen the whole run
+    with opt.averaged(averages[-1]) if averages else nullcontext():
+        evaluation = problem.evaluate(model, "validation")
+    return Result(model, opt, evaluation, f"averaged ({averages[-1]})" if averages else "fast")
 
 
 def _step(problem: Problem, model: torch.nn.Module, opt: Stack, batch: Any) -> Any:
@@ -68,13 +76,18 @@ def _step(problem: Problem, model: torch.nn.Module, opt: Stack, batch: Any) -> A
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    return opt.step(closure).detach()
+    return opt.step(closure)
 
 
-def _check_finite(loss: Any, step: int, folder: Path) -> None:
-    if not math.isfinite(float(loss)):
-        last = next(iter(checkpoint.found(folder)), "none was written yet")
-        raise ProblemError(f"the loss is {float(loss)} at step {step}: lower lr or clip. Last checkpoint: {last}")
+def _check_finite(loss: Any, model: torch.nn.Module, step: int, folder: Path | None) -> None:
+    """Raise ProblemError for a loss, or for weights made by the update after it, that are not finite."""
+    value = float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
+    what = None if math.isfinite(value) else f"the loss is {value}"
+    if what is None and not all(bool(p.isfinite().all()) for p in model.parameters()):
+        what = "a weight is not finite"
+    if what is not None:
+        last = next(iter(checkpoint.found(folder)), None) if folder is not None else None
+        raise ProblemError(f"{what} at step {step}: lower lr or clip. Last checkpoint: {last or 'none was written'}")
 
 
 def _content(run: dict[str, Any], step: int, model: torch.nn.Module, opt: Stack) -> dict[str, Any]:
