@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from metaopt.building import build as build
     from metaopt.building import wrap as wrap
+    from metaopt.dividing import Division as Division
     from metaopt.errors import CheckpointError as CheckpointError
     from metaopt.errors import HyperparameterError as HyperparameterError
     from metaopt.errors import LogError as LogError
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
     from metaopt.wrapper import Group as Group
     from metaopt.wrapper import Wrapper as Wrapper
     from metaopt.wrapper import anchor as anchor
+    from metaopt.wrapper import counter as counter
     from metaopt.wrapper import moments as moments
+    from metaopt.wrapper import previous as previous
     from metaopt.wrapper import start as start
     from metaopt.wrapper import zeros as zeros
 
@@ -77,6 +80,9 @@ _HOMES = {
     "start": "wrapper",
     "zeros": "wrapper",
     "moments": "wrapper",
+    "previous": "wrapper",
+    "counter": "wrapper",
+    "Division": "dividing",
     "Schedule": "schedule",
     "Logger": "metrics",
     "Problem": "problem",

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from metaopt.errors import StepError, did_you_mean
-from metaopt.views import local, pieces
-from metaopt.wrapper import Wrapper
+from metaopt.shards import local
+from metaopt.views import Piece, pieces
 
 if TYPE_CHECKING:
     from metaopt.stack import Stack
@@ -20,11 +20,11 @@ PIECE = 1 << 20
 @contextmanager
 def swapped(stack: "Stack", label: str | None) -> Iterator[None]:
     """Hold the average called `label` in the parameters for the length of the context."""
-    wrapper = _choose(stack, label)
+    label = _choose(stack, label)
     if stack.param_groups[0]["metaopt.swapped"]:
         raise StepError(f"averaged() inside averaged({stack.param_groups[0]['metaopt.swapped']}): leave that one first")
-    _mark(stack, wrapper.label)
-    swap_in(stack, wrapper)
+    _mark(stack, label)
+    swap_in(stack, label)
     stack.inside_averaged = True
     try:
         yield
@@ -32,7 +32,7 @@ def swapped(stack: "Stack", label: str | None) -> Iterator[None]:
         stack.inside_averaged = False
         # a checkpoint loaded inside the context has brought its own weights
         if stack.param_groups[0]["metaopt.swapped"]:
-            swap_out(stack, wrapper)
+            swap_out(stack, label)
             _mark(stack, "")
 
 
@@ -43,27 +43,25 @@ def before_step(stack: "Stack") -> None:
         return
     if stack.inside_averaged:
         raise StepError(f"step() inside averaged({label!r}): leave the context before the next update")
-    wrapper = stack.labelled.get(label)
-    if wrapper is not None:
-        swap_out(stack, wrapper)
+    swap_out(stack, label)
     _mark(stack, "")
 
 
-def _choose(stack: "Stack", label: str | None) -> Wrapper:
-    averages = {w.label: w for w in stack.wrappers if "averaged" in w.acts_on()}
+def _choose(stack: "Stack", label: str | None) -> str:
+    averages = list(dict.fromkeys(w.label for lane in stack.lanes for w in lane.chain if "averaged" in w.acts_on()))
     if not averages:
-        raise StepError("averaged(): this stack keeps no average; lookahead and ema do")
+        raise StepError("averaged(): no part of this stack keeps an average; see: metaopt list wrappers")
     if label is None:
         if len(averages) > 1:
             # the outermost of nested Lookaheads is no more the user's choice than the innermost
             raise StepError(f"averaged(): this stack keeps several averages: name one of {', '.join(averages)}")
-        return next(iter(averages.values()))
+        return averages[0]
     if label not in averages:
         raise StepError(
             f"averaged({label!r}): no average has this label.{did_you_mean(label, averages)} "
             f"There is: {', '.join(averages)}"
         )
-    return averages[label]
+    return label
 
 
 def _mark(stack: "Stack", label: str) -> None:
@@ -72,37 +70,40 @@ def _mark(stack: "Stack", label: str) -> None:
 
 
 @torch.no_grad()
-def swap_in(stack: "Stack", wrapper: Wrapper) -> None:
+def swap_in(stack: "Stack", label: str) -> None:
     """Exchange parameters and average; where dtypes differ keep the parameter beside it, unrounded."""
-    key = f"{wrapper.label}.fast"
-    for position, entry in enumerate(stack.param_groups):
-        for piece in pieces(stack, position, wrapper, stack.updated(entry, wrapper)):
-            averages = wrapper.averaged(piece)
-            if averages is None:
-                continue
-            for owner, parameter, average in zip(piece.owners, piece.params, averages, strict=True):
-                if average.dtype == parameter.dtype:
-                    exchange(parameter, average)
-                else:
-                    stack.state[owner][key] = owner.detach().clone()
-                    parameter.copy_(average)
+    for piece, averages in _averages(stack, label):
+        for owner, parameter, average in zip(piece.owners, piece.params, averages, strict=True):
+            if average.dtype == parameter.dtype:
+                exchange(parameter, average)
+            else:
+                stack.state[owner][f"{label}.fast"] = owner.detach().clone()
+                parameter.copy_(average)
 
 
 @torch.no_grad()
-def swap_out(stack: "Stack", wrapper: Wrapper) -> None:
+def swap_out(stack: "Stack", label: str) -> None:
     """Undo `swap_in` exactly."""
-    key = f"{wrapper.label}.fast"
-    for position, entry in enumerate(stack.param_groups):
-        for piece in pieces(stack, position, wrapper, stack.updated(entry, wrapper)):
+    for piece, averages in _averages(stack, label):
+        for owner, parameter, average in zip(piece.owners, piece.params, averages, strict=True):
+            fast = stack.state[owner].pop(f"{label}.fast", None)
+            if fast is None:
+                exchange(parameter, average)
+            else:
+                parameter.copy_(local(fast))
+
+
+def _averages(stack: "Stack", label: str) -> Iterator[tuple[Piece, list[torch.Tensor]]]:
+    """Yield each piece of the stack with its average; a part of the stack without one keeps its weights."""
+    for entry in stack.param_groups:
+        lane = stack.lane_of(entry)
+        wrapper = lane.labelled.get(label)
+        if wrapper is None or "averaged" not in wrapper.acts_on() or entry["metaopt.template"]:
+            continue
+        for piece in pieces(stack, entry, wrapper, stack.updated(entry, wrapper)):
             averages = wrapper.averaged(piece)
-            if averages is None:
-                continue
-            for owner, parameter, average in zip(piece.owners, piece.params, averages, strict=True):
-                fast = stack.state[owner].pop(key, None)
-                if fast is None:
-                    exchange(parameter, average)
-                else:
-                    parameter.copy_(local(fast))
+            if averages is not None:
+                yield piece, averages
 
 
 def exchange(a: torch.Tensor, b: torch.Tensor) -> None:

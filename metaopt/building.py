@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from metaopt.composition import RUN_FLAGS, check_labels, stands_before_base
+from metaopt.composition import RUN_FLAGS, check_labels
 from metaopt.errors import HyperparameterError, SpecError, did_you_mean
 from metaopt.grouping import Group, as_groups
 from metaopt.metrics import Metrics, as_logger
@@ -109,8 +109,8 @@ class Description:
             name = registry.name_of(type(stack.base))
             base = Part("optimizer", name or type(stack.base).__name__, type(stack.base), registered=name is not None)
             given = {k: entry[k] for k in base.hyperparameters if k in entry and k not in RUN_FLAGS}
-            before = sum(stands_before_base(wrapper) for wrapper in stack.wrappers)
-            ordered = sorted(parts, key=lambda p: not stands_before_base(p.make()))
+            before = sum(wrapper.stands_before_base() for wrapper in stack.wrappers)
+            ordered = sorted(parts, key=lambda p: not p.make().stands_before_base())
             parts = [*ordered[:before], changed(base, given=given), *ordered[before:]]
         return Pipeline(tuple(parts))
 
@@ -149,11 +149,9 @@ def _arranged(pipeline: Pipeline) -> tuple[Part, tuple[Wrapper, ...]]:
             continue
         wrapper = part.make()
         base = pipeline.parts[bases[0]].name
-        if stands_before_base(wrapper) and position > bases[0]:
-            raise SpecError(
-                f"{wrapper.label} works on gradients, which {base} has used by then: write it before {base}"
-            )
-        if not stands_before_base(wrapper) and position < bases[0]:
+        if wrapper.stands_before_base() and position > bases[0]:
+            raise SpecError(f"{wrapper.label} works on what {base} has used by then: write it before {base}")
+        if not wrapper.stands_before_base() and position < bases[0]:
             raise SpecError(f"{wrapper.label} works on updated parameters: write it behind {base}")
         wrappers.append(wrapper)
     check_labels(tuple(wrappers))

@@ -1,9 +1,11 @@
 """What a stack may be made of: order, labels, and the entries that its groups must hold."""
 
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from metaopt.errors import HyperparameterError, SpecError, did_you_mean
+from metaopt.lanes import Entry, Lane
 from metaopt.schedule import Schedule
 from metaopt.wrapper import Wrapper
 
@@ -14,39 +16,52 @@ LABEL = re.compile(r"[a-z_][a-z0-9_]*")
 RUN_FLAGS = frozenset({"foreach", "fused", "capturable", "differentiable"})
 
 
-def stands_before_base(wrapper: Wrapper) -> bool:
-    """Tell whether a wrapper works on the closure or on gradients, which the base has yet to use."""
-    return bool(wrapper.acts_on() & {"around", "on_gradients"})
-
-
 def check(stack: "Stack") -> None:
     """Raise SpecError or HyperparameterError for parts that cannot work together."""
-    check_labels(stack.wrappers)
     if any(entry.get("differentiable") for entry in stack.param_groups):
         raise HyperparameterError(
             "differentiable=True: a stack updates in place and cannot be differentiated through; leave it out"
         )
+    for lane in stack.lanes:
+        check_labels(lane.chain)
+        for wrapper in lane.chain:
+            wrapper.check()
+            _check_evaluation(lane, wrapper)
+        _check_moments(lane)
+
+
+def _check_evaluation(lane: Lane, wrapper: Wrapper) -> None:
+    owns = "around" in wrapper.acts_on()
+    if lane.needs_closure and (owns or wrapper.holds_updates):
+        what = "evaluates the loss itself" if owns else "holds updates back"
+        raise SpecError(
+            f"{wrapper.label} {what}, and {type(lane.base).__name__} evaluates the loss several times within one "
+            f"update: the two do not go together"
+        )
+    if wrapper in lane.wrappers and lane.name and (owns or wrapper.holds_updates):
+        what = "evaluates the loss, which all parts share" if owns else "holds updates back, which all parts count"
+        raise SpecError(f"{wrapper.label} {what}: write it outside, before the base of the whole stack")
+
+
+def _check_moments(lane: Lane) -> None:
+    """Of wrappers of one class the innermost alone may act on the base's moments."""
     inner: dict[type, Wrapper] = {}
-    for wrapper in stack.wrappers:
-        wrapper.check()
+    for wrapper in (*lane.wrappers, *(w for w in lane.chain if w not in lane.wrappers)):
         needs_moments = any(s.kind == "moments" for s in wrapper.state_slots().values()) or wrapper.resets_base()
-        if not needs_moments:
-            inner.setdefault(type(wrapper), wrapper)
-            continue
-        if stack.needs_closure:
+        if needs_moments and lane.needs_closure:
             raise SpecError(
-                f"{wrapper.label} acts on the base's moments, but the state of {type(stack.base).__name__} "
+                f"{wrapper.label} acts on the base's moments, but the state of {type(lane.base).__name__} "
                 f"holds lists: use pullback_momentum='none'"
             )
-        if type(wrapper) in inner:
+        if needs_moments and type(wrapper) in inner:
             raise SpecError(
                 f"{wrapper.label} acts on the base's moments, but {inner[type(wrapper)].label} stands nearer the base: "
                 f"only the innermost may"
             )
-        inner[type(wrapper)] = wrapper
+        inner.setdefault(type(wrapper), wrapper)
 
 
-def check_labels(wrappers: tuple[Wrapper, ...]) -> None:
+def check_labels(wrappers: Iterable[Wrapper]) -> None:
     """Raise SpecError for a label that is malformed, reserved or taken."""
     seen: set[str] = set()
     for wrapper in wrappers:
@@ -60,20 +75,17 @@ def check_labels(wrappers: tuple[Wrapper, ...]) -> None:
         seen.add(label)
 
 
-def wrapper_keys(stack: "Stack") -> dict[str, tuple[Wrapper, str]]:
-    """Return every group entry that belongs to a wrapper: key -> (wrapper, hyperparameter)."""
-    return {f"{w.label}.{name}": (w, name) for w in stack.wrappers for name in w.hyperparameters}
-
-
-def check_group(stack: "Stack", group: dict[str, Any], position: int, *, built: bool = False) -> None:
+def check_group(stack: "Stack", group: Entry, position: int, *, built: bool = False) -> None:
     """Raise HyperparameterError for a group entry that no part has, that is out of bounds or that a schedule owns.
 
     A group that the base has `built` holds the base's defaults already: those are no settings of the user's.
     """
     where = f"group {group.get('name', position)}"
-    known = wrapper_keys(stack)
+    lane = stack.lane_of(group)
+    known = lane.hyperparameter_keys
+    schedules = stack.schedules_of(group)
     for key, value in group.items():
-        if key in stack.schedules and not (built and key not in known):
+        if key in schedules and not (built and key not in known):
             raise HyperparameterError(
                 f"{where} sets {key}={value!r}, but the stack has a schedule for it: "
                 f"use lr_scale in the group to scale the learning rate, or drop one of the two"
@@ -83,11 +95,23 @@ def check_group(stack: "Stack", group: dict[str, Any], position: int, *, built: 
         if key in known:
             wrapper, name = known[key]
             group[key] = wrapper.hyperparameters[name].check(value, where=f"{where}, {wrapper.label}")
+            if not wrapper.hyperparameters[name].per_group:
+                _check_shared(stack, group, key, wrapper, name, where)
         elif "." in key and not key.startswith("metaopt."):
             raise HyperparameterError(f"{where}: no part of this stack has {key!r}.{did_you_mean(key, known)}")
 
 
-def complete(stack: "Stack", entry: dict[str, Any]) -> None:
+def _check_shared(stack: "Stack", group: Entry, key: str, wrapper: Wrapper, name: str, where: str) -> None:
+    # before the first group is complete the wrapper's own value is what the others will get
+    others = [e.get(key, getattr(wrapper, name)) for e in stack.param_groups if e is not group] or [group[key]]
+    if any(other != group[key] for other in others):
+        raise HyperparameterError(
+            f"{where} sets {key}={group[key]!r}, but {wrapper.label} acts on all groups at once, where it is "
+            f"{others[0]!r}: give it in the stack, for all"
+        )
+
+
+def complete(stack: "Stack", entry: Entry) -> None:
     """Give a group the entries that wrappers and engine keep in it, and apply its `lr_scale` once."""
     entry.setdefault("metaopt.updates", 0)
     entry.setdefault("metaopt.total_steps", stack.total_steps)
@@ -96,8 +120,12 @@ def complete(stack: "Stack", entry: dict[str, Any]) -> None:
     scale = float(entry.pop("lr_scale", 1.0))
     if "metaopt.lr_scale" not in entry:
         entry["metaopt.lr_scale"] = scale
-        if scale != 1.0 and "lr" not in stack.schedules:
+        if scale != 1.0 and "lr" not in stack.schedules_of(entry):
             entry["lr"] = entry["lr"] * scale
-    for key, (wrapper, name) in wrapper_keys(stack).items():
+    lane = stack.lane_of(entry)
+    for key, (wrapper, name) in lane.hyperparameter_keys.items():
         value = getattr(wrapper, name)
         entry.setdefault(key, 0.0 if isinstance(value, Schedule) else value)
+    for key in lane.counter_keys:
+        # a group that comes later joins the others' count
+        entry.setdefault(key, next((e[key] for e in stack.param_groups if key in e), 0))

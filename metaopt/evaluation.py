@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metaopt.errors import StepError
+from metaopt.gradients import AllGradients
 from metaopt.wrapper import Closure
 
 if TYPE_CHECKING:
@@ -17,6 +18,11 @@ class Evaluation:
     def __init__(self, stack: "Stack", closure: Closure | None) -> None:
         if closure is None and stack.needs_closure:
             raise StepError(f"{type(stack.base).__name__} evaluates the loss itself: call step(closure)")
+        if closure is None and stack.around:
+            raise StepError(
+                f"{stack.around[0].label} evaluates the loss itself: call step(closure), "
+                f"with a closure that clears the gradients, computes the loss, calls backward() and returns the loss"
+            )
         self.closure = closure
         self._stack = stack
         self._loss: Any = None
@@ -25,20 +31,33 @@ class Evaluation:
     def first(self) -> Any:
         """Evaluate the loss (None without a closure); gradients are as the closure left them."""
         if self.closure is not None:
-            self._loss = self._stack.evaluate_around(self._evaluate)
-            self._versions = self._parameter_versions()
+            self._loss = self._around_each(self._evaluate)()
+            if self._stack.needs_closure:
+                self._versions = self._parameter_versions()
         return self._loss
 
     def replay(self) -> Any:
-        """Give the base the first evaluation while the parameters are still the same, a new one afterwards."""
-        if self._versions is not None and self._versions == self._parameter_versions():
-            self._versions = None
-            return self._loss
-        self._versions = None
-        loss = self._stack.evaluate_around(self._evaluate)
-        self._stack.filter_gradients()
-        self._stack.apply_scale()
+        """Give the base the first evaluation, and a new one where it has moved the parameters or asks again."""
+        if self._stack.needs_closure:
+            versions, self._versions = self._versions, None
+            if versions is None or versions != self._parameter_versions():
+                return self._again()
+        elif self._loss is None:
+            return self._again()
+        loss, self._loss = self._loss, None
         return loss
+
+    def _again(self) -> Any:
+        loss = self._evaluate()
+        self._stack.filter_gradients()
+        self._stack.apply_scales()
+        return loss
+
+    def _around_each(self, closure: Closure) -> Closure:
+        """Put the wrappers that own the evaluation around it, the first one outermost."""
+        for wrapper in reversed(self._stack.around):
+            closure = _surrounded(wrapper, closure, AllGradients(self._stack, wrapper, None))
+        return closure
 
     def _evaluate(self) -> Any:
         assert self.closure is not None
@@ -47,3 +66,7 @@ class Evaluation:
 
     def _parameter_versions(self) -> list[int]:
         return [p._version for entry in self._stack.param_groups for p in entry["params"]]
+
+
+def _surrounded(wrapper: Any, closure: Closure, groups: AllGradients) -> Closure:
+    return lambda: wrapper.around(closure, groups)

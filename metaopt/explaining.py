@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from metaopt import findings
-from metaopt.composition import stands_before_base
 from metaopt.errors import CheckpointError, ParameterError, SpecError
 from metaopt.explanation import Explanation, Row
 from metaopt.stack import Stack
@@ -137,13 +136,14 @@ def _count(optimizer: torch.optim.Optimizer) -> int | None:
     return _saved_step(optimizer.state) if optimizer.state else 0
 
 
-def _order(stack: Stack | None, optimizer: torch.optim.Optimizer, entry: Mapping[str, Any]) -> tuple[str, ...]:
+def _order(stack: Stack | None, optimizer: torch.optim.Optimizer, entry: dict[str, Any]) -> tuple[str, ...]:
     """Return what is done to one group, in order, with the group's own values."""
     if stack is None:
         return (type(optimizer).__name__,)
-    before = [_described(w, entry) for w in stack.wrappers if stands_before_base(w)]
-    after = [_described(w, entry) for w in stack.wrappers if not stands_before_base(w)]
-    return (*before, type(stack.base).__name__, *after)
+    lane = stack.lane_of(entry)
+    before = [_described(w, entry) for w in lane.chain if w.stands_before_base()]
+    behind = [_described(w, entry) for w in lane.chain if not w.stands_before_base()]
+    return (*before, type(lane.base).__name__, *behind)
 
 
 def _described(wrapper: Wrapper, entry: Mapping[str, Any]) -> str:
@@ -160,11 +160,9 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else repr(value)
 
 
-def _peak_and_end(
-    stack: Stack | None, entry: Mapping[str, Any], rate: float | None
-) -> tuple[float | None, float | None]:
+def _peak_and_end(stack: Stack | None, entry: dict[str, Any], rate: float | None) -> tuple[float | None, float | None]:
     """Return the highest and the last learning rate of the run; a rate without a schedule stays as it is."""
-    schedule = None if stack is None else stack.schedules.get("lr")
+    schedule = None if stack is None else stack.schedules_of(entry).get("lr")
     if stack is None or schedule is None:
         return rate, rate
     run = stack.total_steps

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metaopt.errors import StepError
+from metaopt.lanes import Entry, Lane
 from metaopt.views import is_moment
 from metaopt.wrapper import Slot
 
@@ -26,78 +27,85 @@ def slot_dtype(slot: Slot, values: dict[str, Any], parameter: torch.Tensor) -> t
 
 
 def take_copies(stack: "Stack") -> Copies:
-    """Take, before the base's update, what the wrappers must keep of parameters that lack it.
+    """Return, before the base's update, what wrappers must keep of parameters whose state lacks it; change nothing.
 
-    Entries of wrappers that stand alone in `state[p]` (the base's were dropped) are lifted out as well: the base
-    would take them for its own.
+    For parameters that the base begins anew, entries of wrappers that stand in `state[p]` already are among it.
     """
     copies: Copies = {}
     for entry in stack.param_groups:
-        _leave_fused_if_sparse(stack, entry)
+        lane = stack.lane_of(entry)
+        of_template = entry["metaopt.template"]
         for p in entry["params"]:
             if p.grad is None:
                 continue
-            held = stack.state.get(p)
-            if not held:
-                set_aside = stack.set_aside.pop(p, None)
-                if set_aside is not None:
-                    stack.state[p] = set_aside
-                copies[p] = _missing(stack, p, {})
-            elif not any(stack.is_base_key(key) for key in held):
-                kept = {**held, **_missing(stack, p, held)}
-                del stack.state[p]
-                fresh = constructor_state(stack.base, p)
-                if fresh:
-                    stack.state[p] = fresh
-                copies[p] = kept
-            else:
-                missing = _missing(stack, p, held)
-                if missing:
-                    copies[p] = missing
+            held = stack.state.get(p) or {}
+            if of_template:
+                held = {key: value for key, value in held.items() if key in lane.early_keys}
+            missing = _missing(lane, p, held)
+            if not any(lane.is_base_key(key) for key in held):
+                copies[p] = {**held, **missing}
+            elif missing:
+                copies[p] = missing
     return copies
+
+
+def make_way(stack: "Stack", copies: Copies) -> None:
+    """Right before the base's update: leave `state[p]` to the base where it begins anew, as its constructor would."""
+    for entry in stack.param_groups:
+        lane = stack.lane_of(entry)
+        _leave_fused_if_sparse(stack, lane, entry)
+        for p in entry["params"]:
+            if p not in copies:
+                continue
+            held = stack.state.get(p)
+            if held and any(lane.is_base_key(key) for key in held):
+                continue
+            begun_before = stack.state.pop(p, None)
+            made = stack.set_aside.pop(p, None)
+            if made is None and begun_before:
+                made = constructor_state(lane.base, p)
+            if made:
+                stack.state[p] = made
 
 
 def store_copies(stack: "Stack", copies: Copies) -> None:
     """Put the copies into `state[p]`, after the base has made its own entries, with zeros for each of its moments."""
+    lanes = {p: stack.lane_of(entry) for entry in stack.param_groups for p in entry["params"]} if copies else {}
     for p, entries in copies.items():
         held = stack.state[p]
         held.update(entries)
-        for label, wrapper in stack.labelled.items():
-            for name, slot in wrapper.state_slots().items():
-                if slot.kind == "moments":
-                    _store_moments(stack, p, held, f"{label}.{name}")
+        for key, _ in lanes[p].moment_slots:
+            _store_moments(lanes[p], p, held, key)
 
 
-def _missing(stack: "Stack", p: torch.Tensor, held: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _missing(lane: Lane, p: torch.Tensor, held: dict[str, Any]) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
-    for label, wrapper in stack.labelled.items():
-        for name, slot in wrapper.state_slots().items():
-            key = f"{label}.{name}"
-            if key in held or slot.kind == "moments":
-                continue
-            dtype = slot_dtype(slot, vars(wrapper), p)
-            if slot.kind == "zeros":
-                found[key] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
-            else:
-                found[key] = p.detach().to(dtype, copy=True)
+    for key, wrapper, slot in lane.slots:
+        if key in held or slot.kind == "moments":
+            continue
+        dtype = slot_dtype(slot, vars(wrapper), p)
+        if slot.kind == "zeros":
+            found[key] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+        else:
+            found[key] = p.detach().to(dtype, copy=True)
     return found
 
 
-def _store_moments(stack: "Stack", p: torch.Tensor, held: dict[str, Any], key: str) -> None:
-    own = [(k, v) for k, v in held.items() if stack.is_base_key(k)]
+def _store_moments(lane: Lane, p: torch.Tensor, held: dict[str, Any], key: str) -> None:
+    own = [(k, v) for k, v in held.items() if lane.is_base_key(k)]
     for base_key, value in own:
         if isinstance(value, list):
             raise StepError(
-                f"{key.split('.')[0]} cannot act on the moments of {type(stack.base).__name__}: "
+                f"{key.split('.')[0]} cannot act on the moments of {type(lane.base).__name__}: "
                 f"its state holds lists ({base_key}); use pullback_momentum='none'"
             )
         if is_moment(value, base_key, p):
             held.setdefault(f"{key}.{base_key}", torch.zeros_like(value))
 
 
-def _leave_fused_if_sparse(stack: "Stack", entry: dict[str, Any]) -> None:
+def _leave_fused_if_sparse(stack: "Stack", lane: Lane, entry: Entry) -> None:
     """Turn the fused kernel off for a group with a sparse gradient, where it was our choice and no state exists."""
-    if not (stack.fused_by_default and entry.get("fused")):
+    if not (lane.fused_by_default and entry.get("fused")):
         return
     sparse = any(p.grad is not None and p.grad.is_sparse for p in entry["params"])
     if sparse and not any(stack.state.get(p) for p in entry["params"]):

@@ -43,6 +43,7 @@ class Hyperparameter:
     choices: tuple[Any, ...] | None = None
     doc: str = ""
     known_as: tuple[str, ...] = ()
+    per_group: bool = True
 
     @property
     def required(self) -> bool:
@@ -129,13 +130,15 @@ def hyper(
     choices: tuple[Any, ...] | None = None,
     doc: str = "",
     known_as: tuple[str, ...] = (),
+    per_group: bool = True,
 ) -> Any:
     """Declare a hyperparameter in a class body: `alpha: float = hyper(0.5, above=0.0, doc="...")`.
 
     Name and type come from the class body. `min` and `max` are allowed values, `above` and `below` are not;
-    `known_as` lists what other libraries call it, for help and for errors.
+    `known_as` lists what other libraries call it, for help and for errors. `per_group=False` is for what acts on all
+    groups at once, such as the bound of a global norm: groups cannot set it apart.
     """
-    return Hyperparameter("", default, None, min, max, above, below, choices, doc, known_as)
+    return Hyperparameter("", default, None, min, max, above, below, choices, doc, known_as, per_group)
 
 
 def declared(owner: type) -> dict[str, Hyperparameter]:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from metaopt.composition import RUN_FLAGS, wrapper_keys
+from metaopt.composition import RUN_FLAGS
 from metaopt.errors import CheckpointError
 from metaopt.first_update import slot_dtype
+from metaopt.wrapper import Wrapper
 
 if TYPE_CHECKING:
     from metaopt.stack import Stack
@@ -39,9 +40,8 @@ def load(stack: "Stack", state_dict: dict[str, Any]) -> None:
     saved_state: dict[Any, Any] = state_dict["state"]
     _check_structure(stack, saved_groups, saved_state)
     report = _report(stack, saved_groups)
-    foreign = tuple(f"{label}." for label in (*stack.labelled, *report.dropped))
     groups = _merge_groups(stack, saved_groups, report)
-    base_state = _base_state(saved_state, foreign)
+    base_state = _base_state(saved_state, tuple(f"{label}." for label in (*_labels(stack), *report.dropped)))
     live = stack.base.state, stack.base.param_groups
     try:
         stack.base.load_state_dict({"state": base_state, "param_groups": groups})
@@ -52,6 +52,10 @@ def load(stack: "Stack", state_dict: dict[str, Any]) -> None:
     stack.load_report = report
     if report.fresh or report.dropped:
         warnings.warn(f"loaded a checkpoint of another stack; {report}", UserWarning, stacklevel=4)
+
+
+def _labels(stack: "Stack") -> list[str]:
+    return list(dict.fromkeys(label for lane in stack.lanes for label in lane.labelled))
 
 
 def _base_state(state: dict[Any, Any], foreign: tuple[str, ...]) -> dict[Any, Any]:
@@ -92,13 +96,14 @@ def _check_structure(stack: "Stack", groups: list[dict[str, Any]], state: dict[A
 
 
 def _check_base_keys(stack: "Stack", group: dict[str, Any], position: int) -> None:
+    base = stack.lane_of(stack.param_groups[position]).base
     saved = {k for k in group if "." not in k} - RUN_FLAGS - {"params", "param_names", "name"}
-    own = set(stack.defaults) - RUN_FLAGS
+    own = set(base.defaults) - RUN_FLAGS
     missing, unknown = own - saved, saved - own - set(stack.param_groups[position])
     # one side alone is an older torch or a scheduler's note; both are another optimizer
     if missing and unknown:
         raise CheckpointError(
-            f"the checkpoint belongs to another base than {type(stack.base).__name__}: its group {position} has "
+            f"the checkpoint belongs to another base than {type(base).__name__}: its group {position} has "
             f"{', '.join(sorted(unknown))} and lacks {', '.join(sorted(missing))}"
         )
 
@@ -122,22 +127,26 @@ def _check_shapes(stack: "Stack", i: int, p: torch.Tensor, held: dict[str, Any])
 
 def _report(stack: "Stack", groups: list[dict[str, Any]]) -> LoadReport:
     saved = list(dict.fromkeys(k.split(".")[0] for g in groups for k in g if "." in k and not k.startswith("metaopt.")))
-    keyed = list(dict.fromkeys(w.label for w, _ in wrapper_keys(stack).values()))
+    own = _labels(stack)
+    entries = {key.split(".")[0] for lane in stack.lanes for key in (*lane.hyperparameter_keys, *lane.counter_keys)}
+    keyed = [label for label in own if label in entries]
     return LoadReport(
         taken=["base", *(label for label in keyed if label in saved)],
         fresh=[label for label in keyed if label not in saved],
-        dropped=[label for label in saved if label not in stack.labelled],
+        dropped=[label for label in saved if label not in own],
     )
 
 
 def _merge_groups(stack: "Stack", saved: list[dict[str, Any]], report: LoadReport) -> list[dict[str, Any]]:
     """Return groups with the checkpoint's constants, and the live stack's ways to run and fresh parts."""
     dropped = tuple(f"{label}." for label in report.dropped)
-    keys = wrapper_keys(stack)
     merged = []
     for group, entry in zip(saved, stack.param_groups, strict=True):
+        lane = stack.lane_of(entry)
         kept = {k: v for k, v in group.items() if not _belongs(k, dropped)}
-        for key, (wrapper, name) in keys.items():
+        for key in lane.counter_keys:
+            kept.setdefault(key, 0)
+        for key, (wrapper, name) in lane.hyperparameter_keys.items():
             if wrapper.label in report.fresh or key not in kept:
                 kept[key] = entry[key]
             else:
@@ -163,19 +172,19 @@ def _restore_wrapper_state(stack: "Stack", groups: list[dict[str, Any]], saved: 
     state = stack.state
     if not isinstance(state, defaultdict):
         stack.state = state = defaultdict(dict, state)
-    for i, p in zip(ids, params, strict=True):
+    lanes = [stack.lane_of(entry) for entry in stack.param_groups for _ in entry["params"]]
+    for i, p, lane in zip(ids, params, lanes, strict=True):
         held = saved.get(i)
         if not isinstance(held, dict):
             continue
         for key, value in held.items():
             label, _, name = key.partition(".") if isinstance(key, str) else ("", "", "")
-            if label in stack.labelled and isinstance(value, torch.Tensor):
-                state[p][key] = _placed(stack, label, name, value, p)
+            if label in lane.labelled and isinstance(value, torch.Tensor):
+                state[p][key] = _placed(lane.labelled[label], name, value, p)
 
 
-def _placed(stack: "Stack", label: str, name: str, value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+def _placed(wrapper: Wrapper, name: str, value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """Return a copy beside its parameter in the dtype that its slot asks for: torch would round a float32 one."""
-    wrapper = stack.labelled[label]
     slot = wrapper.state_slots().get(name)
     dtype = value.dtype if slot is None or not p.is_floating_point() else slot_dtype(slot, vars(wrapper), p)
     return value.detach().to(device=p.device, dtype=dtype, copy=True)

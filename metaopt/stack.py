@@ -1,30 +1,23 @@
 """Stack: a base optimizer with wrappers around it, itself a `torch.optim.Optimizer`."""
 
-import inspect
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from metaopt import averaging, composition, evaluation, first_update, loading, template
+from metaopt.dividing import Divided
 from metaopt.errors import StepError
+from metaopt.gradients import AllGradients, apply_scale, fold_scale, gradient_norm
+from metaopt.lanes import HOOKS, Entry, Lane, bare, revived
 from metaopt.metrics import Metrics
 from metaopt.reporting import ReportingScheduler
 from metaopt.schedule import Schedule
 from metaopt.timetable import Timetable
-from metaopt.views import WIDEST_FOLDED, AllGradients, gradient_norm, pieces
+from metaopt.views import pieces, small_pieces
 from metaopt.wrapper import Closure, Wrapper
-
-_HOOKS = (
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
 
 
 class Stack(torch.optim.Optimizer):
@@ -57,7 +50,7 @@ class Stack(torch.optim.Optimizer):
         self._settle_structure()
         composition.check(self)
         # hooks registered on the base before it was wrapped fire once, with the stack as their argument
-        for hooks in _HOOKS:
+        for hooks in HOOKS:
             setattr(self, hooks, getattr(base, hooks))
             setattr(base, hooks, OrderedDict())
         self._patch_step_function()
@@ -71,31 +64,57 @@ class Stack(torch.optim.Optimizer):
     # ---- structure that never changes after construction
 
     def _settle_structure(self) -> None:
-        self.labelled = {wrapper.label: wrapper for wrapper in self.wrappers}
-        acts = [(wrapper, wrapper.acts_on()) for wrapper in self.wrappers]
-        self._around = [wrapper for wrapper, methods in acts if "around" in methods]
-        self._on_gradients = [wrapper for wrapper, methods in acts if "on_gradients" in methods]
-        self._after = [wrapper for wrapper, methods in acts if "after_update" in methods]
-        self._stateful = any(wrapper.state_slots() for wrapper in self.wrappers)
-        self._prefixes = tuple(f"{label}." for label in self.labelled)
-        step = type(self.base).step
-        # torch wraps the class's step to fire hooks; the stack's own step fires them already
-        self._base_step: Callable[..., Any] = (
-            getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
+        self.lanes: tuple[Lane, ...] = (
+            self.base.lanes
+            if isinstance(self.base, Divided)
+            else (Lane(self.base, fused_by_default=self.fused_by_default),)
         )
-        closure = inspect.signature(self._base_step).parameters.get("closure")
-        self.needs_closure = closure is not None and closure.default is inspect.Parameter.empty
-        self.pending_scale: torch.Tensor | None = None
+        for lane in self.lanes:
+            lane.settle(self.wrappers)
+        self._lane_names = {lane.name: lane for lane in self.lanes if lane.name}
+        own: list[tuple[Wrapper, Lane | None]] = [(wrapper, None) for wrapper in self.wrappers]
+        inner: list[tuple[Wrapper, Lane | None]] = [(wrapper, lane) for lane in self.lanes for wrapper in lane.wrappers]
+        self.around = [wrapper for wrapper, _ in own if "around" in wrapper.acts_on()]
+        self._on_gradients = [pair for pair in (*own, *inner) if "on_gradients" in pair[0].acts_on()]
+        self._before_update = [pair for pair in (*own, *inner) if "before_update" in pair[0].acts_on()]
+        self._after_update = [pair for pair in (*inner, *own) if "after_update" in pair[0].acts_on()]
+        self._stateful = any(lane.slots for lane in self.lanes)
+        self._takes_previous = any(lane.previous_slots for lane in self.lanes)
+        self._gathers_early = any(lane.early_keys for lane in self.lanes)
+        self.needs_closure = any(lane.needs_closure for lane in self.lanes)
         self.measuring = False
         self.inside_averaged = False
-        self._whole = -1  # how many parameters were found whole at the last look; -1: look again
+        self.held_back: str | None = None
+        self.borrowers: list[torch.Tensor] = []
+        self._copies: first_update.Copies = {}
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Look at every parameter's state at the next update: something may have changed it."""
+        self._whole = -1  # how many parameters were found whole at the last look
 
     def _fix_timetables(self) -> None:
         """Write the value of every schedule for the update that comes next."""
-        self._timetables = [Timetable(self.schedules, self.total_steps) for _ in self.param_groups]
-        if self.schedules:
-            for timetable, entry in zip(self._timetables, self.param_groups, strict=True):
-                timetable.write(entry)
+        self._timetables = [Timetable(self.schedules_of(entry), self.total_steps) for entry in self.param_groups]
+        for timetable, entry in zip(self._timetables, self.param_groups, strict=True):
+            timetable.write(entry)
+
+    def lane_of(self, entry: Entry) -> Lane:
+        """Return the lane that a group belongs to."""
+        return self._lane_names[entry["metaopt.part"]] if self._lane_names else self.lanes[0]
+
+    def schedules_of(self, entry: Entry) -> dict[str, Schedule]:
+        """Return the schedules that drive a group's entries, by key."""
+        return {**self.lane_of(entry).schedules, **self.schedules} if self._lane_names else self.schedules
+
+    def entry_of(self, p: torch.Tensor) -> Entry:
+        """Return the group that holds a parameter."""
+        return next(entry for entry in self.param_groups if any(p is member for member in entry["params"]))
+
+    def held(self, p: torch.Tensor) -> dict[str, Any]:
+        """Return what a wrapper may see of a parameter's state, at its first update also what is yet to be stored."""
+        copies = self._copies.get(p)
+        return self.state[p] if copies is None else {**self.state.get(p, {}), **copies}
 
     # ---- shared with the base, also when a client rebinds them
 
@@ -107,7 +126,7 @@ class Stack(torch.optim.Optimizer):
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self.base.param_groups = groups
-        self._whole = -1
+        self.look_again()
 
     @property
     def state(self) -> defaultdict[torch.Tensor, Any]:
@@ -117,7 +136,7 @@ class Stack(torch.optim.Optimizer):
     @state.setter
     def state(self, state: defaultdict[torch.Tensor, Any]) -> None:
         self.base.state = state
-        self._whole = -1
+        self.look_again()
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -171,17 +190,6 @@ class Stack(torch.optim.Optimizer):
         """
         return averaging.swapped(self, label)
 
-    # ---- keys
-
-    def is_base_key(self, key: str) -> bool:
-        """Tell whether an entry of a group or of `state[p]` belongs to the base, not to a wrapper."""
-        return not (isinstance(key, str) and key.startswith(self._prefixes)) if self._prefixes else True
-
-    def anchors_nearer_than(self, mover: Wrapper) -> list[str]:
-        """Return the state keys of the anchors of wrappers between the base and the one that moves."""
-        nearer = self.wrappers[: self.wrappers.index(mover)]
-        return [f"{w.label}.{n}" for w in nearer for n, slot in w.state_slots().items() if slot.kind == "anchor"]
-
     # ---- the update
 
     @torch.no_grad()
@@ -195,133 +203,149 @@ class Stack(torch.optim.Optimizer):
         if closure is None and template.is_template_step(self):
             template.make_state(self)
             return None
-        template.leave(self)
         for timetable, entry in zip(self._timetables, self.param_groups, strict=True):
             timetable.check(entry)
         self.measuring = self._own_metrics.wanted(self.updates + 1)
         run = evaluation.Evaluation(self, closure)
         loss = run.first()
         if not any(p.grad is not None for entry in self.param_groups for p in entry["params"]):
-            self.skipped = "no gradients"
-            self._own_metrics.drop_update()
-            return loss
-        self.filter_gradients()
-        copies = self._copies_before_update()
-        self._update_base(run)
-        first_update.store_copies(self, copies)
-        self._advance()
-        self._after_update()
+            return self._skip("no gradients", loss)
+        try:
+            if self._gathers_early:
+                template.make_early_state(self)
+            self._copies = self._copies_before_update()
+            self.filter_gradients()
+            if self.held_back is not None:
+                return self._skip(self.held_back, loss)
+            self._update(run)
+        finally:
+            self._copies = {}
+            self._take_lent_gradients_back()
         self._finish(loss)
         return loss
 
+    def _skip(self, reason: str, loss: Any) -> Any:
+        self.skipped = reason
+        self._own_metrics.drop_update()
+        return loss
+
+    def _take_lent_gradients_back(self) -> None:
+        for p in self.borrowers:
+            p.grad = None
+        self.borrowers.clear()
+
     def filter_gradients(self) -> None:
-        """Let the wrappers on gradients act, once per evaluation of the loss."""
-        self.pending_scale = None
+        """Let the wrappers on gradients act, once per evaluation of the loss, until one holds the update back."""
+        self.held_back = None
+        for lane in self.lanes:
+            lane.pending_scale = None
         if self.measuring:
-            self._own_metrics.measure("train/grad_norm", gradient_norm(self))
-        for wrapper in self._on_gradients:
-            wrapper.on_gradients(AllGradients(self, wrapper))
+            self._own_metrics.measure("train/grad_norm", gradient_norm(self, self.lanes))
+        for wrapper, reach in self._on_gradients:
+            if reach is not None and not any(p.grad is not None for e in self._entries(reach) for p in e["params"]):
+                continue
+            wrapper.on_gradients(AllGradients(self, wrapper, reach))
+            if self.held_back is not None:
+                return
 
-    def evaluate_around(self, closure: Closure) -> Any:
-        """Evaluate the loss, each wrapper that owns the evaluation around the next, the first one outermost."""
-        for wrapper in reversed(self._around):
-            closure = self._wrapped_closure(wrapper, closure)
-        return closure()
-
-    def _wrapped_closure(self, wrapper: Wrapper, closure: Closure) -> Closure:
-        return lambda: wrapper.around(closure, AllGradients(self, wrapper))
+    def _entries(self, lane: Lane | None) -> list[Entry]:
+        return self.param_groups if lane is None else [entry for entry in self.param_groups if lane.holds(entry)]
 
     def _copies_before_update(self) -> first_update.Copies:
         state = self.state
-        if not (self._stateful or self.set_aside or (self.fused_by_default and self.updates == 0)):
+        if not (self._stateful or self.set_aside or self.updates == 0):
             return {}
         if self._whole == len(state) and self._whole == sum(len(entry["params"]) for entry in self.param_groups):
             return {}
         return first_update.take_copies(self)
 
-    def _update_base(self, run: "evaluation.Evaluation") -> None:
-        folded = self._fold_scale()
+    def _update(self, run: evaluation.Evaluation) -> None:
+        template.leave(self)
+        first_update.make_way(self, self._copies)
+        self._act(self._before_update, lambda entry, wrapper: [p for p in entry["params"] if p.grad is not None])
+        if self._takes_previous:
+            self._take_previous()
+        folded = [lane for lane in self.lanes if fold_scale(self, lane)]
         try:
-            if run.closure is not None:
-                self.step_base(run.replay)
+            if run.closure is None or len(self.lanes) > 1:
+                self.step_bases()
             else:
-                self.step_base()
+                self.step_bases(run.replay)
         finally:
-            if folded:
-                del self.base.grad_scale  # type: ignore[attr-defined]
+            for lane in folded:
+                del lane.base.grad_scale  # type: ignore[attr-defined]
         # a torch scheduler bound to the base before it was wrapped looks here
         self.base._opt_called = True  # type: ignore[attr-defined]
         self._whole = len(self.state)
-
-    def step_base(self, *closure: Closure) -> None:
-        """Call the base's own step, without the hooks that torch put around it: the stack fires those."""
-        self._base_step(self.base, *closure)
-
-    def lr_is_foreign(self, position: int) -> bool:
-        """Tell whether the learning rate of a group was set from outside, since a schedule wrote it or it was built."""
-        if "lr" in self.schedules:
-            return not self._timetables[position].owns_values(self.param_groups[position])
-        return self._built_with_rate
-
-    def _fold_scale(self) -> bool:
-        """Hand the pending factor to the base's fused kernel where it can take it, else multiply it in."""
-        if self.pending_scale is None:
-            return False
-        foldable = (
-            getattr(self.base, "_step_supports_amp_scaling", False)
-            and not self.needs_closure
-            and all(entry.get("fused") for entry in self.param_groups)
-            and all(
-                p.grad is None or (p.grad.element_size() <= WIDEST_FOLDED and not p.grad.is_sparse)
-                for entry in self.param_groups
-                for p in entry["params"]
-            )
-        )
-        if not foldable:
-            self.apply_scale()
-            return False
-        self.base.grad_scale = self.pending_scale.reciprocal().to(torch.float32)  # type: ignore[attr-defined]
-        self.pending_scale = None
-        return True
-
-    def apply_scale(self) -> None:
-        """Multiply the pending factor into the gradients, once."""
-        factor, self.pending_scale = self.pending_scale, None
-        if factor is None or not self._on_gradients:
-            return
-        for position in range(len(self.param_groups)):
-            owners = [p for p in self.param_groups[position]["params"] if p.grad is not None]
-            for piece in pieces(self, position, self._on_gradients[0], owners):
-                gradients = piece.raw_grads
-                torch._foreach_mul_(gradients, factor.to(gradients[0].device))
-
-    def _advance(self) -> None:
+        copies, self._copies = self._copies, {}
+        first_update.store_copies(self, copies)
         for entry in self.param_groups:
             entry["metaopt.updates"] += 1
+        self._act(self._after_update, self.updated)
 
-    def _after_update(self) -> None:
-        for wrapper in self._after:
+    def step_bases(self, *closure: Closure) -> None:
+        """Call each base's own step, without the hooks that torch put around it: the stack fires those."""
+        if isinstance(self.base, Divided):
+            self.base.deal()
+            closure = ()
+        for lane in self.lanes:
+            lane.step(*closure if closure and (lane.needs_closure or len(self.lanes) == 1) else ())
+
+    def _take_previous(self) -> None:
+        for entry in self.param_groups:
+            for key in self.lane_of(entry).previous_slots:
+                for p in entry["params"]:
+                    if p.grad is not None:
+                        self.held(p)[key].copy_(p)
+
+    def _act(self, placed: list[tuple[Wrapper, Lane | None]], choose: Any) -> None:
+        """Call `before_update` or `after_update` of every wrapper that is due, group by group."""
+        for wrapper, lane in placed:
+            act = wrapper.after_update if placed is self._after_update else wrapper.before_update
             every = None if wrapper.every is None else f"{wrapper.label}.{wrapper.every}"
-            for position, entry in enumerate(self.param_groups):
-                if every is not None and entry["metaopt.updates"] % entry[every]:
+            cut = small_pieces if wrapper.elementwise else pieces
+            for entry in self._entries(lane):
+                # counted with the update that is being made
+                count = entry["metaopt.updates"] + (placed is self._before_update)
+                if every is not None and count % entry[every]:
                     continue
-                for piece in pieces(self, position, wrapper, self.updated(entry, wrapper)):
-                    wrapper.after_update(piece)
+                for piece in cut(self, entry, wrapper, choose(entry, wrapper)):
+                    act(piece)
 
-    def updated(self, entry: dict[str, Any], wrapper: Wrapper) -> list[torch.Tensor]:
-        """Return the group's parameters that have been updated: those that hold the wrapper's state, if any."""
+    def updated(self, entry: Entry, wrapper: Wrapper) -> list[torch.Tensor]:
+        """Return the group's parameters that have been updated: those that hold the wrapper's state, if any.
+
+        For a wrapper that compares with the weights before, only those of this update: the others' are stale.
+        """
+        slots = wrapper.state_slots()
+        if any(slot.kind == "previous" for slot in slots.values()):
+            return [p for p in entry["params"] if p.grad is not None]
         state = self.state
-        keys = [f"{wrapper.label}.{n}" for n, slot in wrapper.state_slots().items() if slot.kind != "moments"]
+        keys = [f"{wrapper.label}.{n}" for n, slot in slots.items() if slot.kind != "moments"]
         if not keys:
             return [p for p in entry["params"] if p in state or p.grad is not None]
         return [p for p in entry["params"] if p in state and all(key in state[p] for key in keys)]
 
+    def lr_is_foreign(self, position: int) -> bool:
+        """Tell whether the learning rate of a group was set from outside, since a schedule wrote it or it was built."""
+        if "lr" in self.schedules_of(self.param_groups[position]):
+            return not self._timetables[position].owns_values(self.param_groups[position])
+        return self._built_with_rate
+
+    def apply_scale(self, lane: Lane) -> None:
+        """Multiply a lane's pending factor into its gradients, once."""
+        apply_scale(self, lane)
+
+    def apply_scales(self) -> None:
+        """Multiply every pending factor in."""
+        for lane in self.lanes:
+            apply_scale(self, lane)
+
     def _finish(self, loss: Any) -> None:
         if self.measuring:
             self._measure_update(loss)
-        if self.schedules:
-            for timetable, entry in zip(self._timetables, self.param_groups, strict=True):
-                timetable.write(entry)
+        for timetable, entry in zip(self._timetables, self.param_groups, strict=True):
+            timetable.write(entry)
         self._own_metrics.end_update(self.updates)
 
     def _measure_update(self, loss: Any) -> None:
@@ -333,19 +357,21 @@ class Stack(torch.optim.Optimizer):
             if "lr" in entry:
                 self._own_metrics.measure(tag, entry["lr"])
 
-    def forget_base_state(self, owners: Sequence[torch.Tensor]) -> None:
+    def forget_base_state(self, owners: Sequence[torch.Tensor], lane: Lane) -> None:
         """Drop the base's entries of some parameters: its next update of them starts lazily."""
         for p in owners:
             held = self.state[p]
-            for key in [key for key in held if self.is_base_key(key)]:
+            for key in [key for key in held if lane.is_base_key(key)]:
                 del held[key]
-        self._whole = -1
+        self.look_again()
 
     # ---- groups, checkpoints, copies
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does; wrapper hyperparameters may stand in it under their labelled keys."""
         group = dict(param_group)
+        if isinstance(self.base, Divided):
+            group["metaopt.part"] = self.base.lane_for(group).name
         composition.check_group(self, group, len(self.param_groups))
         before = set(self.state)
         self.base.add_param_group(group)
@@ -354,7 +380,7 @@ class Stack(torch.optim.Optimizer):
         group["metaopt.updates"] = self.param_groups[0]["metaopt.updates"]
         composition.complete(self, group)
         self._fix_timetables()
-        self._whole = -1
+        self.look_again()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a stack's or a bare base's checkpoint, whole or not at all; `load_report` says what came of it.
@@ -363,47 +389,43 @@ class Stack(torch.optim.Optimizer):
         """
         loading.load(self, state_dict)
         self._fix_timetables()
-        self._whole = -1
+        self.look_again()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {k: v for k, v in self.__dict__.items() if k not in _DROPPED and k not in _HOOKS}
-        base = {k: v for k, v in self.base.__dict__.items() if k not in _DROPPED and k not in _HOOKS}
-        # a base's own __getstate__ would keep three attributes and lose the rest (L-BFGS could not step any more)
-        return {"base_class": type(self.base), "base": base, "own": own}
+        own = {key: value for key, value in self.__dict__.items() if key not in _DERIVED}
+        return {"base": bare(self.base), "own": own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        base = state["base_class"].__new__(state["base_class"])
-        base.__dict__.update(state["base"])
-        self.__dict__.update(state["own"], base=base)
-        for optimizer in (base, self):
-            for hooks in _HOOKS:
-                optimizer.__dict__[hooks] = OrderedDict()
+        self.__dict__.update(state["own"], base=revived(*state["base"]))
+        for hooks in HOOKS:
+            self.__dict__[hooks] = OrderedDict()
         self._own_metrics = Metrics()
+        inside = self.inside_averaged
         self._settle_structure()
+        self.inside_averaged = inside
         self._patch_step_function()
-        base._patch_step_function()
         self._fix_timetables()
 
     def __repr__(self) -> str:
         return f"Stack({self.description!r}, updates={self.updates})" if self.description else super().__repr__()
 
 
-# rebuilt after a copy: structure derived from the parts, a step that a torch scheduler replaced, loggers
-_DROPPED = frozenset(
+# worked out anew in a copy; a copy logs nowhere, and has no hooks, as torch's own copies
+_DERIVED = frozenset(
     [
         "base",
         "step",
         "_opt_called",
         "_own_metrics",
-        "labelled",
-        "_around",
+        "lanes",
+        "_lane_names",
+        "around",
         "_on_gradients",
-        "_after",
-        "_base_step",
+        "_before_update",
+        "_after_update",
         "_timetables",
-        "grad_scale",
-        "found_inf",
+        *HOOKS,
     ]
 )

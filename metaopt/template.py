@@ -1,7 +1,10 @@
-"""The template step: distributed checkpoint makes state appear by one step that must not count (law 16)."""
+"""The template step: state is made to appear by one step that must not count (law 16).
+
+Distributed checkpoint makes one, and the engine does for wrappers that need state before the base's first update.
+"""
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,13 +30,11 @@ def is_template_step(stack: "Stack") -> bool:
 
 def make_state(stack: "Stack") -> None:
     """Let the base and the wrappers make their state; counters, schedules and parameters stay as they are."""
-    kept = [{k: copy.copy(v) for k, v in entry.items() if k != "params"} for entry in stack.param_groups]
+    kept = [{k: _kept(v) for k, v in entry.items() if k != "params"} for entry in stack.param_groups]
     set_aside = {p: copy.deepcopy(held) for p, held in stack.set_aside.items()}
     copies = first_update.take_copies(stack)
-    if stack.needs_closure:
-        stack.step_base(lambda: torch.zeros(()))
-    else:
-        stack.step_base()
+    first_update.make_way(stack, copies)
+    stack.step_bases(lambda: torch.zeros(()))
     first_update.store_copies(stack, copies)
     stack.set_aside = set_aside
     # a base may count in its groups (schedule-free ones do): that count is undone with the rest
@@ -42,12 +43,65 @@ def make_state(stack: "Stack") -> None:
         entry["metaopt.template"] = True
 
 
-def leave(stack: "Stack") -> None:
-    """Before a real update: forget what a template step left, so that the base starts as if it had never stepped."""
-    if stack.param_groups[0].get("metaopt.template"):
-        stack.state.clear()
+def make_early_state(stack: "Stack") -> None:
+    """Give parameters with a gradient the state that a wrapper needs before the base's first update of them."""
+    lacking = [
+        p
+        for entry in stack.param_groups
+        if (early := stack.lane_of(entry).early_keys)
+        for p in entry["params"]
+        if p.grad is not None and not early <= stack.state.get(p, {}).keys()
+    ]
+    if not lacking:
+        return
+    if stack.state and not stack.param_groups[0]["metaopt.template"]:
+        # the run has begun: the base makes its entries of these parameters at their own first update
+        for p, entries in first_update.take_copies(stack).items():
+            early = stack.lane_of(stack.entry_of(p)).early_keys
+            stack.state[p].update({key: value for key, value in entries.items() if key in early})
+        stack.look_again()
+        return
+    rates = [entry.get("lr") for entry in stack.param_groups]
+    members = [p for entry in stack.param_groups for p in entry["params"]]
+    gradients = [p.grad for p in members]
+    before = [p.detach().clone() for p in members]
+    stack.state.clear()
+    try:
+        for p in members:
+            p.grad = None if p.grad is None else torch.zeros_like(p)
         for entry in stack.param_groups:
-            entry["metaopt.template"] = False
+            if "lr" in entry:
+                entry["lr"] = torch.zeros_like(entry["lr"]) if isinstance(entry["lr"], torch.Tensor) else 0.0
+        make_state(stack)
+    finally:
+        for p, gradient, weights in zip(members, gradients, before, strict=True):
+            p.grad = gradient
+            p.copy_(weights)
+        for entry, rate in zip(stack.param_groups, rates, strict=True):
+            if rate is not None:
+                entry["lr"] = rate
+
+
+def leave(stack: "Stack") -> None:
+    """Before a real update: forget what a template step left, so that the base starts as if it had never stepped.
+
+    What a wrapper has gathered since stays: its early state.
+    """
+    for entry in stack.param_groups:
+        if not entry["metaopt.template"]:
+            continue
+        entry["metaopt.template"] = False
+        early = stack.lane_of(entry).early_keys
+        for p in entry["params"]:
+            held = {key: value for key, value in stack.state.pop(p, {}).items() if key in early}
+            if held:
+                stack.state[p] = held
+    stack.look_again()
+
+
+def _kept(value: Any) -> Any:
+    # a tensor keeps its identity: a schedule recognises the value that it wrote by it
+    return value if isinstance(value, torch.Tensor) else copy.copy(value)
 
 
 def _is_zero(rate: float | torch.Tensor) -> bool:

@@ -1,26 +1,24 @@
-"""What wrappers see of a stack: its groups as aligned lists of local tensors, of one device and dtype each."""
+"""What wrappers see of one group: aligned lists of local tensors, of one device and dtype each."""
 
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from metaopt.errors import HyperparameterError
-from metaopt.wrapper import Gradients, Group, Wrapper
+from metaopt.errors import StepError
+from metaopt.lanes import Lane
+from metaopt.shards import local, mean_over_shards, norm_over_shards
+from metaopt.wrapper import Group, Wrapper
 
 if TYPE_CHECKING:
     from metaopt.stack import Stack
 
-# gradients wider than this are not folded into a fused kernel: its factor is float32
-WIDEST_FOLDED = 4
+Entry = dict[str, Any]
+# rows of a tensor's first dimension, or None for all of them
+Span = tuple[int, int] | None
 
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the part of a tensor that this process holds: a DTensor's shard, any other tensor itself."""
-    # a DTensor can only exist once its module was imported; importing it here would cost everyone half a second
-    module = sys.modules.get("torch.distributed.tensor")
-    return tensor.to_local() if module is not None and isinstance(tensor, module.DTensor) else tensor
+# elements in a piece of tensors that a processor's cache holds together with their state
+PIECE = 1 << 19
 
 
 def dense(gradient: torch.Tensor) -> torch.Tensor:
@@ -39,57 +37,105 @@ def is_moment(value: Any, key: str, parameter: torch.Tensor) -> bool:
 
 
 class Piece(Group):
-    """One group's parameters of one device and dtype, for one wrapper, during one update."""
+    """One group's parameters of one device and dtype, or rows of them, for one wrapper, during one update."""
 
-    def __init__(self, stack: "Stack", position: int, wrapper: Wrapper, owners: list[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        stack: "Stack",
+        entry: Entry,
+        wrapper: Wrapper,
+        owners: list[torch.Tensor],
+        spans: list[Span] | None = None,
+    ) -> None:
         self._stack = stack
-        self._position = position
-        self._entry = stack.param_groups[position]
+        self._entry = entry
         self._wrapper = wrapper
+        self._spans = spans
         self.owners = owners
-        self.params = [local(owner) for owner in owners]
-        self.updates = self._entry["metaopt.updates"]
+        self.params = self._cut([local(owner) for owner in owners])
+        self.updates = entry["metaopt.updates"]
+
+    def _cut(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        if self._spans is None:
+            return tensors
+        pairs = zip(tensors, self._spans, strict=True)
+        return [tensor if span is None else tensor[span[0] : span[1]] for tensor, span in pairs]
 
     def __getattr__(self, name: str) -> Any:
         wrapper = self.__dict__["_wrapper"]
         key = f"{wrapper.label}.{name}"
-        if name in wrapper.hyperparameters:
+        if name in wrapper.hyperparameters or name in wrapper.counters:
             return self._entry[key]
         slot = wrapper.slots.get(name)
         if slot is None:
             raise AttributeError(f"{wrapper.label} declares no hyperparameter and no state called {name!r}")
-        state = self._stack.state
+        held = self._stack.held
         if slot.kind == "moments":
-            return {m: [local(state[p][f"{key}.{m}"]) for p in self.owners] for m in self.base_moments}
-        return [local(state[p][key]) for p in self.owners]
+            return {m: [local(held(p)[f"{key}.{m}"]) for p in self.owners] for m in self.base_moments}
+        return self._cut([local(held(p)[key]) for p in self.owners])
+
+    @property
+    def _lane(self) -> Lane:
+        return self._stack.lane_of(self._entry)
 
     @property
     def grads(self) -> list[torch.Tensor]:
-        self._stack.apply_scale()
-        return self.raw_grads
+        self._stack.apply_scale(self._lane)
+        gradients = self.raw_grads
+        if len(gradients) < len(self.owners):
+            raise StepError(
+                f"{self._wrapper.label} reads gradients after the update, but {type(self._lane.base).__name__} "
+                f"takes them away inside its step(): the two do not go together"
+            )
+        return gradients
 
     @property
     def raw_grads(self) -> list[torch.Tensor]:
-        return [dense(local(p.grad)) for p in self.owners if p.grad is not None]
+        """The gradients as they stand in `p.grad`, whatever factor is pending."""
+        return self._cut([dense(local(p.grad)) for p in self.owners if p.grad is not None])
+
+    @property
+    def base_lr(self) -> Any:
+        if "lr" not in self._entry:
+            raise StepError(f"{self._wrapper.label} needs a learning rate, {type(self._lane.base).__name__} has none")
+        return self._entry["lr"]
 
     @property
     def base_moments(self) -> dict[str, list[torch.Tensor]]:
         state, first = self._stack.state, self.owners[0]
-        keys = [k for k, v in state[first].items() if self._stack.is_base_key(k) and is_moment(v, k, first)]
+        keys = [k for k, v in state[first].items() if self._lane.is_base_key(k) and is_moment(v, k, first)]
         return {key: [local(state[p][key]) for p in self.owners] for key in keys}
+
+    def norms(self, tensors: list[torch.Tensor], *, rows: bool = False) -> list[torch.Tensor]:
+        return [norm_over_shards(t, owner, rows=rows) for t, owner in zip(tensors, self.owners, strict=True)]
+
+    def means(self, tensors: list[torch.Tensor], *, rows: bool = False) -> list[torch.Tensor]:
+        return [mean_over_shards(t, owner, rows=rows) for t, owner in zip(tensors, self.owners, strict=True)]
+
+    def lend(self, gradients: list[torch.Tensor]) -> None:
+        for owner, lent in zip(self.owners, gradients, strict=True):
+            owner.grad = _like(owner, lent)
+            self._stack.borrowers.append(owner)
+
+    def clear_gradients(self) -> None:
+        for owner in self.owners:
+            owner.grad = None
 
     def move_to(self, tensors: list[torch.Tensor]) -> None:
         torch._foreach_copy_(self.params, tensors)
-        for key in self._stack.anchors_nearer_than(self._wrapper):
-            followers = [
-                (self._stack.state[p].get(key), moved) for p, moved in zip(self.owners, self.params, strict=True)
-            ]
-            kept = [(local(follower), moved) for follower, moved in followers if follower is not None]
-            if kept:
-                torch._foreach_copy_([follower for follower, _ in kept], [moved for _, moved in kept])
+        for key in self._lane.anchors_nearer_than(self._wrapper):
+            followers = [self._stack.state[p].get(key) for p in self.owners]
+            if any(follower is None for follower in followers):
+                # an anchor that has yet to be taken will be taken from where the parameter is then
+                kept = [(f, p) for f, p in zip(followers, self.params, strict=True) if f is not None]
+                followers, moved = [f for f, _ in kept], [p for _, p in kept]
+            else:
+                moved = self.params
+            if followers:
+                torch._foreach_copy_(self._cut([local(follower) for follower in followers]), moved)
 
     def reset_base(self) -> None:
-        self._stack.forget_base_state(self.owners)
+        self._stack.forget_base_state(self.owners, self._lane)
 
     @property
     def measured(self) -> bool:
@@ -105,68 +151,65 @@ class Piece(Group):
         self._stack.measure(f"{self._wrapper.label}/{name}", value)
 
 
-def pieces(stack: "Stack", position: int, wrapper: Wrapper, owners: list[torch.Tensor]) -> list[Piece]:
+def _like(owner: torch.Tensor, lent: torch.Tensor) -> torch.Tensor:
+    """Return local values as a gradient of their owner: a DTensor where the owner is one, in its dtype."""
+    gradient = lent if lent.dtype == owner.dtype else lent.to(owner.dtype)
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or not isinstance(owner, module.DTensor):
+        return gradient
+    wrapped: torch.Tensor = module.DTensor.from_local(
+        gradient, owner.device_mesh, owner.placements, shape=owner.shape, stride=owner.stride()
+    )
+    return wrapped
+
+
+def pieces(stack: "Stack", entry: Entry, wrapper: Wrapper, owners: list[torch.Tensor]) -> list[Piece]:
     """Split parameters by device, dtype and the moments that the base keeps of them; none of the pieces is empty."""
     buckets: dict[Any, list[torch.Tensor]] = {}
-    by_moments = any(slot.kind == "moments" for slot in wrapper.state_slots().values())
-    for owner in owners:
-        shape = tuple(k for k in stack.state[owner] if stack.is_base_key(k)) if by_moments else ()
-        buckets.setdefault((owner.device, owner.dtype, shape), []).append(owner)
-    return [Piece(stack, position, wrapper, bucket) for bucket in buckets.values()]
+    if any(slot.kind == "moments" for slot in wrapper.state_slots().values()):
+        lane = stack.lane_of(entry)
+        for owner in owners:
+            shape = tuple(key for key in stack.state[owner] if lane.is_base_key(key))
+            buckets.setdefault((owner.device, owner.dtype, shape), []).append(owner)
+    else:
+        for owner in owners:
+            buckets.setdefault((owner.device, owner.dtype), []).append(owner)
+    return [Piece(stack, entry, wrapper, bucket) for bucket in buckets.values()]
 
 
-def gradient_norm(stack: "Stack", norm_type: float = 2.0) -> torch.Tensor:
-    """Return the norm over all gradients, reduced over groups, devices and shards; a pending factor counts."""
-    gradients = [
-        # a sparse gradient counts each stored value once: duplicates are summed first
-        dense(p.grad) if p.grad.is_sparse else p.grad
-        for entry in stack.param_groups
-        for p in entry["params"]
-        if p.grad is not None
-    ]
-    total = torch.nn.utils.get_total_norm(gradients, norm_type)
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is not None and isinstance(total, module.DTensor):
-        total = total.full_tensor()
-    pending = stack.pending_scale
-    return total if pending is None else total * pending.abs().to(total.device)
+def small_pieces(stack: "Stack", entry: Entry, wrapper: Wrapper, owners: list[torch.Tensor]) -> list[Piece]:
+    """Split parameters as `pieces` does and then, on a processor with a cache, into parts that stay in it.
+
+    For wrappers that treat every element alike. An accelerator gets all at once: one launch for everything.
+    """
+    found = pieces(stack, entry, wrapper, owners)
+    if any(slot.kind == "moments" for slot in wrapper.state_slots().values()):
+        return found
+    split: list[Piece] = []
+    spans: list[Span]
+    for piece in found:
+        if piece.params[0].device.type != "cpu" or sum(p.numel() for p in piece.params) <= PIECE:
+            split.append(piece)
+            continue
+        owners, spans, filled = [], [], 0
+        for owner, tensor in zip(piece.owners, piece.params, strict=True):
+            for span, size in _spans(tensor):
+                if filled and filled + size > PIECE:
+                    split.append(Piece(stack, entry, wrapper, owners, spans))
+                    owners, spans, filled = [], [], 0
+                owners.append(owner)
+                spans.append(span)
+                filled += size
+        split.append(Piece(stack, entry, wrapper, owners, spans))
+    return split
 
 
-class AllGradients(Gradients):
-    """The gradients of all groups at one evaluation of the loss; a lazy factor waits in the stack."""
-
-    def __init__(self, stack: "Stack", wrapper: Wrapper) -> None:
-        self._stack = stack
-        self._wrapper = wrapper
-
-    def __iter__(self) -> Iterator[Piece]:
-        for position, entry in enumerate(self._stack.param_groups):
-            owners = [p for p in entry["params"] if p.grad is not None]
-            yield from pieces(self._stack, position, self._wrapper, owners)
-
-    def norm(self, norm_type: float = 2.0) -> torch.Tensor:
-        return gradient_norm(self._stack, norm_type)
-
-    def scale(self, factor: torch.Tensor) -> None:
-        pending = self._stack.pending_scale
-        self._stack.pending_scale = factor if pending is None else pending * factor
-
-    @property
-    def measured(self) -> bool:
-        return self._stack.measuring
-
-    def measure(self, name: str, value: torch.Tensor | float) -> None:
-        self._stack.measure(f"{self._wrapper.label}/{name}", value)
-
-    def __getattr__(self, name: str) -> Any:
-        wrapper = self.__dict__["_wrapper"]
-        if name in wrapper.hyperparameters:
-            key = f"{wrapper.label}.{name}"
-            first, *others = (entry[key] for entry in self._stack.param_groups)
-            if any(other is not first and other != first for other in others):
-                raise HyperparameterError(
-                    f"{key} differs between groups, but {wrapper.label} acts on all gradients at once: "
-                    f"give every group the same value"
-                )
-            return first
-        raise AttributeError(f"{wrapper.label} declares no hyperparameter called {name!r}")
+def _spans(tensor: torch.Tensor) -> list[tuple[Span, int]]:
+    size = tensor.numel()
+    if size <= PIECE or tensor.dim() == 0:
+        return [(None, size)]
+    length = tensor.shape[0]
+    row = size // length
+    rows = max(1, PIECE // row)
+    cuts = [(begin, min(begin + rows, length)) for begin in range(0, length, rows)]
+    return [((begin, end), row * (end - begin)) for begin, end in cuts]

@@ -23,9 +23,18 @@ class Slot:
     `dtype=None` keeps the parameter's own; a text names a dtype, or a hyperparameter whose value names it.
     """
 
-    kind: Literal["anchor", "start", "zeros", "moments"]
+    kind: Literal["anchor", "start", "zeros", "moments", "previous"]
     dtype: str | None = None
     name: str = ""
+    # there before the base's first update of the parameter: for what is gathered over several steps
+    early: bool = False
+
+
+@dataclass(frozen=True)
+class Counter:
+    """One integer that a wrapper counts, in every group under `<label>.<name>`, 0 at first."""
+
+    doc: str = ""
 
 
 def anchor(*, dtype: str | None = None) -> Any:
@@ -38,9 +47,22 @@ def start(*, dtype: str | None = None) -> Any:
     return Slot("start", dtype)
 
 
-def zeros(*, dtype: str | None = None) -> Any:
-    """Declare a tensor shaped like the parameter that begins at zero."""
-    return Slot("zeros", dtype)
+def zeros(*, dtype: str | None = None, early: bool = False) -> Any:
+    """Declare a tensor shaped like the parameter that begins at zero; `early`: there before the first update."""
+    return Slot("zeros", dtype, early=early)
+
+
+def previous() -> Any:
+    """Declare a copy of the parameter from right before the base's update, taken anew at every update.
+
+    `after_update` is then called with the parameters of this very update alone, whose gradients are still there.
+    """
+    return Slot("previous")
+
+
+def counter(doc: str = "") -> Any:
+    """Declare an integer that is counted across updates: part of the checkpoint, the same in every group."""
+    return Counter(doc)
 
 
 def moments() -> Any:
@@ -64,6 +86,30 @@ class Group(ABC):
     @abstractmethod
     def grads(self) -> list[torch.Tensor]:
         """The gradients, aligned with `params`; a pending lazy scale has been multiplied in."""
+
+    @property
+    @abstractmethod
+    def base_lr(self) -> Any:
+        """The base's learning rate for this update; raises StepError where the base has none."""
+
+    @abstractmethod
+    def norms(self, tensors: list[torch.Tensor], *, rows: bool = False) -> list[torch.Tensor]:
+        """Return the 2-norm of each tensor (aligned with `params`), reduced over shards, 0-dim.
+
+        With `rows`, one norm per index of the first dimension, shaped to broadcast; a vector counts as one row.
+        """
+
+    @abstractmethod
+    def means(self, tensors: list[torch.Tensor], *, rows: bool = False) -> list[torch.Tensor]:
+        """Return the mean of each tensor, reduced over shards; `rows` as for `norms`."""
+
+    @abstractmethod
+    def lend(self, gradients: list[torch.Tensor]) -> None:
+        """Let these be the gradients until the end of this `step()`; afterwards the parameters have none."""
+
+    @abstractmethod
+    def clear_gradients(self) -> None:
+        """Take the gradients away: the next backward pass starts from none."""
 
     @property
     @abstractmethod
@@ -114,33 +160,49 @@ class Gradients(ABC):
     def measure(self, name: str, value: torch.Tensor | float) -> None:
         """Log `value` as `<label>/<name>`; never waits for the device."""
 
-    def __getattr__(self, name: str) -> Any:  # hyperparameters, from the first group
+    @abstractmethod
+    def hold(self, reason: str) -> None:
+        """Hold this update back: nothing advances, and `opt.skipped` is `reason`. See `Wrapper.holds_updates`."""
+
+    @abstractmethod
+    def count(self, name: str, value: int) -> None:
+        """Set a counter that the wrapper declares, in all groups."""
+
+    def __getattr__(self, name: str) -> Any:  # hyperparameters and counters, from the first group
         raise AttributeError(name)
 
 
 class Wrapper(ABC):
-    """A part around the base: declares hyperparameters and state, and any of the four methods below.
+    """A part around the base: declares hyperparameters and state, and any of the five methods below.
 
     `class W(Wrapper, every="k")` is called after an update only when the hyperparameter `k` divides the count.
+    `class W(Wrapper, elementwise=True)` treats every element alike: `after_update` may then be called several times
+    with parts of the tensors, small enough to stay in a processor's cache.
     The object is configuration without state: one object may serve two stacks.
     """
 
     hyperparameters: ClassVar[dict[str, Hyperparameter]] = {}
     slots: ClassVar[dict[str, Slot]] = {}
+    counters: ClassVar[dict[str, Counter]] = {}
     every: ClassVar[str | None] = None
+    elementwise: ClassVar[bool] = False
     known_as: ClassVar[tuple[str, ...]] = ()
     # a wrapper that cannot decide without reading from the device says so
     synchronises: ClassVar[bool] = False
+    # a wrapper that calls groups.hold() says so: it cannot stand over a base that evaluates the loss itself
+    holds_updates: ClassVar[bool] = False
 
     given: dict[str, Any]
     label: str
 
-    def __init_subclass__(cls, every: str | None = None, **kwargs: Any) -> None:
+    def __init_subclass__(cls, every: str | None = None, elementwise: bool | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.hyperparameters = declared(cls)
-        slots = dict(cls.slots)
-        slots.update({n: replace(v, name=n) for n, v in vars(cls).items() if isinstance(v, Slot)})
-        cls.slots = slots
+        own = vars(cls).items()
+        cls.slots = {**cls.slots, **{n: replace(v, name=n) for n, v in own if isinstance(v, Slot)}}
+        cls.counters = {**cls.counters, **{n: v for n, v in own if isinstance(v, Counter)}}
+        if elementwise is not None:
+            cls.elementwise = elementwise
         if every is not None:
             if every not in cls.hyperparameters:
                 raise HyperparameterError(f"{cls.__name__}: every={every!r} names no hyperparameter of the class")
@@ -177,6 +239,9 @@ class Wrapper(ABC):
     def on_gradients(self, groups: Gradients) -> None:  # noqa: B027 - each wrapper defines what it needs
         """Change the gradients, all groups at once, between the evaluation and the update."""
 
+    def before_update(self, group: Group) -> None:  # noqa: B027
+        """Act on one group right before the base updates it: on parameters with gradients, all filtered by now."""
+
     def after_update(self, group: Group) -> None:  # noqa: B027
         """Act on one group after the base has updated its parameters."""
 
@@ -186,9 +251,14 @@ class Wrapper(ABC):
 
     @classmethod
     def acts_on(cls) -> frozenset[str]:
-        """Return which of the four methods the class defines itself."""
-        names = ("around", "on_gradients", "after_update", "averaged")
+        """Return which of the five methods the class defines itself."""
+        names = ("around", "on_gradients", "before_update", "after_update", "averaged")
         return frozenset(name for name in names if getattr(cls, name) is not getattr(Wrapper, name))
+
+    @classmethod
+    def stands_before_base(cls) -> bool:
+        """Tell whether the wrapper works on what the base has yet to use: the closure, gradients, the old weights."""
+        return bool(cls.acts_on() & {"around", "on_gradients", "before_update"})
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in self.given.items())

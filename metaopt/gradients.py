@@ -1,0 +1,133 @@
+"""The gradients of one evaluation: what wrappers see of them all, their norm, and the factor that they wait for."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from metaopt.errors import HyperparameterError, StepError
+from metaopt.lanes import Entry, Lane
+from metaopt.shards import local, whole
+from metaopt.views import Piece, dense, pieces
+from metaopt.wrapper import Gradients, Wrapper
+
+if TYPE_CHECKING:
+    from metaopt.stack import Stack
+
+# gradients wider than this are not folded into a fused kernel: its factor is float32
+WIDEST_FOLDED = 4
+
+
+class AllGradients(Gradients):
+    """The gradients of all groups in a wrapper's reach: those of its lane, or all; a lazy factor waits in the lanes."""
+
+    def __init__(self, stack: "Stack", wrapper: Wrapper, lane: Lane | None) -> None:
+        self._stack = stack
+        self._wrapper = wrapper
+        self._lanes = stack.lanes if lane is None else (lane,)
+
+    def __iter__(self) -> Iterator[Piece]:
+        for entry in self._entries():
+            owners = [p for p in entry["params"] if p.grad is not None]
+            yield from pieces(self._stack, entry, self._wrapper, owners)
+
+    def _entries(self) -> list[Entry]:
+        return [entry for entry in self._stack.param_groups if any(lane.holds(entry) for lane in self._lanes)]
+
+    def norm(self, norm_type: float = 2.0) -> torch.Tensor:
+        return gradient_norm(self._stack, self._lanes, norm_type)
+
+    def scale(self, factor: torch.Tensor) -> None:
+        for lane in self._lanes:
+            lane.pending_scale = factor if lane.pending_scale is None else lane.pending_scale * factor
+
+    def hold(self, reason: str) -> None:
+        if not self._wrapper.holds_updates:
+            raise StepError(f"{self._wrapper.label} holds an update back without declaring holds_updates = True")
+        self._stack.held_back = reason
+
+    def count(self, name: str, value: int) -> None:
+        if name not in self._wrapper.counters:
+            raise AttributeError(f"{self._wrapper.label} declares no counter called {name!r}")
+        for entry in self._entries():
+            entry[f"{self._wrapper.label}.{name}"] = value
+
+    @property
+    def measured(self) -> bool:
+        return self._stack.measuring
+
+    def measure(self, name: str, value: torch.Tensor | float) -> None:
+        self._stack.measure(f"{self._wrapper.label}/{name}", value)
+
+    def __getattr__(self, name: str) -> Any:
+        wrapper = self.__dict__["_wrapper"]
+        if name not in wrapper.hyperparameters and name not in wrapper.counters:
+            raise AttributeError(f"{wrapper.label} declares no hyperparameter called {name!r}")
+        key = f"{wrapper.label}.{name}"
+        first, *others = (entry[key] for entry in self._entries())
+        if any(other is not first and other != first for other in others):
+            raise HyperparameterError(
+                f"{key} differs between groups, but {wrapper.label} acts on all gradients at once: "
+                f"give every group the same value"
+            )
+        return first
+
+
+def gradient_norm(stack: "Stack", lanes: tuple[Lane, ...], norm_type: float = 2.0) -> torch.Tensor:
+    """Return the norm over the gradients of some lanes, over groups, devices and shards; pending factors count."""
+    pending = {id(lane.pending_scale) for lane in lanes}
+    if len(pending) > 1:  # lanes with factors of their own: they cannot be taken out of the norm
+        for lane in lanes:
+            apply_scale(stack, lane)
+    gradients = [
+        # a sparse gradient counts each stored value once: duplicates are summed first
+        dense(p.grad) if p.grad.is_sparse else p.grad
+        for entry in stack.param_groups
+        if len(lanes) == len(stack.lanes) or any(lane.holds(entry) for lane in lanes)
+        for p in entry["params"]
+        if p.grad is not None
+    ]
+    total = whole(torch.nn.utils.get_total_norm(gradients, norm_type))
+    factor = lanes[0].pending_scale
+    return total if factor is None else total * factor.abs().to(total.device)
+
+
+def apply_scale(stack: "Stack", lane: Lane) -> None:
+    """Multiply a lane's pending factor into its gradients, once."""
+    factor, lane.pending_scale = lane.pending_scale, None
+    if factor is None:
+        return
+    gradients: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for entry in stack.param_groups:
+        for p in entry["params"] if lane.holds(entry) else ():
+            if p.grad is not None:
+                gradients.setdefault((p.device, p.grad.dtype), []).append(dense(local(p.grad)))
+    for (device, _), members in gradients.items():
+        torch._foreach_mul_(members, factor.to(device))
+
+
+def fold_scale(stack: "Stack", lane: Lane) -> bool:
+    """Hand a lane's pending factor to its base's fused kernel where that can take it, else multiply it in.
+
+    Decided anew at each update: a loaded checkpoint or a client may have changed how a group runs.
+    """
+    if lane.pending_scale is None:
+        return False
+    entries = [entry for entry in stack.param_groups if lane.holds(entry)]
+    foldable = (
+        getattr(lane.base, "_step_supports_amp_scaling", False)
+        and not lane.needs_closure
+        and all(entry.get("fused") for entry in entries)
+        and all(
+            p.grad is None or (p.grad.element_size() <= WIDEST_FOLDED and not p.grad.is_sparse)
+            for entry in entries
+            for p in entry["params"]
+        )
+    )
+    if not foldable:
+        apply_scale(stack, lane)
+        return False
+    # the kernel divides by it
+    lane.base.grad_scale = lane.pending_scale.reciprocal().to(torch.float32)  # type: ignore[attr-defined]
+    lane.pending_scale = None
+    return True

@@ -1,0 +1,115 @@
+"""A lane: one base with the wrappers and schedules that are its own, over the groups that carry its name."""
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from metaopt.schedule import Schedule
+from metaopt.wrapper import Slot, Wrapper
+
+Entry = dict[str, Any]
+
+
+class Lane:
+    """One base and what belongs to it alone. A stack has one lane; one over several bases has one for each.
+
+    `chain` holds every wrapper that acts on the lane's groups, in the order in which they act: the stack's own
+    before the base, the lane's, those of the lane behind it, the stack's.
+    """
+
+    def __init__(
+        self,
+        base: torch.optim.Optimizer,
+        wrappers: Sequence[Wrapper] = (),
+        schedules: Mapping[str, Schedule] | None = None,
+        *,
+        name: str = "",
+        fused_by_default: bool = False,
+    ) -> None:
+        self.base = base
+        self.wrappers = tuple(wrappers)
+        self.schedules = dict(schedules or {})
+        self.name = name
+        self.fused_by_default = fused_by_default
+        self.settle(())
+
+    def settle(self, outer: Sequence[Wrapper]) -> None:
+        """Work out what follows from the parts, `outer` being the wrappers around all lanes."""
+        before = [w for w in (*outer, *self.wrappers) if w.stands_before_base()]
+        behind = [w for w in (*self.wrappers, *outer) if not w.stands_before_base()]
+        self.chain = (*before, *behind)
+        self.labelled = {w.label: w for w in self.chain}
+        self.slots: list[tuple[str, Wrapper, Slot]] = [
+            (f"{w.label}.{name}", w, slot) for w in self.chain for name, slot in w.state_slots().items()
+        ]
+        self.moment_slots = [(key, w) for key, w, slot in self.slots if slot.kind == "moments"]
+        self.previous_slots = [key for key, _, slot in self.slots if slot.kind == "previous"]
+        self.early_keys = frozenset(key for key, _, slot in self.slots if slot.early)
+        self.hyperparameter_keys = {f"{w.label}.{name}": (w, name) for w in self.chain for name in w.hyperparameters}
+        self.counter_keys = [f"{w.label}.{name}" for w in self.chain for name in w.counters]
+        self._prefixes = tuple(f"{label}." for label in self.labelled)
+        step = type(self.base).step
+        # torch wraps the class's step to fire hooks; the stack's own step fires them already
+        self._step: Callable[..., Any] = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
+        closure = inspect.signature(self._step).parameters.get("closure")
+        self.needs_closure = closure is not None and closure.default is inspect.Parameter.empty
+        self.pending_scale: torch.Tensor | None = None
+
+    def step(self, *closure: Callable[[], Any]) -> None:
+        """Call the base's own step, without the hooks that torch put around it."""
+        self._step(self.base, *closure)
+
+    def holds(self, entry: Entry) -> bool:
+        """Tell whether a group belongs to this lane; without a name every group does."""
+        return not self.name or entry.get("metaopt.part") == self.name
+
+    def is_base_key(self, key: Any) -> bool:
+        """Tell whether an entry of a group or of `state[p]` belongs to the base, not to a wrapper."""
+        return not (self._prefixes and isinstance(key, str) and key.startswith(self._prefixes))
+
+    def anchors_nearer_than(self, mover: Wrapper) -> list[str]:
+        """Return the state keys of the anchors of wrappers between the base and the one that moves."""
+        nearer = self.chain[: self.chain.index(mover)]
+        return [key for key, wrapper, slot in self.slots if slot.kind == "anchor" and wrapper in nearer]
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("wrappers", "schedules", "name", "fused_by_default")
+        return {"base": bare(self.base), **{key: getattr(self, key) for key in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, base=revived(*state["base"]))
+        self.settle(())
+
+
+# every optimizer has them; a copy begins with none, as torch's own copies do
+HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+# a step that a torch scheduler replaced, and what GradScaler and the engine lend for one step
+_LENT = frozenset(["step", "_opt_called", "grad_scale", "found_inf", *HOOKS])
+
+
+def bare(base: torch.optim.Optimizer) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """Return class and attributes of a base, for a copy or a pickle.
+
+    Its own `__getstate__` would keep three attributes and lose the rest: L-BFGS could not step any more.
+    """
+    return type(base), {key: value for key, value in base.__dict__.items() if key not in _LENT}
+
+
+def revived(kind: type[torch.optim.Optimizer], attributes: dict[str, Any]) -> torch.optim.Optimizer:
+    """Return the base that `bare` described, without any hooks."""
+    base = kind.__new__(kind)
+    base.__dict__.update(attributes)
+    for hooks in HOOKS:
+        base.__dict__[hooks] = OrderedDict()
+    base._patch_step_function()
+    return base
