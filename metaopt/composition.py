@@ -38,6 +38,11 @@ def _check_evaluation(lane: Lane, wrapper: Wrapper) -> None:
             f"{wrapper.label} {what}, and {type(lane.base).__name__} evaluates the loss several times within one "
             f"update: the two do not go together"
         )
+    if lane.needs_closure and any(slot.kind == "previous" for slot in wrapper.state_slots().values()):
+        raise SpecError(
+            f"{wrapper.label} compares an update with the gradient that made it, and {type(lane.base).__name__} makes "
+            f"one of several gradients: the two do not go together"
+        )
     if wrapper in lane.wrappers and lane.name and (owns or wrapper.holds_updates):
         what = "evaluates the loss, which all parts share" if owns else "holds updates back, which all parts count"
         raise SpecError(f"{wrapper.label} {what}: write it outside, before the base of the whole stack")

@@ -31,6 +31,13 @@ class AllGradients(Gradients):
             owners = [p for p in entry["params"] if p.grad is not None]
             yield from pieces(self._stack, entry, self._wrapper, owners)
 
+    def gathered(self) -> Iterator[Piece]:
+        for entry in self._entries():
+            lane = self._stack.lane_of(entry)
+            keys = [key for key, wrapper, _ in lane.slots if wrapper is self._wrapper]
+            owners = [p for p in entry["params"] if all(key in self._stack.held(p) for key in keys)]
+            yield from pieces(self._stack, entry, self._wrapper, owners)
+
     def _entries(self) -> list[Entry]:
         return [entry for entry in self._stack.param_groups if any(lane.holds(entry) for lane in self._lanes)]
 

@@ -25,12 +25,13 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def norm_over_shards(values: torch.Tensor, owner: torch.Tensor, *, rows: bool) -> torch.Tensor:
-    """Return the 2-norm of `values`, the local part of something shaped like `owner`, over all shards.
+    """Return the 2-norm of `values`, a local part of something shaped like `owner`, over all shards.
 
     With `rows` one norm for each index of the first dimension, kept in shape; a vector counts as one row.
     """
-    squares = _sum(values.abs().square() if values.is_complex() else values.square(), owner, rows)
-    return squares.sqrt()
+    norm = torch.linalg.vector_norm(values, dim=_summed(values, rows), keepdim=rows)
+    kind = _dtensor()
+    return norm if kind is None or not isinstance(owner, kind) else _over_shards(norm.square(), owner, rows).sqrt()
 
 
 def mean_over_shards(values: torch.Tensor, owner: torch.Tensor, *, rows: bool) -> torch.Tensor:
@@ -38,19 +39,29 @@ def mean_over_shards(values: torch.Tensor, owner: torch.Tensor, *, rows: bool) -
     count = owner.numel()
     if rows and owner.dim() > 1:
         count //= max(1, owner.shape[0])
-    return _sum(values, owner, rows) / max(1, count)
-
-
-def _sum(values: torch.Tensor, owner: torch.Tensor, rows: bool) -> torch.Tensor:
-    dims = list(range(1, values.dim())) if rows and values.dim() > 1 else list(range(values.dim()))
-    keepdim = rows and values.dim() > 1
+    dims = _summed(values, rows)
+    total = values.sum(dim=dims, keepdim=rows) if dims else values
     kind = _dtensor()
-    if kind is None or not isinstance(owner, kind):
-        return values.sum(dim=dims, keepdim=keepdim) if dims else values
+    if kind is not None and isinstance(owner, kind):
+        total = _over_shards(total, owner, rows)
+    return total / max(1, count)
+
+
+def _summed(values: torch.Tensor, rows: bool) -> list[int]:
+    return list(range(1 if rows and values.dim() > 1 else 0, values.dim()))
+
+
+def _over_shards(sums: torch.Tensor, owner: Any, rows: bool) -> torch.Tensor:
+    """Add what the other shards hold; a sum per row is whole already where the shards are made of rows."""
     module = sys.modules["torch.distributed.tensor"]
-    placed = kind.from_local(values, owner.device_mesh, owner.placements, shape=owner.shape, stride=owner.stride())
-    summed = placed.sum(dim=dims, keepdim=keepdim) if dims else placed
-    # rows stay where their first dimension is; what other shards hold of a row is added to it
-    wanted = [p if keepdim and p.is_shard(0) else module.Replicate() for p in owner.placements]
-    result: torch.Tensor = summed.redistribute(placements=wanted).to_local()
-    return result
+    by_row = rows and owner.dim() > 1
+    partial = [placed.is_shard() and not (by_row and placed.is_shard(0)) for placed in owner.placements]
+    placed = module.DTensor.from_local(
+        sums,
+        owner.device_mesh,
+        # a row's own shards are left out of the sum: each process keeps its rows
+        [module.Partial() if is_partial else module.Replicate() for is_partial in partial],
+        run_check=False,
+    )
+    added: torch.Tensor = placed.full_tensor()
+    return added

@@ -114,7 +114,8 @@ class Stack(torch.optim.Optimizer):
     def held(self, p: torch.Tensor) -> dict[str, Any]:
         """Return what a wrapper may see of a parameter's state, at its first update also what is yet to be stored."""
         copies = self._copies.get(p)
-        return self.state[p] if copies is None else {**self.state.get(p, {}), **copies}
+        held: dict[str, Any] = self.state.get(p, {})
+        return held if copies is None else {**held, **copies}
 
     # ---- shared with the base, also when a client rebinds them
 
@@ -303,7 +304,7 @@ class Stack(torch.optim.Optimizer):
         for wrapper, lane in placed:
             act = wrapper.after_update if placed is self._after_update else wrapper.before_update
             every = None if wrapper.every is None else f"{wrapper.label}.{wrapper.every}"
-            cut = small_pieces if wrapper.elementwise else pieces
+            cut = small_pieces if wrapper.each else pieces
             for entry in self._entries(lane):
                 # counted with the update that is being made
                 count = entry["metaopt.updates"] + (placed is self._before_update)

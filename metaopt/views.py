@@ -18,7 +18,9 @@ Entry = dict[str, Any]
 Span = tuple[int, int] | None
 
 # elements in a piece of tensors that a processor's cache holds together with their state
-PIECE = 1 << 19
+CPU_PIECE = 1 << 19
+# an accelerator gets as much at once as costs little memory where a wrapper needs some of its own
+DEVICE_PIECE = 1 << 25
 
 
 def dense(gradient: torch.Tensor) -> torch.Tensor:
@@ -52,10 +54,14 @@ class Piece(Group):
         self._wrapper = wrapper
         self._spans = spans
         self.owners = owners
-        self.params = self._cut([local(owner) for owner in owners])
+        self.params = self._rows([local(owner) for owner in owners])
         self.updates = entry["metaopt.updates"]
 
-    def _cut(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    def part(self, owners: list[torch.Tensor], spans: list[Span]) -> "Piece":
+        """Return a piece of some of these parameters, or of rows of them."""
+        return Piece(self._stack, self._entry, self._wrapper, owners, spans)
+
+    def _rows(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         if self._spans is None:
             return tensors
         pairs = zip(tensors, self._spans, strict=True)
@@ -72,7 +78,7 @@ class Piece(Group):
         held = self._stack.held
         if slot.kind == "moments":
             return {m: [local(held(p)[f"{key}.{m}"]) for p in self.owners] for m in self.base_moments}
-        return self._cut([local(held(p)[key]) for p in self.owners])
+        return self._rows([local(held(p)[key]) for p in self.owners])
 
     @property
     def _lane(self) -> Lane:
@@ -81,6 +87,8 @@ class Piece(Group):
     @property
     def grads(self) -> list[torch.Tensor]:
         self._stack.apply_scale(self._lane)
+        if not self._wrapper.takes_sparse and any(p.grad is not None and p.grad.is_sparse for p in self.owners):
+            raise StepError(f"{self._wrapper.label} needs dense gradients, and a parameter's is sparse: leave it out")
         gradients = self.raw_grads
         if len(gradients) < len(self.owners):
             raise StepError(
@@ -92,7 +100,7 @@ class Piece(Group):
     @property
     def raw_grads(self) -> list[torch.Tensor]:
         """The gradients as they stand in `p.grad`, whatever factor is pending."""
-        return self._cut([dense(local(p.grad)) for p in self.owners if p.grad is not None])
+        return self._rows([dense(local(p.grad)) for p in self.owners if p.grad is not None])
 
     @property
     def base_lr(self) -> Any:
@@ -132,7 +140,7 @@ class Piece(Group):
             else:
                 moved = self.params
             if followers:
-                torch._foreach_copy_(self._cut([local(follower) for follower in followers]), moved)
+                torch._foreach_copy_(self._rows([local(follower) for follower in followers]), moved)
 
     def reset_base(self) -> None:
         self._stack.forget_base_state(self.owners, self._lane)
@@ -178,38 +186,47 @@ def pieces(stack: "Stack", entry: Entry, wrapper: Wrapper, owners: list[torch.Te
 
 
 def small_pieces(stack: "Stack", entry: Entry, wrapper: Wrapper, owners: list[torch.Tensor]) -> list[Piece]:
-    """Split parameters as `pieces` does and then, on a processor with a cache, into parts that stay in it.
+    """Split parameters as `pieces` does and then into parts that stay in a cache, or cost little memory.
 
-    For wrappers that treat every element alike. An accelerator gets all at once: one launch for everything.
+    For wrappers that treat every element, or every tensor, by itself. Where elements are treated alike an accelerator
+    gets all at once: one launch for everything.
     """
     found = pieces(stack, entry, wrapper, owners)
     if any(slot.kind == "moments" for slot in wrapper.state_slots().values()):
         return found
     split: list[Piece] = []
-    spans: list[Span]
     for piece in found:
-        if piece.params[0].device.type != "cpu" or sum(p.numel() for p in piece.params) <= PIECE:
+        cpu = piece.params[0].device.type == "cpu"
+        if not cpu and wrapper.each == "element":
             split.append(piece)
-            continue
-        owners, spans, filled = [], [], 0
-        for owner, tensor in zip(piece.owners, piece.params, strict=True):
-            for span, size in _spans(tensor):
-                if filled and filled + size > PIECE:
-                    split.append(Piece(stack, entry, wrapper, owners, spans))
-                    owners, spans, filled = [], [], 0
-                owners.append(owner)
-                spans.append(span)
-                filled += size
-        split.append(Piece(stack, entry, wrapper, owners, spans))
+        else:
+            split += _cut(piece, CPU_PIECE if cpu else DEVICE_PIECE, whole=wrapper.each == "tensor")
     return split
 
 
-def _spans(tensor: torch.Tensor) -> list[tuple[Span, int]]:
+def _cut(piece: Piece, most: int, *, whole: bool) -> list[Piece]:
+    """Cut a piece into some of at most so many elements each, between tensors and, unless `whole`, between rows."""
+    if sum(p.numel() for p in piece.params) <= most:
+        return [piece]
+    cut: list[tuple[list[torch.Tensor], list[Span]]] = []
+    filled = most
+    for owner, tensor in zip(piece.owners, piece.params, strict=True):
+        for span, size in [(None, tensor.numel())] if whole else _spans(tensor, most):
+            if filled + size > most:
+                cut.append(([], []))
+                filled = 0
+            cut[-1][0].append(owner)
+            cut[-1][1].append(span)
+            filled += size
+    return [piece.part(owners, spans) for owners, spans in cut]
+
+
+def _spans(tensor: torch.Tensor, most: int) -> list[tuple[Span, int]]:
     size = tensor.numel()
-    if size <= PIECE or tensor.dim() == 0:
+    if size <= most or tensor.dim() == 0:
         return [(None, size)]
     length = tensor.shape[0]
     row = size // length
-    rows = max(1, PIECE // row)
+    rows = max(1, most // row)
     cuts = [(begin, min(begin + rows, length)) for begin in range(0, length, rows)]
     return [((begin, end), row * (end - begin)) for begin, end in cuts]

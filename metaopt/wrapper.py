@@ -1,7 +1,7 @@
 """Wrapper: all that the author of a wrapper must know."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -148,6 +148,10 @@ class Gradients(ABC):
         """Return the norm over all gradients, reduced over groups, devices and shards (0-dim)."""
 
     @abstractmethod
+    def gathered(self) -> Iterator[Group]:
+        """Yield the groups with every parameter that holds this wrapper's state, with a gradient now or without."""
+
+    @abstractmethod
     def scale(self, factor: torch.Tensor) -> None:
         """Multiply all gradients by a 0-dim factor, lazily: a fused base does it in its own pass."""
 
@@ -176,8 +180,8 @@ class Wrapper(ABC):
     """A part around the base: declares hyperparameters and state, and any of the five methods below.
 
     `class W(Wrapper, every="k")` is called after an update only when the hyperparameter `k` divides the count.
-    `class W(Wrapper, elementwise=True)` treats every element alike: `after_update` may then be called several times
-    with parts of the tensors, small enough to stay in a processor's cache.
+    `class W(Wrapper, each="element")` treats every element alike, `each="tensor"` every tensor by itself:
+    `after_update` may then be called with rows of the tensors, or with some of them, few enough to stay in a cache.
     The object is configuration without state: one object may serve two stacks.
     """
 
@@ -185,24 +189,28 @@ class Wrapper(ABC):
     slots: ClassVar[dict[str, Slot]] = {}
     counters: ClassVar[dict[str, Counter]] = {}
     every: ClassVar[str | None] = None
-    elementwise: ClassVar[bool] = False
+    each: ClassVar[Literal["element", "tensor"] | None] = None
     known_as: ClassVar[tuple[str, ...]] = ()
     # a wrapper that cannot decide without reading from the device says so
     synchronises: ClassVar[bool] = False
     # a wrapper that calls groups.hold() says so: it cannot stand over a base that evaluates the loss itself
     holds_updates: ClassVar[bool] = False
+    # of a sparse gradient `group.grads` has the stored values alone, which are not aligned with the parameter
+    takes_sparse: ClassVar[bool] = False
 
     given: dict[str, Any]
     label: str
 
-    def __init_subclass__(cls, every: str | None = None, elementwise: bool | None = None, **kwargs: Any) -> None:
+    def __init_subclass__(
+        cls, every: str | None = None, each: Literal["element", "tensor"] | None = None, **kwargs: Any
+    ) -> None:
         super().__init_subclass__(**kwargs)
         cls.hyperparameters = declared(cls)
         own = vars(cls).items()
         cls.slots = {**cls.slots, **{n: replace(v, name=n) for n, v in own if isinstance(v, Slot)}}
         cls.counters = {**cls.counters, **{n: v for n, v in own if isinstance(v, Counter)}}
-        if elementwise is not None:
-            cls.elementwise = elementwise
+        if each is not None:
+            cls.each = each
         if every is not None:
             if every not in cls.hyperparameters:
                 raise HyperparameterError(f"{cls.__name__}: every={every!r} names no hyperparameter of the class")
@@ -232,7 +240,7 @@ class Wrapper(ABC):
         """Tell whether this configuration ever calls `group.reset_base()`."""
         return False
 
-    def around(self, closure: Closure, groups: Iterable[Group]) -> Any:
+    def around(self, closure: Closure, groups: Gradients) -> Any:
         """Own the evaluation of the loss: call `closure` as often as needed, return the loss."""
         return closure()
 

@@ -9,9 +9,12 @@ class ClipGradNorm(Wrapper):
     known_as = ("clip_by_global_norm", "gradient_clip_val", "max_grad_norm", "clip_grad_norm_")
 
     max_norm: float = hyper(
-        min=0.0, doc="the largest norm that passes unchanged", known_as=("clip_value", "max_grad_norm")
+        min=0.0,
+        doc="the largest norm that passes unchanged",
+        known_as=("clip_value", "max_grad_norm"),
+        per_group=False,
     )
-    norm_type: float = hyper(2.0, above=0.0, doc="the p of the norm; inf is allowed", known_as=("p",))
+    norm_type: float = hyper(2.0, above=0.0, doc="the p of the norm; inf is allowed", known_as=("p",), per_group=False)
 
     def on_gradients(self, groups: Gradients) -> None:
         norm = groups.norm(groups.norm_type)

@@ -7,7 +7,7 @@ import torch
 from metaopt import Group, Wrapper, anchor, hookimpl, hyper, moments
 
 
-class Lookahead(Wrapper, every="k", elementwise=True):
+class Lookahead(Wrapper, every="k", each="element"):
     """slow <- slow + alpha (fast - slow); fast <- slow, every k updates. arXiv:1907.08610
 
     `pullback_momentum` treats the base's moments at a pull: "reset" drops the base's state, which then starts lazily

@@ -1,0 +1,49 @@
+"""Gradient accumulation: one update for several batches."""
+
+import torch
+
+from metaopt import Gradients, Wrapper, counter, hookimpl, hyper, zeros
+
+
+class Accumulate(Wrapper):
+    """sum <- sum + g at every `step()`; at every `steps`-th, g <- sum / steps makes the update and sum <- 0.
+
+    It owns the gradients: it takes them away at every `step()`, so a loop may call `zero_grad()` or not. A parameter
+    that had a gradient in an earlier window counts as having a zero one in a window without.
+    """
+
+    known_as = ("MultiSteps", "accumulate_grad_batches", "gradient_accumulation_steps", "grad_accum_steps")
+    holds_updates = True
+
+    steps: int = hyper(
+        min=1,
+        doc="how many calls of step() make one update",
+        known_as=("every_k_schedule", "gradient_accumulation_steps", "accumulate_grad_batches"),
+        per_group=False,
+    )
+    sum = zeros(early=True)
+    seen = counter("how many gradients the sum holds")
+
+    def on_gradients(self, groups: Gradients) -> None:
+        seen = groups.seen + 1
+        if seen == 1:
+            # here and not after the update: the mean that was lent for it is this very tensor
+            for group in groups.gathered():
+                torch._foreach_zero_(group.sum)
+        for group in groups:
+            torch._foreach_add_(group.sum, group.grads)
+        if seen < groups.steps:
+            for group in groups:
+                group.clear_gradients()
+            groups.count("seen", seen)
+            groups.hold(f"accumulated {seen} of {groups.steps}")
+            return
+        groups.count("seen", 0)
+        for group in groups.gathered():
+            torch._foreach_div_(group.sum, groups.steps)
+            group.lend(group.sum)
+
+
+@hookimpl
+def metaopt_wrappers() -> dict[str, type[Wrapper]]:
+    return {"accumulate": Accumulate}

@@ -1,0 +1,34 @@
+"""Clipping each unit's gradient by the size of the unit's weights."""
+
+import torch
+
+from metaopt import Gradients, Wrapper, hookimpl, hyper
+
+
+class AdaptiveGradClip(Wrapper):
+    """g_i <- g_i min(1, clipping max(|w_i|, eps) / |g_i|) for each row i; a vector is one row. arXiv:2102.06171
+
+    Rows are what one output unit has: the first dimension of a matrix or of a convolution. `clipping=inf` in a group
+    leaves it alone, which the paper advises for the last layer.
+    """
+
+    known_as = ("AGC", "adaptive_gradient_clip", "agc", "clip_factor")
+
+    clipping: float = hyper(0.01, above=0.0, doc="the largest |g| / |w| of a row", known_as=("clip_factor",))
+    eps: float = hyper(1e-3, min=0.0, doc="the smallest size that weights count as; zeros could not move otherwise")
+
+    def on_gradients(self, groups: Gradients) -> None:
+        for group in groups:
+            gradients = group.grads
+            bounds = [n.clamp(min=group.eps) * group.clipping for n in group.norms(group.params, rows=True)]
+            sizes = group.norms(gradients, rows=True)
+            # where a row's gradient is zero the factor does not matter, but 0 / 0 would
+            factors = [
+                torch.where(s > b, b / s, 1.0).to(g.dtype) for s, b, g in zip(sizes, bounds, gradients, strict=True)
+            ]
+            torch._foreach_mul_(gradients, factors)
+
+
+@hookimpl
+def metaopt_wrappers() -> dict[str, type[Wrapper]]:
+    return {"adaptive_grad_clip": AdaptiveGradClip}

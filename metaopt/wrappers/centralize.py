@@ -1,0 +1,27 @@
+"""Gradient centralization: each unit's gradient loses its mean."""
+
+import torch
+
+from metaopt import Gradients, Wrapper, hookimpl
+
+
+class Centralize(Wrapper):
+    """g_i <- g_i - mean(g_i) for each row i of tensors with two dimensions or more. arXiv:2004.01461
+
+    A row is what one output unit has: an index of the first dimension. Vectors stay as they are.
+    """
+
+    known_as = ("GC", "gradient_centralization", "use_gc")
+
+    def on_gradients(self, groups: Gradients) -> None:
+        for group in groups:
+            gradients = group.grads
+            means = group.means(gradients, rows=True)
+            pairs = [(g, m) for g, m in zip(gradients, means, strict=True) if g.dim() > 1]
+            if pairs:
+                torch._foreach_sub_([g for g, _ in pairs], [m for _, m in pairs])
+
+
+@hookimpl
+def metaopt_wrappers() -> dict[str, type[Wrapper]]:
+    return {"centralize": Centralize}

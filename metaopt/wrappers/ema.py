@@ -1,0 +1,39 @@
+"""An exponential moving average of the weights."""
+
+import torch
+
+from metaopt import Group, Wrapper, hookimpl, hyper, start
+
+
+class Ema(Wrapper, each="element"):
+    """average <- d average + (1 - d) w after every update; `opt.averaged()` shows it. doi:10.1137/0330046
+
+    d = decay; with `warmup` d = min(decay, (1 + t) / (10 + t)), t being the number of updates, so that the initial
+    weights are soon forgotten.
+    """
+
+    known_as = ("EMA", "ModelEmaV3", "EMAModel", "AveragedModel", "polyak averaging")
+
+    decay: float = hyper(0.999, min=0.0, below=1.0, doc="how much of the average an update keeps", known_as=("beta",))
+    warmup: bool = hyper(False, doc="begin with a shorter memory", known_as=("use_ema_warmup", "num_updates"))
+    average_dtype: str | None = hyper(
+        None, choices=(None, "float32"), doc="the dtype of the average; None: the parameter's own"
+    )
+    average = start(dtype="average_dtype")
+
+    def after_update(self, group: Group) -> None:
+        decay = group.decay
+        if self.warmup:
+            decay = min(decay, (1 + group.updates) / (10 + group.updates))
+        # a multi-tensor lerp refuses mixed dtypes; casting copies only where they differ
+        weights = [p.to(a.dtype) for p, a in zip(group.params, group.average, strict=True)]
+        torch._foreach_lerp_(group.average, weights, 1.0 - decay)
+
+    def averaged(self, group: Group) -> list[torch.Tensor]:
+        average: list[torch.Tensor] = group.average
+        return average
+
+
+@hookimpl
+def metaopt_wrappers() -> dict[str, type[Wrapper]]:
+    return {"ema": Ema}

@@ -1,0 +1,58 @@
+"""Sharpness-aware minimisation: the gradient is taken where the loss is worst nearby."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from metaopt import Gradients, Group, Wrapper, hookimpl, hyper
+
+
+class Sam(Wrapper):
+    """g <- gradient at w + rho g / |g|; adaptive: at w + rho w^2 g / | |w| g |. arXiv:2010.01412, arXiv:2102.11600
+
+    Two evaluations of the loss per update, so `step(closure)` is needed; the loss at w is the one returned. A model's
+    running statistics (batch norm) see both. The weights come back exactly, also where the closure raises.
+    """
+
+    known_as = ("SAM", "ASAM", "GSAM")
+
+    rho: float = hyper(0.05, min=0.0, doc="how far from the weights the gradient is taken")
+    adaptive: bool = hyper(False, doc="measure that distance relative to each weight's size (ASAM)")
+
+    def around(self, closure: Callable[[], Any], groups: Gradients) -> Any:
+        loss = closure()
+        pieces = list(groups)
+        if not pieces:
+            return loss
+        norm = _adaptive_norm(pieces) if self.adaptive else groups.norm()
+        kept = [[p.clone() for p in group.params] for group in pieces]
+        try:
+            for group in pieces:
+                _climb(group, norm, adaptive=self.adaptive)
+            closure()
+        finally:
+            for group, weights in zip(pieces, kept, strict=True):
+                torch._foreach_copy_(group.params, weights)
+        return loss
+
+
+def _climb(group: Group, norm: torch.Tensor, *, adaptive: bool) -> None:
+    length = group.rho / (norm.to(group.params[0].device) + 1e-12)
+    directions = torch._foreach_mul(group.grads, length)
+    if adaptive:
+        sizes = torch._foreach_abs(group.params)
+        torch._foreach_mul_(directions, sizes)
+        torch._foreach_mul_(directions, sizes)
+    torch._foreach_add_(group.params, directions)
+
+
+def _adaptive_norm(pieces: Iterable[Group]) -> torch.Tensor:
+    norms = [n for group in pieces for n in group.norms(list(torch._foreach_mul(group.grads, group.params)))]
+    total: torch.Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    return total
+
+
+@hookimpl
+def metaopt_wrappers() -> dict[str, type[Wrapper]]:
+    return {"sam": Sam}
