@@ -23,6 +23,11 @@ def check(stack: "Stack") -> None:
             "differentiable=True: a stack updates in place and cannot be differentiated through; leave it out"
         )
     for lane in stack.lanes:
+        if lane.name and lane.needs_closure:
+            raise SpecError(
+                f"the part {lane.name!r}: {type(lane.base).__name__} evaluates the loss itself, which all parts share: "
+                f"it cannot be one of several bases"
+            )
         check_labels(lane.chain)
         for wrapper in lane.chain:
             wrapper.check()

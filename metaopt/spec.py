@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from metaopt import wrapper as wrapper_module
+from metaopt.dividing import Division
 from metaopt.errors import MetaoptError, SpecError
 from metaopt.hyperparameters import Hyperparameter, bind, from_signature
 from metaopt.registry import Entry, registry
@@ -35,9 +36,14 @@ class Part:
     def hyperparameters(self) -> dict[str, Hyperparameter]:
         """What the part can be given, by name."""
         own = getattr(self.target, "hyperparameters", None)
-        return (
-            dict(own) if isinstance(own, Mapping) else from_signature(self.target, skip_first=self.kind == "optimizer")
-        )
+        # an optimizer's first argument are the parameters
+        takes_parameters = self.kind == "optimizer" and not self.divides
+        return dict(own) if isinstance(own, Mapping) else from_signature(self.target, skip_first=takes_parameters)
+
+    @property
+    def divides(self) -> bool:
+        """Whether the part deals the parameters out to pipelines of its own."""
+        return isinstance(self.target, type) and issubclass(self.target, Division)
 
     def __call__(self, *args: Any, label: str | None = None, **kwargs: Any) -> Any:
         """Return the part with these hyperparameters; a schedule, logger or problem is made at once."""
@@ -51,6 +57,8 @@ class Part:
         given.update(bind(self.hyperparameters, self.name, args, kwargs))
         for name, value in given.items():
             given[name] = check_value(self.hyperparameters[name], value, self.name)
+        if self.divides and isinstance(given.get("parts"), Mapping):
+            given["parts"] = {str(part): as_pipeline(pipeline) for part, pipeline in given["parts"].items()}
         return changed(self, given=given, label=label or self.label)
 
     def make(self) -> Wrapper:
@@ -75,6 +83,9 @@ class Part:
             default = self.hyperparameters[name].default
             # 0 == 0.0 == False: a default is left out only where it is of the same type
             if type(value) is type(default) and not isinstance(value, torch.Tensor) and value == default:
+                continue
+            if self.divides and name == "parts":
+                shown.append("{" + ", ".join(f"{part!r}: {pipeline}" for part, pipeline in value.items()) + "}")
                 continue
             shown.append(f"{name}={to_text(value, f'{self.name}: {name}')}")
         if self.label is not None and self.label != self.name.rpartition(".")[2]:
@@ -234,8 +245,9 @@ def _called(node: ast.Call, text: str) -> Any:
         raise _refuse(node.func, text)
     if any(keyword.arg is None for keyword in node.keywords):
         raise _refuse(node, text)
-    args = [_value(item, text) for item in node.args]
-    kwargs = {str(keyword.arg): _value(keyword.value, text) for keyword in node.keywords}
+    read = _value_or_parts if called.divides else _value
+    args = [read(item, text) for item in node.args]
+    kwargs = {str(keyword.arg): read(keyword.value, text) for keyword in node.keywords}
     for value in (*args, *kwargs.values()):
         if isinstance(value, Part):
             raise SpecError(
@@ -247,6 +259,20 @@ def _called(node: ast.Call, text: str) -> Any:
         raise
     except (TypeError, ValueError, ArithmeticError) as error:
         raise SpecError(f"{called.name}: {error}") from error
+
+
+def _value_or_parts(node: ast.expr, text: str) -> Any:
+    """Read the dict of pipelines that a dividing part takes; anywhere else a dict is refused."""
+    if not isinstance(node, ast.Dict):
+        return _value(node, text)
+    parts = {}
+    for key, pipeline in zip(node.keys, node.values, strict=True):
+        if not isinstance(key, ast.Constant) or not isinstance(key.value, str):
+            raise _refuse(node if key is None else key, text)
+        if key.value in parts:
+            raise SpecError(f"the part {key.value!r} is given twice (column {key.col_offset + 1})")
+        parts[key.value] = _pipeline(pipeline, text)
+    return parts
 
 
 def to_text(value: Any, where: str) -> str:

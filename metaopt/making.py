@@ -1,0 +1,161 @@
+"""Making bases: one over all groups, or one for each part that a division deals them out to."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from metaopt.composition import RUN_FLAGS, check_labels
+from metaopt.dividing import Divided, Division
+from metaopt.errors import HyperparameterError, ParameterError, SpecError, did_you_mean
+from metaopt.grouping import Group
+from metaopt.lanes import Lane
+from metaopt.schedule import Schedule
+from metaopt.spec import Part, Pipeline
+from metaopt.wrapper import Wrapper
+
+# what a group may hold besides hyperparameters of its parts
+GROUP_KEYS = frozenset({"params", "param_names", "name", "lr_scale"})
+
+
+def arrange(pipeline: Pipeline) -> tuple[Part, tuple[Wrapper, ...]]:
+    """Return the base and the wrappers in written order; raise SpecError for an order that cannot work."""
+    bases = [position for position, part in enumerate(pipeline) if part.kind == "optimizer"]
+    if len(bases) != 1:
+        names = ", ".join(pipeline.parts[position].name for position in bases)
+        raise SpecError(
+            f"a stack has one base, this one has {len(bases)} ({names}): keep one of them"
+            if bases
+            else "a stack needs a base optimizer, such as adamw(lr=3e-4); metaopt.wrap takes one that exists already"
+        )
+    wrappers = []
+    for position, part in enumerate(pipeline):
+        if part.kind == "optimizer":
+            continue
+        wrapper = part.make()
+        base = pipeline.parts[bases[0]].name
+        if wrapper.stands_before_base() and position > bases[0]:
+            raise SpecError(f"{wrapper.label} works on what {base} has used by then: write it before {base}")
+        if not wrapper.stands_before_base() and position < bases[0]:
+            raise SpecError(f"{wrapper.label} works on updated parameters: write it behind {base}")
+        wrappers.append(wrapper)
+    check_labels(tuple(wrappers))
+    return pipeline.parts[bases[0]], tuple(wrappers)
+
+
+def scheduled(base: Part | None, wrappers: tuple[Wrapper, ...]) -> dict[str, Schedule]:
+    found = {} if base is None else {k: v for k, v in base.given.items() if isinstance(v, Schedule)}
+    for wrapper in wrappers:
+        own = {name: getattr(wrapper, name) for name in wrapper.hyperparameters}
+        found.update({f"{wrapper.label}.{k}": v for k, v in own.items() if isinstance(v, Schedule)})
+    return found
+
+
+def make_base(
+    groups: list[Group], base: Part, schedules: Mapping[str, Schedule], total_steps: int | None
+) -> tuple[torch.optim.Optimizer, bool]:
+    """Return the base over these groups, and whether its fused kernel was our choice. Raises HyperparameterError."""
+    _check_groups(groups, base, schedules)
+    given = dict(base.given)
+    for name, hyperparameter in base.hyperparameters.items():
+        if hyperparameter.required and name not in given:
+            raise HyperparameterError(f"{base.name} needs {name}: it has no default")
+    for name, value in given.items():
+        if isinstance(value, Schedule):
+            given[name] = value.over(total_steps, total_steps)(0)
+    fused = _fuse(groups, base, given)
+    try:
+        return base.target(groups, **given), fused
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise HyperparameterError(f"{base.name}: {error}") from error
+
+
+def make_divided(groups: list[Group], divides: Part, total_steps: int | None) -> Divided:
+    """Return the bases of all parts as one, each over the parameters that the division deals to it.
+
+    Raises ParameterError for a parameter that no part takes and for a part that takes none.
+    """
+    if "parts" not in divides.given:
+        raise SpecError(f"{divides.name} needs parts: a dict of pipelines by name, such as {{'*': adamw(lr=3e-4)}}")
+    division: Division = divides.target(**divides.given)
+    lanes = []
+    for part, members in _dealt(groups, division, divides.name).items():
+        pipeline: Pipeline = division.parts[part]
+        base_part, wrappers = arrange(pipeline)
+        if base_part.divides:
+            raise SpecError(f"{divides.name}: the part {part!r} is a {base_part.name} itself: write all parts in one")
+        own = scheduled(base_part, wrappers)
+        base, fused = make_base(members, base_part, own, total_steps)
+        for entry in base.param_groups:
+            entry["metaopt.part"] = part
+        lanes.append(Lane(base, wrappers, own, name=part, fused_by_default=fused))
+    return Divided(lanes, division)
+
+
+def _dealt(groups: list[Group], division: Division, where: str) -> dict[str, list[Group]]:
+    """Return the groups of each part, in the order of the parts; a group whose members part is split."""
+    dealt: dict[str, list[Group]] = {part: [] for part in division.parts}
+    for position, group in enumerate(groups):
+        names = group.get("param_names")
+        if names is None:
+            raise ParameterError(
+                f"{where} chooses by name, and the parameters have none: give the model, model.named_parameters() "
+                f"or metaopt.groups(model, ...)"
+            )
+        members: dict[str, list[tuple[str, torch.Tensor]]] = {}
+        for name, p in zip(names, group["params"], strict=True):
+            part = division.part_of(name, p)
+            if part not in dealt:
+                raise ParameterError(
+                    f"{where}: no part takes {name} of shape {tuple(p.shape)}: add a pattern for it, such as '*'"
+                )
+            members.setdefault(part, []).append((name, p))
+        called = group.get("name", None if len(groups) == 1 else str(position))
+        for part, chosen in members.items():
+            own = {"params": [p for _, p in chosen], "param_names": [n for n, _ in chosen]}
+            dealt[part].append({**group, **own, "name": part if called is None else f"{called} {part}"})
+    empty = [part for part, members in dealt.items() if not members]
+    if empty:
+        raise ParameterError(f"{where}: {empty[0]!r} takes no parameter that an earlier part left: drop it or mend it")
+    return dealt
+
+
+def _check_groups(groups: list[Group], base: Part, schedules: Mapping[str, Schedule]) -> None:
+    hyperparameters = base.hyperparameters
+    for position, group in enumerate(groups):
+        where = f"group {group.get('name', position)}"
+        for key, value in group.items():
+            if key in schedules:
+                raise HyperparameterError(
+                    f"{where} sets {key}={value!r}, but the stack has a schedule for it: "
+                    f"use lr_scale in the group to scale the learning rate, or drop one of the two"
+                )
+            if key in hyperparameters:
+                group[key] = hyperparameters[key].check(value, where=f"{where}, {base.name}")
+            elif "." not in key and key not in GROUP_KEYS:
+                raise HyperparameterError(
+                    f"{where}: no part of this stack has {key!r}.{did_you_mean(key, hyperparameters)}"
+                )
+
+
+def _fuse(groups: list[Group], base: Part, given: dict[str, Any]) -> bool:
+    """Choose the fused kernel where torch has one for every parameter, unless the user chose how to run."""
+    if "fused" not in base.hyperparameters or not base.target.__module__.startswith("torch.optim."):
+        return False
+    chosen = RUN_FLAGS & (given.keys() | {key for group in groups for key in group})
+    if chosen or any(isinstance(value, torch.Tensor) for value in given.values()):
+        return False
+    if not all(_fusible(p) for group in groups for p in group["params"]):
+        return False
+    try:
+        base.target([torch.zeros(1, requires_grad=True)], **given, fused=True)
+    except (RuntimeError, TypeError, ValueError):  # this class, or this choice of hyperparameters, has no fused kernel
+        return False
+    given["fused"] = True
+    return True
+
+
+def _fusible(p: torch.Tensor) -> bool:
+    from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+    return p.device.type in _get_fused_kernels_supported_devices() and p.is_floating_point() and not p.is_sparse
