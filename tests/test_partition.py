@@ -60,10 +60,8 @@ def test_a_wrapper_around_acts_on_all_parts_together() -> None:
 
 def test_factors_inside_and_around_multiply() -> None:
     model, twin = small_model(), small_model()
-    opt = metaopt.build(
-        model,
-        "clip_grad_norm(0.01) | partition({'*.weight': clip_grad_norm(0.001, label='inner') | sgd(lr=0.5), '*': sgd(lr=0.5)})",
-    )
+    inner = "clip_grad_norm(0.001, label='inner') | sgd(lr=0.5)"
+    opt = metaopt.build(model, f"clip_grad_norm(0.01) | partition({{'*.weight': {inner}, '*': sgd(lr=0.5)}})")
     hand = torch.optim.SGD(twin.parameters(), lr=0.5)
     train(model, [opt], 0, 1)
     twin(torch.randn(8, 3, generator=torch.Generator().manual_seed(0))).square().mean().backward()
