@@ -8,6 +8,7 @@ import torch
 
 from metaopt.errors import StepError, did_you_mean
 from metaopt.shards import local
+from metaopt.updating import updated
 from metaopt.views import Piece, pieces
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def _averages(stack: "Stack", label: str) -> Iterator[tuple[Piece, list[torch.Te
         wrapper = lane.labelled.get(label)
         if wrapper is None or "averaged" not in wrapper.acts_on() or entry["metaopt.template"]:
             continue
-        for piece in pieces(stack, entry, wrapper, stack.updated(entry, wrapper)):
+        for piece in pieces(stack, entry, wrapper, updated(stack, entry, wrapper)):
             averages = wrapper.averaged(piece)
             if averages is not None:
                 yield piece, averages

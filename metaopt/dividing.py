@@ -4,12 +4,16 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from metaopt.errors import CheckpointError, ParameterError, did_you_mean
 from metaopt.lanes import Lane
+from metaopt.wrapper import Closure
+
+if TYPE_CHECKING:
+    from metaopt.stack import Stack
 
 Entry = dict[str, Any]
 
@@ -121,3 +125,13 @@ class Divided(torch.optim.Optimizer):
             entry["metaopt.part"] = part
         self.state = state
         self.deal()
+
+
+def step_bases(stack: "Stack", *closure: Closure) -> None:
+    """Call each base's own step, without the hooks that torch put around it: the stack fires those."""
+    if isinstance(stack.base, Divided):
+        stack.base.deal()
+        # the loss is evaluated by now, for all of them
+        closure = ()
+    for lane in stack.lanes:
+        lane.step(*closure)

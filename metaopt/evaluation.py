@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metaopt.errors import StepError
-from metaopt.gradients import AllGradients
+from metaopt.gradients import AllGradients, filter_gradients
+from metaopt.scaling import apply_scales
 from metaopt.wrapper import Closure
 
 if TYPE_CHECKING:
@@ -18,9 +19,9 @@ class Evaluation:
     def __init__(self, stack: "Stack", closure: Closure | None) -> None:
         if closure is None and stack.needs_closure:
             raise StepError(f"{type(stack.base).__name__} evaluates the loss itself: call step(closure)")
-        if closure is None and stack.around:
+        if closure is None and stack.phases.around:
             raise StepError(
-                f"{stack.around[0].label} evaluates the loss itself: call step(closure), "
+                f"{stack.phases.around[0].label} evaluates the loss itself: call step(closure), "
                 f"with a closure that clears the gradients, computes the loss, calls backward() and returns the loss"
             )
         self.closure = closure
@@ -49,13 +50,13 @@ class Evaluation:
 
     def _again(self) -> Any:
         loss = self._evaluate()
-        self._stack.filter_gradients()
-        self._stack.apply_scales()
+        filter_gradients(self._stack)
+        apply_scales(self._stack)
         return loss
 
     def _around_each(self, closure: Closure) -> Closure:
         """Put the wrappers that own the evaluation around it, the first one outermost."""
-        for wrapper in reversed(self._stack.around):
+        for wrapper in reversed(self._stack.phases.around):
             closure = _surrounded(wrapper, closure, AllGradients(self._stack, wrapper, None))
         return closure
 

@@ -51,6 +51,8 @@ def take_copies(stack: "Stack") -> Copies:
 
 def make_way(stack: "Stack", copies: Copies) -> None:
     """Right before the base's update: leave `state[p]` to the base where it begins anew, as its constructor would."""
+    if not copies:
+        return
     for entry in stack.param_groups:
         lane = stack.lane_of(entry)
         _leave_fused_if_sparse(stack, lane, entry)

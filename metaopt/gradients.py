@@ -6,16 +6,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metaopt.errors import HyperparameterError, StepError
-from metaopt.lanes import Entry, Lane
-from metaopt.shards import local, whole
-from metaopt.views import Piece, dense, pieces
+from metaopt.lanes import Entry, Lane, with_gradient
+from metaopt.scaling import apply_scale
+from metaopt.shards import dense, whole
+from metaopt.views import Piece, pieces
 from metaopt.wrapper import Gradients, Wrapper
 
 if TYPE_CHECKING:
     from metaopt.stack import Stack
-
-# gradients wider than this are not folded into a fused kernel: its factor is float32
-WIDEST_FOLDED = 4
 
 
 class AllGradients(Gradients):
@@ -99,42 +97,16 @@ def gradient_norm(stack: "Stack", lanes: tuple[Lane, ...], norm_type: float = 2.
     return total if factor is None else total * factor.abs().to(total.device)
 
 
-def apply_scale(stack: "Stack", lane: Lane) -> None:
-    """Multiply a lane's pending factor into its gradients, once."""
-    factor, lane.pending_scale = lane.pending_scale, None
-    if factor is None:
-        return
-    gradients: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-    for entry in stack.param_groups:
-        for p in entry["params"] if lane.holds(entry) else ():
-            if p.grad is not None:
-                gradients.setdefault((p.device, p.grad.dtype), []).append(dense(local(p.grad)))
-    for (device, _), members in gradients.items():
-        torch._foreach_mul_(members, factor.to(device))
-
-
-def fold_scale(stack: "Stack", lane: Lane) -> bool:
-    """Hand a lane's pending factor to its base's fused kernel where that can take it, else multiply it in.
-
-    Decided anew at each update: a loaded checkpoint or a client may have changed how a group runs.
-    """
-    if lane.pending_scale is None:
-        return False
-    entries = [entry for entry in stack.param_groups if lane.holds(entry)]
-    foldable = (
-        getattr(lane.base, "_step_supports_amp_scaling", False)
-        and not lane.needs_closure
-        and all(entry.get("fused") for entry in entries)
-        and all(
-            p.grad is None or (p.grad.element_size() <= WIDEST_FOLDED and not p.grad.is_sparse)
-            for entry in entries
-            for p in entry["params"]
-        )
-    )
-    if not foldable:
-        apply_scale(stack, lane)
-        return False
-    # the kernel divides by it
-    lane.base.grad_scale = lane.pending_scale.reciprocal().to(torch.float32)  # type: ignore[attr-defined]
-    lane.pending_scale = None
-    return True
+def filter_gradients(stack: "Stack") -> None:
+    """Let the wrappers on gradients act, once per evaluation of the loss, until one holds the update back."""
+    stack.held_back = None
+    for lane in stack.lanes:
+        lane.pending_scale = None
+    if stack.measuring:
+        stack.measure("train/grad_norm", gradient_norm(stack, stack.lanes))
+    for wrapper, own in stack.phases.on_gradients:
+        if own is not None and not any(with_gradient(entry) for entry in own.entries(stack.param_groups)):
+            continue
+        wrapper.on_gradients(AllGradients(stack, wrapper, own))
+        if stack.held_back is not None:
+            return

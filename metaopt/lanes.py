@@ -66,6 +66,10 @@ class Lane:
         """Tell whether a group belongs to this lane; without a name every group does."""
         return not self.name or entry.get("metaopt.part") == self.name
 
+    def entries(self, groups: list[Entry]) -> list[Entry]:
+        """Return the groups that belong to this lane."""
+        return [entry for entry in groups if self.holds(entry)] if self.name else groups
+
     def is_base_key(self, key: Any) -> bool:
         """Tell whether an entry of a group or of `state[p]` belongs to the base, not to a wrapper."""
         return not (self._prefixes and isinstance(key, str) and key.startswith(self._prefixes))
@@ -82,6 +86,11 @@ class Lane:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, base=revived(*state["base"]))
         self.settle(())
+
+
+def with_gradient(entry: Entry) -> list[torch.Tensor]:
+    """Return the group's parameters that have a gradient."""
+    return [p for p in entry["params"] if p.grad is not None]
 
 
 # every optimizer has them; a copy begins with none, as torch's own copies do

@@ -18,6 +18,11 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if kind is not None and isinstance(tensor, kind) else tensor
 
 
+def dense(gradient: torch.Tensor) -> torch.Tensor:
+    """Return the values of a gradient: a coalesced sparse one's stored values, a dense one itself."""
+    return gradient._values() if gradient.is_sparse else gradient
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return a number over all shards: a DTensor reduced and gathered, any other tensor itself."""
     kind = _dtensor()

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from metaopt import averaging, composition, evaluation, first_update, loading, template
+from metaopt import averaging, composition, evaluation, first_update, loading, resetting, template, updating
 from metaopt.dividing import Divided
 from metaopt.errors import StepError
-from metaopt.gradients import AllGradients, apply_scale, fold_scale, gradient_norm
+from metaopt.gradients import filter_gradients
 from metaopt.lanes import HOOKS, Entry, Lane, bare, revived
 from metaopt.metrics import Metrics
 from metaopt.reporting import ReportingScheduler
 from metaopt.schedule import Schedule
 from metaopt.timetable import Timetable
-from metaopt.views import pieces, small_pieces
+from metaopt.updating import Phases
 from metaopt.wrapper import Closure, Wrapper
 
 
@@ -72,26 +72,18 @@ class Stack(torch.optim.Optimizer):
         for lane in self.lanes:
             lane.settle(self.wrappers)
         self._lane_names = {lane.name: lane for lane in self.lanes if lane.name}
-        own: list[tuple[Wrapper, Lane | None]] = [(wrapper, None) for wrapper in self.wrappers]
-        inner: list[tuple[Wrapper, Lane | None]] = [(wrapper, lane) for lane in self.lanes for wrapper in lane.wrappers]
-        self.around = [wrapper for wrapper, _ in own if "around" in wrapper.acts_on()]
-        self._on_gradients = [pair for pair in (*own, *inner) if "on_gradients" in pair[0].acts_on()]
-        self._before_update = [pair for pair in (*own, *inner) if "before_update" in pair[0].acts_on()]
-        self._after_update = [pair for pair in (*inner, *own) if "after_update" in pair[0].acts_on()]
-        self._stateful = any(lane.slots for lane in self.lanes)
-        self._takes_previous = any(lane.previous_slots for lane in self.lanes)
-        self._gathers_early = any(lane.early_keys for lane in self.lanes)
+        self.phases = Phases(self.wrappers, self.lanes)
         self.needs_closure = any(lane.needs_closure for lane in self.lanes)
         self.measuring = False
         self.inside_averaged = False
         self.held_back: str | None = None
         self.borrowers: list[torch.Tensor] = []
-        self._copies: first_update.Copies = {}
+        self.copies: first_update.Copies = {}
         self.look_again()
 
     def look_again(self) -> None:
         """Look at every parameter's state at the next update: something may have changed it."""
-        self._whole = -1  # how many parameters were found whole at the last look
+        self.found_whole = -1  # how many parameters were found whole at the last look
 
     def _fix_timetables(self) -> None:
         """Write the value of every schedule for the update that comes next."""
@@ -113,7 +105,7 @@ class Stack(torch.optim.Optimizer):
 
     def held(self, p: torch.Tensor) -> dict[str, Any]:
         """Return what a wrapper may see of a parameter's state, at its first update also what is yet to be stored."""
-        copies = self._copies.get(p)
+        copies = self.copies.get(p)
         held: dict[str, Any] = self.state.get(p, {})
         return held if copies is None else {**held, **copies}
 
@@ -191,6 +183,16 @@ class Stack(torch.optim.Optimizer):
         """
         return averaging.swapped(self, label)
 
+    def reset_state(self, *names: str) -> None:
+        """Forget what was gathered, for fine-tuning from a checkpoint; without names everything.
+
+        A name is "moments" (the base's state), "averages" (what all wrappers keep), "counters" (updates and with them
+        schedules begin at 0) or a wrapper's label. It begins anew at the next update. Raises StepError.
+        """
+        resetting.reset(self, names)
+        self._fix_timetables()
+        self.look_again()
+
     # ---- the update
 
     @torch.no_grad()
@@ -212,15 +214,15 @@ class Stack(torch.optim.Optimizer):
         if not any(p.grad is not None for entry in self.param_groups for p in entry["params"]):
             return self._skip("no gradients", loss)
         try:
-            if self._gathers_early:
+            if self.phases.gather_early:
                 template.make_early_state(self)
-            self._copies = self._copies_before_update()
-            self.filter_gradients()
+            self.copies = updating.copies_before_update(self)
+            filter_gradients(self)
             if self.held_back is not None:
                 return self._skip(self.held_back, loss)
-            self._update(run)
+            updating.update(self, run)
         finally:
-            self._copies = {}
+            self.copies = {}
             self._take_lent_gradients_back()
         self._finish(loss)
         return loss
@@ -235,112 +237,11 @@ class Stack(torch.optim.Optimizer):
             p.grad = None
         self.borrowers.clear()
 
-    def filter_gradients(self) -> None:
-        """Let the wrappers on gradients act, once per evaluation of the loss, until one holds the update back."""
-        self.held_back = None
-        for lane in self.lanes:
-            lane.pending_scale = None
-        if self.measuring:
-            self._own_metrics.measure("train/grad_norm", gradient_norm(self, self.lanes))
-        for wrapper, reach in self._on_gradients:
-            if reach is not None and not any(p.grad is not None for e in self._entries(reach) for p in e["params"]):
-                continue
-            wrapper.on_gradients(AllGradients(self, wrapper, reach))
-            if self.held_back is not None:
-                return
-
-    def _entries(self, lane: Lane | None) -> list[Entry]:
-        return self.param_groups if lane is None else [entry for entry in self.param_groups if lane.holds(entry)]
-
-    def _copies_before_update(self) -> first_update.Copies:
-        state = self.state
-        if not (self._stateful or self.set_aside or self.updates == 0):
-            return {}
-        if self._whole == len(state) and self._whole == sum(len(entry["params"]) for entry in self.param_groups):
-            return {}
-        return first_update.take_copies(self)
-
-    def _update(self, run: evaluation.Evaluation) -> None:
-        template.leave(self)
-        first_update.make_way(self, self._copies)
-        self._act(self._before_update, lambda entry, wrapper: [p for p in entry["params"] if p.grad is not None])
-        if self._takes_previous:
-            self._take_previous()
-        folded = [lane for lane in self.lanes if fold_scale(self, lane)]
-        try:
-            if run.closure is None or len(self.lanes) > 1:
-                self.step_bases()
-            else:
-                self.step_bases(run.replay)
-        finally:
-            for lane in folded:
-                del lane.base.grad_scale  # type: ignore[attr-defined]
-        # a torch scheduler bound to the base before it was wrapped looks here
-        self.base._opt_called = True  # type: ignore[attr-defined]
-        self._whole = len(self.state)
-        copies, self._copies = self._copies, {}
-        first_update.store_copies(self, copies)
-        for entry in self.param_groups:
-            entry["metaopt.updates"] += 1
-        self._act(self._after_update, self.updated)
-
-    def step_bases(self, *closure: Closure) -> None:
-        """Call each base's own step, without the hooks that torch put around it: the stack fires those."""
-        if isinstance(self.base, Divided):
-            self.base.deal()
-            closure = ()
-        for lane in self.lanes:
-            lane.step(*closure if closure and (lane.needs_closure or len(self.lanes) == 1) else ())
-
-    def _take_previous(self) -> None:
-        for entry in self.param_groups:
-            for key in self.lane_of(entry).previous_slots:
-                for p in entry["params"]:
-                    if p.grad is not None:
-                        self.held(p)[key].copy_(p)
-
-    def _act(self, placed: list[tuple[Wrapper, Lane | None]], choose: Any) -> None:
-        """Call `before_update` or `after_update` of every wrapper that is due, group by group."""
-        for wrapper, lane in placed:
-            act = wrapper.after_update if placed is self._after_update else wrapper.before_update
-            every = None if wrapper.every is None else f"{wrapper.label}.{wrapper.every}"
-            cut = small_pieces if wrapper.each else pieces
-            for entry in self._entries(lane):
-                # counted with the update that is being made
-                count = entry["metaopt.updates"] + (placed is self._before_update)
-                if every is not None and count % entry[every]:
-                    continue
-                for piece in cut(self, entry, wrapper, choose(entry, wrapper)):
-                    act(piece)
-
-    def updated(self, entry: Entry, wrapper: Wrapper) -> list[torch.Tensor]:
-        """Return the group's parameters that have been updated: those that hold the wrapper's state, if any.
-
-        For a wrapper that compares with the weights before, only those of this update: the others' are stale.
-        """
-        slots = wrapper.state_slots()
-        if any(slot.kind == "previous" for slot in slots.values()):
-            return [p for p in entry["params"] if p.grad is not None]
-        state = self.state
-        keys = [f"{wrapper.label}.{n}" for n, slot in slots.items() if slot.kind != "moments"]
-        if not keys:
-            return [p for p in entry["params"] if p in state or p.grad is not None]
-        return [p for p in entry["params"] if p in state and all(key in state[p] for key in keys)]
-
     def lr_is_foreign(self, position: int) -> bool:
         """Tell whether the learning rate of a group was set from outside, since a schedule wrote it or it was built."""
         if "lr" in self.schedules_of(self.param_groups[position]):
             return not self._timetables[position].owns_values(self.param_groups[position])
         return self._built_with_rate
-
-    def apply_scale(self, lane: Lane) -> None:
-        """Multiply a lane's pending factor into its gradients, once."""
-        apply_scale(self, lane)
-
-    def apply_scales(self) -> None:
-        """Multiply every pending factor in."""
-        for lane in self.lanes:
-            apply_scale(self, lane)
 
     def _finish(self, loss: Any) -> None:
         if self.measuring:
@@ -422,10 +323,7 @@ _DERIVED = frozenset(
         "_own_metrics",
         "lanes",
         "_lane_names",
-        "around",
-        "_on_gradients",
-        "_before_update",
-        "_after_update",
+        "phases",
         "_timetables",
         *HOOKS,
     ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metaopt import first_update
+from metaopt.dividing import step_bases
 
 if TYPE_CHECKING:
     from metaopt.stack import Stack
@@ -34,7 +35,7 @@ def make_state(stack: "Stack") -> None:
     set_aside = {p: copy.deepcopy(held) for p, held in stack.set_aside.items()}
     copies = first_update.take_copies(stack)
     first_update.make_way(stack, copies)
-    stack.step_bases(lambda: torch.zeros(()))
+    step_bases(stack, *((lambda: torch.zeros(())),) if stack.needs_closure else ())
     first_update.store_copies(stack, copies)
     stack.set_aside = set_aside
     # a base may count in its groups (schedule-free ones do): that count is undone with the rest

@@ -7,7 +7,8 @@ import torch
 
 from metaopt.errors import StepError
 from metaopt.lanes import Lane
-from metaopt.shards import local, mean_over_shards, norm_over_shards
+from metaopt.scaling import apply_scale
+from metaopt.shards import dense, local, mean_over_shards, norm_over_shards
 from metaopt.wrapper import Group, Wrapper
 
 if TYPE_CHECKING:
@@ -21,11 +22,6 @@ Span = tuple[int, int] | None
 CPU_PIECE = 1 << 19
 # an accelerator gets as much at once as costs little memory where a wrapper needs some of its own
 DEVICE_PIECE = 1 << 25
-
-
-def dense(gradient: torch.Tensor) -> torch.Tensor:
-    """Return the values of a gradient: a coalesced sparse one's stored values, a dense one itself."""
-    return gradient._values() if gradient.is_sparse else gradient
 
 
 def is_moment(value: Any, key: str, parameter: torch.Tensor) -> bool:
@@ -86,7 +82,7 @@ class Piece(Group):
 
     @property
     def grads(self) -> list[torch.Tensor]:
-        self._stack.apply_scale(self._lane)
+        apply_scale(self._stack, self._lane)
         if not self._wrapper.takes_sparse and any(p.grad is not None and p.grad.is_sparse for p in self.owners):
             raise StepError(f"{self._wrapper.label} needs dense gradients, and a parameter's is sparse: leave it out")
         gradients = self.raw_grads

@@ -352,3 +352,40 @@ def test_rosenbrock_ends_where_the_outer_rule_leads(spec: str, expected: tuple[f
         x.grad = torch.stack([-2 * (1 - a) - 400 * a * (b - a**2), 200 * (b - a**2)])
         opt.step()
     assert x.detach().tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def test_what_is_reset_begins_as_in_a_new_run_and_the_rest_goes_on() -> None:
+    path, opt = run("adam(lr=linear(0.1, 0.2, steps=50)) | lookahead(k=7)", steps=10)
+    x = opt.param_groups[0]["params"][0]
+    slow = opt.state[x]["lookahead.slow"].clone()
+    opt.reset_state("moments")
+    assert set(opt.state[x]) == {"lookahead.slow"} and torch.equal(opt.state[x]["lookahead.slow"], slow)
+    opt.reset_state("lookahead", "counters")
+    assert not opt.state and opt.updates == 0 and opt.param_groups[0]["lr"] == 0.1
+    weights = [p.detach().clone() for p in opt.param_groups[0]["params"]]
+    fresh = metaopt.build(
+        [torch.nn.Parameter(w) for w in weights], "adam(lr=linear(0.1, 0.2, steps=50)) | lookahead(k=7)"
+    )
+    for step in range(9):
+        for stack in (opt, fresh):
+            members = stack.param_groups[0]["params"]
+            for p, g in zip(members, gradient([p.detach() for p in members], step), strict=True):
+                p.grad = g
+            stack.step()
+    for p, q in zip(opt.param_groups[0]["params"], fresh.param_groups[0]["params"], strict=True):
+        assert torch.equal(p, q)
+    with pytest.raises(metaopt.StepError, match="Did you mean moments"):
+        opt.reset_state("moment")
+
+
+def test_cautious_over_a_base_that_takes_gradients_away_says_so() -> None:
+    class Taking(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            self.zero_grad()
+
+    x = torch.nn.Parameter(torch.ones(2))
+    opt = metaopt.build([x], [Taking, metaopt.cautious()])
+    x.grad = torch.ones(2)
+    with pytest.raises(metaopt.StepError, match="takes them away"):
+        opt.step()

@@ -16,7 +16,7 @@ HEAVY = {"tensorboard", "typer", "rich", "matplotlib", "sklearn"}
 # the engine: what a stack is made of works without pluggy and without any registered part
 ENGINE = {f.stem for f in ROOT.glob("*.py")} - {
     *("__init__", "__main__", "hooks", "registry", "spec", "building", "grouping", "problem", "recording"),
-    *("explaining", "explanation", "findings", "testing"),
+    *("making", "describing", "explaining", "explanation", "findings", "testing"),
 }
 ALLOWED = {
     "errors": set(),

@@ -175,13 +175,3 @@ def test_a_mistake_in_the_groups_is_one_clear_sentence(groups: object, message: 
     given = {"unknown": [{"params": [x], "momentumm": 1}], "unknown dotted": [{"params": [x], "lookahed.k": 1}]}
     with pytest.raises(metaopt.MetaoptError, match=message), warnings.catch_warnings():
         metaopt.build(given.get(groups, groups) if isinstance(groups, str) else groups, "sgd(lr=0.1) | lookahead")
-
-
-def test_one_norm_for_all_groups_takes_one_limit() -> None:
-    x, y = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
-    groups = [{"params": [x], "clip_grad_norm.max_norm": 0.5}, {"params": [y]}]
-    opt = metaopt.build(groups, "clip_grad_norm(1.0) | sgd(lr=0.1)")
-    x.grad = y.grad = torch.ones(2)
-    with pytest.raises(metaopt.HyperparameterError, match="differs between groups"):
-        opt.step()
-    assert opt.updates == 0
