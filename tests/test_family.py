@@ -355,7 +355,8 @@ def test_rosenbrock_ends_where_the_outer_rule_leads(spec: str, expected: tuple[f
 
 
 def test_what_is_reset_begins_as_in_a_new_run_and_the_rest_goes_on() -> None:
-    path, opt = run("adam(lr=linear(0.1, 0.2, steps=50)) | lookahead(k=7)", steps=10)
+    spec = "adam(lr=linear(0.1, 0.2, steps=50)) | lookahead(k=7)"
+    opt = run(spec, steps=10)[1]
     x = opt.param_groups[0]["params"][0]
     slow = opt.state[x]["lookahead.slow"].clone()
     opt.reset_state("moments")
@@ -363,9 +364,7 @@ def test_what_is_reset_begins_as_in_a_new_run_and_the_rest_goes_on() -> None:
     opt.reset_state("lookahead", "counters")
     assert not opt.state and opt.updates == 0 and opt.param_groups[0]["lr"] == 0.1
     weights = [p.detach().clone() for p in opt.param_groups[0]["params"]]
-    fresh = metaopt.build(
-        [torch.nn.Parameter(w) for w in weights], "adam(lr=linear(0.1, 0.2, steps=50)) | lookahead(k=7)"
-    )
+    fresh = metaopt.build([torch.nn.Parameter(w) for w in weights], spec)
     for step in range(9):
         for stack in (opt, fresh):
             members = stack.param_groups[0]["params"]
