@@ -7,8 +7,9 @@ import torch
 
 from metaopt.errors import HyperparameterError, StepError
 from metaopt.lanes import Entry, Lane, with_gradient
+from metaopt.norms import total_norm
 from metaopt.scaling import apply_scale
-from metaopt.shards import dense, whole
+from metaopt.shards import dense
 from metaopt.views import Piece, pieces
 from metaopt.wrapper import Gradients, Wrapper
 
@@ -92,7 +93,7 @@ def gradient_norm(stack: "Stack", lanes: tuple[Lane, ...], norm_type: float = 2.
         for p in entry["params"]
         if p.grad is not None
     ]
-    total = whole(torch.nn.utils.get_total_norm(gradients, norm_type))
+    total = total_norm(gradients, norm_type)
     factor = lanes[0].pending_scale
     return total if factor is None else total * factor.abs().to(total.device)
 

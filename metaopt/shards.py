@@ -23,12 +23,6 @@ def dense(gradient: torch.Tensor) -> torch.Tensor:
     return gradient._values() if gradient.is_sparse else gradient
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a number over all shards: a DTensor reduced and gathered, any other tensor itself."""
-    kind = _dtensor()
-    return tensor.full_tensor() if kind is not None and isinstance(tensor, kind) else tensor
-
-
 def norm_over_shards(values: torch.Tensor, owner: torch.Tensor, *, rows: bool) -> torch.Tensor:
     """Return the 2-norm of `values`, a local part of something shaped like `owner`, over all shards.
 

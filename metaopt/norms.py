@@ -1,0 +1,53 @@
+"""The norm over many tensors together, shards of other processes included."""
+
+import math
+import sys
+from typing import Any
+
+import torch
+
+
+def total_norm(tensors: list[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
+    """Return the p-norm over all elements of all tensors, as one 0-dim tensor that every rank agrees on.
+
+    |g| = (sum_i |g_i|^p)^(1/p), with one reduction for each device mesh; tensors that are no DTensors count once.
+    """
+    plain: list[torch.Tensor] = []
+    # tensors of one mesh that are split over the same of its dimensions are reduced together
+    meshes: dict[tuple[Any, tuple[bool, ...]], list[Any]] = {}
+    # a DTensor can only exist once its module was imported; importing it here would cost everyone half a second
+    module = sys.modules.get("torch.distributed.tensor")
+    for tensor in tensors:
+        if module is not None and isinstance(tensor, module.DTensor):
+            tensor = _without_partial(tensor, module)
+            split = tuple(placement.is_shard() for placement in tensor.placements)
+            meshes.setdefault((tensor.device_mesh, split), []).append(tensor)
+        else:
+            plain.append(tensor)
+    if not meshes:
+        return torch.nn.utils.get_total_norm(plain, norm_type)
+    parts = [_norm_over_mesh(members, mesh, split, norm_type, module) for (mesh, split), members in meshes.items()]
+    if plain:
+        parts.append(torch.nn.utils.get_total_norm(plain, norm_type).to(parts[0].device))
+    return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), norm_type)
+
+
+def _norm_over_mesh(members: list[Any], mesh: Any, split: tuple[bool, ...], p: float, module: Any) -> torch.Tensor:
+    # a rank may hold nothing of a small tensor: an infinity norm has no value there, and a rank must not go its own way
+    held = [local for member in members if (local := member.to_local()).numel()]
+    first = members[0].to_local()
+    own = torch.nn.utils.get_total_norm(held, p).to(first.device) if held else first.new_zeros(())
+    own = own.to(torch.promote_types(own.dtype, torch.float32))
+    how = module.Partial("max") if math.isinf(p) else module.Partial("sum")
+    summand = own if math.isinf(p) else own**p
+    placements = [how if cut else module.Replicate() for cut in split]
+    whole: torch.Tensor = module.DTensor.from_local(summand, mesh, placements).full_tensor()
+    return whole if math.isinf(p) else whole ** (1.0 / p)
+
+
+def _without_partial(tensor: Any, module: Any) -> Any:
+    """Return a DTensor whose sums over ranks are done: the norm of a summand is no summand of the norm."""
+    if not any(placement.is_partial() for placement in tensor.placements):
+        return tensor
+    done = [module.Replicate() if placement.is_partial() else placement for placement in tensor.placements]
+    return tensor.redistribute(placements=done)
