@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metaopt.errors import StepError
+from metaopt.fusing import refuses_shards
 from metaopt.lanes import Entry, Lane
 from metaopt.views import is_moment
 from metaopt.wrapper import Slot
@@ -55,7 +56,7 @@ def make_way(stack: "Stack", copies: Copies) -> None:
         return
     for entry in stack.param_groups:
         lane = stack.lane_of(entry)
-        _leave_fused_if_sparse(stack, lane, entry)
+        _leave_fused_if_refused(stack, lane, entry)
         for p in entry["params"]:
             if p not in copies:
                 continue
@@ -105,12 +106,15 @@ def _store_moments(lane: Lane, p: torch.Tensor, held: dict[str, Any], key: str) 
             held.setdefault(f"{key}.{base_key}", torch.zeros_like(value))
 
 
-def _leave_fused_if_sparse(stack: "Stack", lane: Lane, entry: Entry) -> None:
-    """Turn the fused kernel off for a group with a sparse gradient, where it was our choice and no state exists."""
-    if not (lane.fused_by_default and entry.get("fused")):
+def _leave_fused_if_refused(stack: "Stack", lane: Lane, entry: Entry) -> None:
+    """Turn the fused kernel off for a group whose tensors it refuses, where it was our choice and no state exists.
+
+    Gradients may turn out sparse, and a client may have put DTensors in the parameters' places since construction.
+    """
+    if not (lane.fused_by_default and entry.get("fused")) or any(stack.state.get(p) for p in entry["params"]):
         return
     sparse = any(p.grad is not None and p.grad.is_sparse for p in entry["params"])
-    if sparse and not any(stack.state.get(p) for p in entry["params"]):
+    if sparse or refuses_shards(type(lane.base), taken_by_constructor(lane.base), entry["params"]):
         entry["fused"] = None
 
 
@@ -122,10 +126,12 @@ def set_constructor_state_aside(base: torch.optim.Optimizer) -> Copies:
 
 def constructor_state(base: torch.optim.Optimizer, p: torch.Tensor) -> dict[str, Any]:
     """Return the state that the base's constructor makes for a parameter, newly made: {} for most bases."""
-    # entries of a group are what the constructor takes; whatever else stands there belongs to clients and wrappers
-    names = inspect.signature(type(base)).parameters
     with torch.enable_grad():
-        scratch = type(base)(
-            [torch.zeros_like(p).requires_grad_()], **{k: v for k, v in base.defaults.items() if k in names}
-        )
+        scratch = type(base)([torch.zeros_like(p).requires_grad_()], **taken_by_constructor(base))
     return dict(next(iter(scratch.state.values()), {}))
+
+
+def taken_by_constructor(base: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the defaults that the base's constructor takes; what else stands there belongs to clients and wrappers."""
+    names = inspect.signature(type(base)).parameters
+    return {k: v for k, v in base.defaults.items() if k in names}
