@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from metaopt.errors import StepError, did_you_mean
+from metaopt.gathered import drop_gathered_copies
 from metaopt.shards import local
 from metaopt.updating import updated
 from metaopt.views import Piece, pieces
@@ -26,6 +27,7 @@ def swapped(stack: "Stack", label: str | None) -> Iterator[None]:
         raise StepError(f"averaged() inside averaged({stack.param_groups[0]['metaopt.swapped']}): leave that one first")
     _mark(stack, label)
     swap_in(stack, label)
+    _tell_shards(stack)
     stack.inside_averaged = True
     try:
         yield
@@ -35,6 +37,7 @@ def swapped(stack: "Stack", label: str | None) -> Iterator[None]:
         if stack.param_groups[0]["metaopt.swapped"]:
             swap_out(stack, label)
             _mark(stack, "")
+        _tell_shards(stack)
 
 
 def before_step(stack: "Stack") -> None:
@@ -68,6 +71,10 @@ def _choose(stack: "Stack", label: str | None) -> str:
 def _mark(stack: "Stack", label: str) -> None:
     for entry in stack.param_groups:
         entry["metaopt.swapped"] = label
+
+
+def _tell_shards(stack: "Stack") -> None:
+    drop_gathered_copies(p for entry in stack.param_groups for p in entry["params"])
 
 
 @torch.no_grad()
