@@ -1,0 +1,97 @@
+"""Tests whose bodies run in several processes at once: one start of the processes serves a whole test file."""
+
+import functools
+import importlib.util
+import json
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+HERE = Path(__file__).parent
+# a rank that waits for one that died learns of it at once; this is for the rest
+PATIENCE = 20
+
+
+def on_two_ranks(body: Callable[[], None]) -> Callable[..., None]:
+    """Run the body of a test in two processes of one gloo group; the test passes where both ranks pass."""
+
+    @functools.wraps(body)
+    def test(outcomes: dict[str, list[str]]) -> None:
+        failures = [f"rank {rank}:\n{text}" for rank, text in enumerate(outcomes[body.__name__]) if text]
+        if failures:
+            pytest.fail("\n".join(failures), pytrace=False)
+
+    del test.__wrapped__  # pytest reads the signature through it: the body takes no fixtures
+    test.body = body
+    return test
+
+
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Run every chosen body of the file on two ranks, once, and return what each rank says of it: "" is a pass."""
+    path = Path(request.path)
+    names = [item.originalname for item in request.session.items if item.path == path and _body(item.obj)]
+    folder = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        folder = folder.parent  # shared by the workers of pytest-xdist: one of them starts the ranks for all
+    found = folder / f"{path.stem}.json"
+    with FileLock(f"{found}.lock"):
+        if not found.exists():
+            scratch = tmp_path_factory.mktemp(path.stem)
+            found.write_text(json.dumps(_run(path, names, scratch)))
+    return json.loads(found.read_text())
+
+
+def _body(test: object) -> Callable[[], None] | None:
+    return getattr(test, "body", None)
+
+
+def _run(path: Path, names: list[str], scratch: Path) -> dict[str, list[str]]:
+    command = [sys.executable, str(HERE / "ranks.py"), str(path), ",".join(names), str(scratch)]
+    running = [subprocess.Popen([*command, str(rank)], cwd=scratch, stderr=subprocess.PIPE) for rank in (0, 1)]
+    errors = [process.communicate()[1].decode() for process in running]
+    told = []
+    for rank, error in enumerate(errors):
+        written = scratch / f"rank{rank}.json"
+        told.append(json.loads(written.read_text()) if written.exists() else {})
+        told[-1] = {name: told[-1].get(name, f"did not finish:\n{error}") for name in names}
+    return {name: [told[0][name], told[1][name]] for name in names}
+
+
+def _be_rank(path: str, names: str, scratch: str, rank: int) -> None:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module
+    spec.loader.exec_module(module)
+    torch.set_num_threads(1)
+    told = {}
+    for name in names.split(","):
+        # a group of its own for each: what one test leaves behind cannot fail the next
+        torch.distributed.init_process_group(
+            "gloo",
+            init_method=f"file://{scratch}/{name}",
+            rank=rank,
+            world_size=2,
+            timeout=timedelta(seconds=PATIENCE),
+        )
+        torch.manual_seed(0)
+        try:
+            _body(getattr(module, name))()
+            told[name] = ""
+        except BaseException:
+            told[name] = traceback.format_exc()
+        torch.distributed.destroy_process_group()
+        Path(scratch, f"rank{rank}.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    # so that the tests find it as clients.ranks
+    sys.path.insert(0, str(HERE.parent))
+    _be_rank(*sys.argv[1:4], int(sys.argv[4]))

@@ -1,0 +1,101 @@
+"""FSDP2: a stack over DTensor parameters is the stack over whole ones, and its distributed checkpoints lose nothing."""
+
+import copy
+from pathlib import Path
+
+import torch
+from clients.ranks import on_two_ranks
+from clients.training import assert_same, batch, small_model, train, weights, whole
+from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+
+import metaopt
+
+SPEC = "clip_grad_norm(0.5) | adamw(lr=0.05) | lookahead(k=3)"
+
+
+def sharded(model: nn.Sequential) -> nn.Sequential:
+    """Return the model with each layer sharded by itself, as FSDP2 is used."""
+    for layer in (model[0], model[2]):
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def pair(spec: str) -> tuple[nn.Module, metaopt.Stack, nn.Module, metaopt.Stack]:
+    """Return a sharded model and its stack, and the same unsharded."""
+    model, twin = sharded(small_model()), small_model()
+    return model, metaopt.build(model, spec, total_steps=20), twin, metaopt.build(twin, spec, total_steps=20)
+
+
+@on_two_ranks
+def test_a_sharded_run_is_the_unsharded_run() -> None:
+    for spec in (
+        SPEC,
+        "adamw(lr=0.05) | lookahead(k=3, pullback_momentum='pullback')",
+        "adamw(lr=0.05) | lookahead(k=2, pullback_momentum='reset') | lookahead(k=4, label='outer')",
+        "clip_grad_norm(0.5, norm_type=inf) | sgd(lr=0.05, momentum=0.9) | lookahead(k=3)",
+        "clip_grad_norm(0.5, norm_type=1.0) | adagrad(lr=0.05)",
+        "clip_grad_value(0.02) | rmsprop(lr=cosine(0.01)) | lookahead(k=2, alpha=linear(0.3, 0.9))",
+    ):
+        model, opt, twin, plain = pair(spec)
+        train(model, opt, 0, 10)
+        train(twin, plain, 0, 10)
+        torch.testing.assert_close(weights(model), weights(twin), msg=lambda text, spec=spec: f"{spec}: {text}")
+
+
+@on_two_ranks
+def test_clipping_takes_the_norm_over_all_shards() -> None:
+    for norm_type in (2.0, 1.0, float("inf")):
+        model, opt, twin, _ = pair(f"clip_grad_norm(1e-3, norm_type={norm_type}) | sgd(lr=1.0)")
+        before = weights(model)
+        train(model, opt, 0, 1)
+        moved = [a - b for a, b in zip(before, weights(model), strict=True)]
+        length = torch.linalg.vector_norm(torch.cat([m.flatten() for m in moved]), norm_type)
+        torch.testing.assert_close(length, torch.tensor(1e-3), rtol=1e-3, atol=0)
+
+
+@on_two_ranks
+def test_one_norm_goes_over_sharded_and_whole_parameters_together() -> None:
+    model, twin = small_model(), small_model()
+    fully_shard(model[0])
+    spec = "clip_grad_norm(0.01) | sgd(lr=1.0)"
+    opt, plain = metaopt.build(model, spec), metaopt.build(twin, spec)
+    for m, o in ((model, opt), (twin, plain)):
+        m(batch(0)).sum().backward()  # the same rows on both ranks: what is not sharded needs no reduction
+        o.step()
+    torch.testing.assert_close(weights(model), weights(twin))
+
+
+@on_two_ranks
+def test_averaged_shows_the_unsharded_average_and_training_goes_on_as_if_nothing_was_shown() -> None:
+    for shard in (sharded, fully_shard):  # a root module with parameters of its own keeps what it gathered to evaluate
+        model, twin = shard(small_model()), small_model()
+        opt, plain = metaopt.build(model, SPEC), metaopt.build(twin, SPEC)
+        for first, last in ((0, 4), (4, 5), (5, 8)):
+            train(model, opt, first, last)
+            train(twin, plain, first, last)
+            with torch.no_grad():
+                torch.testing.assert_close(model(batch(0)), twin(batch(0)))
+                with opt.averaged(), plain.averaged():
+                    torch.testing.assert_close(weights(model), weights(twin))
+                    torch.testing.assert_close(model(batch(0)), twin(batch(0)))
+                torch.testing.assert_close(model(batch(0)), twin(batch(0)))
+        torch.testing.assert_close(weights(model), weights(twin))
+
+
+@on_two_ranks
+def test_the_state_is_sharded_as_its_parameter_is() -> None:
+    model, opt, *_ = pair(SPEC)
+    train(model, opt, 0, 1)
+    for p in model.parameters():
+        for key in ("exp_avg", "lookahead.slow"):
+            assert opt.state[p][key].placements == p.placements
+            assert opt.state[p][key].to_local().shape == p.to_local().shape
