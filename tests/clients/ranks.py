@@ -7,6 +7,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,12 +20,20 @@ HERE = Path(__file__).parent
 PATIENCE = 20
 
 
+@dataclass
+class Outcomes:
+    """What each rank says of each body ("" is a pass), and the folder in which they ran."""
+
+    said: dict[str, list[str]]
+    folder: str
+
+
 def on_two_ranks(body: Callable[[], None]) -> Callable[..., None]:
     """Run the body of a test in two processes of one gloo group; the test passes where both ranks pass."""
 
     @functools.wraps(body)
-    def test(outcomes: dict[str, list[str]]) -> None:
-        failures = [f"rank {rank}:\n{text}" for rank, text in enumerate(outcomes[body.__name__]) if text]
+    def test(outcomes: Outcomes) -> None:
+        failures = [f"rank {rank}:\n{text}" for rank, text in enumerate(outcomes.said[body.__name__]) if text]
         if failures:
             pytest.fail("\n".join(failures), pytrace=False)
 
@@ -34,8 +43,8 @@ def on_two_ranks(body: Callable[[], None]) -> Callable[..., None]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """Run every chosen body of the file on two ranks, once, and return what each rank says of it: "" is a pass."""
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """Run every body of the file that was chosen on two ranks, once."""
     path = Path(request.path)
     names = [item.originalname for item in request.session.items if item.path == path and _body(item.obj)]
     folder = tmp_path_factory.getbasetemp()
@@ -45,8 +54,8 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     with FileLock(f"{found}.lock"):
         if not found.exists():
             scratch = tmp_path_factory.mktemp(path.stem)
-            found.write_text(json.dumps(_run(path, names, scratch)))
-    return json.loads(found.read_text())
+            found.write_text(json.dumps({"said": _run(path, names, scratch), "folder": str(scratch)}))
+    return Outcomes(**json.loads(found.read_text()))
 
 
 def _body(test: object) -> Callable[[], None] | None:
