@@ -1,0 +1,310 @@
+"""`metaopt bench`: contenders that compute the same, numbers that mean what they say, mistakes in one line."""
+
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+from metaopt.cli import main
+from metaopt.lab.bench import contenders as contenders_module
+from metaopt.lab.bench import measure as measure_module
+from metaopt.lab.bench.by_hand import Update
+from metaopt.lab.bench.clock import Sample, sample
+from metaopt.lab.bench.contenders import chosen_baseline, contenders_of, equals_by_hand, stack_contender
+from metaopt.lab.bench.measure import least_bytes, measure, runner_of
+from metaopt.lab.bench.rounds import Runner, interleave, ratios, spread
+from metaopt.lab.bench.shapes import shapes_of, tensor_set
+from metaopt.lab.bench.targets import Settings, check_targets, wrappers_alone
+
+WHOLE = "clip_grad_norm(1.0) | adamw | lookahead(k=5)"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tensor_set("tiny")
+
+
+def updated(make, tensors, updates=12):
+    """Return the parameters after updates with gradients that change, some above the clipping threshold, some below."""
+    parameters = tensors.parameters()
+    update = make(parameters)
+    for number in range(updates):
+        random = torch.Generator().manual_seed(number)
+        for _, p in parameters:
+            p.grad = torch.randn(p.shape, generator=random) * (0.05 if number % 3 else 0.001)
+        update.step()
+    return [p.detach() for _, p in parameters]
+
+
+def distance(a, b):
+    return max(float((p - q).abs().max()) for p, q in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("spec", [WHOLE, "sgd(lr=0.1, momentum=0.9) | lookahead(k=3, alpha=0.8)"])
+def test_every_contender_computes_what_its_equal_stack_computes(tiny, spec):
+    found, _ = contenders_of([spec])
+    stacks = {equal: updated(stack_contender(equal).make, tiny) for equal in {c.equal for c in found}}
+    assert {"stack", "torch", "torch-foreach", "torch-fused", "expert-lookahead", "pytorch-optimizer"} <= {
+        c.key for c in found
+    }
+    for contender in found:
+        assert distance(updated(contender.make, tiny), stacks[contender.equal]) < 1e-7, contender.key
+    # the pulls and the clipping matter, or the line above would hold for anything
+    with_pulls, without = (stacks[equal] for equal in sorted(stacks, key=lambda equal: "lookahead" not in equal))
+    assert distance(with_pulls, without) > 1e-4
+
+
+def test_clipping_by_hand_is_the_stack_s_clipping(tiny):
+    clipped, plain = ("clip_grad_norm(1.0) | sgd(lr=0.1)", "sgd(lr=0.1)")
+    by_hand, _ = equals_by_hand(clipped)
+    stack = updated(stack_contender(clipped).make, tiny)
+    assert {contender.key for contender in by_hand} >= {"torch", "expert"}
+    for contender in by_hand:
+        assert distance(updated(contender.make, tiny), stack) < 1e-7, contender.key
+    assert distance(updated(stack_contender(plain).make, tiny), stack) > 1e-4
+
+
+def test_the_shape_sets_are_those_that_the_targets_name():
+    sizes = {
+        name: (len(shapes), sum(torch.Size(shape).numel() for _, shape in shapes))
+        for name, shapes in ((name, shapes_of(name)) for name in ("tiny", "transformer", "large", "many"))
+    }
+    assert sizes["tiny"][0] == 6
+    assert sizes["transformer"][0] == 148 and abs(sizes["transformer"][1] / 25e6 - 1) < 0.02
+    assert sizes["large"] == (12, 12 * 4096 * 1024)
+    assert sizes["many"] == (1000, 16000)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        # per element: weight, gradient and two moments read, weight and two moments written
+        ("adamw", 7.0),
+        ("clip_grad_norm(1.0) | adamw", 8.0),
+        # every fifth update reads and writes weights and slow weights
+        ("adamw | lookahead(k=5)", 7.8),
+        (WHOLE, 8.8),
+        ("clip_grad_value(1.0) | sgd(lr=0.1)", 5.0),
+        ("sgd(lr=0.1, momentum=0.9)", 5.0),
+    ],
+)
+def test_the_bytes_at_least_are_those_of_the_formula(tiny, spec, words):
+    moved = sum(least_bytes(tiny, spec).values())
+    # one count of updates per tensor, read and written, is no tensor of the formula
+    assert moved / tiny.bytes == pytest.approx(words, abs=1e-3)
+
+
+def test_the_bytes_of_a_wrapper_are_told_apart_from_those_of_the_base(tiny):
+    moved = least_bytes(tiny, WHOLE)
+    assert moved["lookahead"] == pytest.approx(0.8 * tiny.bytes)
+    assert moved["clip_grad_norm"] == pytest.approx(tiny.bytes)
+
+
+def test_state_and_temporary_memory_are_those_of_the_formula(tiny):
+    found, _ = contenders_of([WHOLE])
+    result = measure(tiny, found, "torch-fused", rounds=1)
+    counters = 4 * result.tensors
+    held = {row.key: row.state_bytes for row in result.rows}
+    assert held["stack"] == held["expert-lookahead"] == 3 * tiny.bytes + counters
+    assert held["torch-fused"] == held["expert"] == 2 * tiny.bytes + counters
+    taken = {row.key: row.temporary_bytes for row in result.rows}
+    # torch's multi-tensor AdamW holds a copy of everything for a moment; the stack nothing but a few numbers
+    assert taken["torch-foreach"] >= tiny.bytes
+    assert taken["stack"] < 1024
+
+
+class Recorded(Update):
+    """Spoils its gradients, as clipping does, and notes what it was given and in which order."""
+
+    def __init__(self, name, parameters, calls):
+        self.name, self.parameters, self.calls = name, parameters, calls
+
+    def step(self):
+        self.calls.append(self.name)
+        self.seen = [p.grad.clone() for _, p in self.parameters]
+        for _, p in self.parameters:
+            p.grad.zero_()
+
+    def held(self):
+        return []
+
+
+def test_rounds_are_interleaved_and_every_update_gets_the_same_gradients(tiny):
+    calls = []
+    runners = []
+    for name, cycle in (("a", 1), ("b", 7)):
+        parameters = tiny.parameters()
+        runners.append(Runner(name, Recorded(name, parameters, calls), parameters, cycle))
+    interleave(tiny, runners, rounds=4)
+    a, b = runners
+    assert len(a.samples) == len(b.samples) == 4
+    # whole cycles only, or what is due every seventh update would weigh now more, now less
+    assert a.per_sample == 50 and b.per_sample == 56
+    rounds = "".join(calls[1 + 7 :])
+    blocks = [rounds[i * 106 : (i + 1) * 106] for i in range(4)]
+    assert all(block in ("a" * 50 + "b" * 56, "b" * 56 + "a" * 50) for block in blocks)
+    assert len(set(blocks)) == 2
+    for runner in runners:
+        assert all(torch.equal(s, g) for s, g in zip(runner.update.seen, tiny.gradients, strict=True))
+
+
+def test_a_ratio_is_taken_inside_each_round():
+    slow, fast = (Runner(name, None, [], 1) for name in ("slow", "fast"))
+    # the machine is ten times slower in the second round: the ratio does not change
+    slow.samples = [Sample(t, t) for t in (2.0, 20.0, 2.0)]
+    fast.samples = [Sample(t, t) for t in (1.0, 10.0, 1.0)]
+    assert vars(ratios(slow, fast)) == {"median": 2.0, "low": 2.0, "high": 2.0}
+    assert vars(spread([1.0, 2.0, 3.0, 4.0, 5.0])) == {"median": 3.0, "low": 2.0, "high": 4.0}
+
+
+def test_a_package_that_is_not_installed_is_told_in_one_line(monkeypatch):
+    monkeypatch.setitem(contenders_module.PACKAGES, "timm", "no_such_package_anywhere")
+    found, notes = equals_by_hand(WHOLE)
+    assert "timm" not in {contender.key for contender in found}
+    assert "timm is not installed: its Lookahead is left out" in notes
+
+
+def test_a_package_that_copies_its_slow_weights_late_is_given_the_right_ones(tiny, monkeypatch):
+    class Late(torch.optim.Optimizer):
+        """As timm's: the slow weights are copied at the first pull, in the base's own state."""
+
+        def __init__(self, base, alpha, k):
+            self.base, self.alpha, self.k, self.updates = base, alpha, k, 0
+            self.param_groups, self.state = base.param_groups, {}
+
+        def sync_lookahead(self):
+            for p in self.param_groups[0]["params"]:
+                slow = self.base.state[p].setdefault("lookahead_slow_buff", p.detach().clone())
+                slow.lerp_(p.detach(), self.alpha)
+                p.data.copy_(slow)
+
+        def step(self):
+            self.base.step()
+            self.updates += 1
+            if self.updates % self.k == 0:
+                self.sync_lookahead()
+
+    monkeypatch.setitem(sys.modules, "late_package", types.SimpleNamespace(Lookahead=Late))
+    monkeypatch.setitem(contenders_module.PACKAGES, "timm", "late_package")
+    found, _ = equals_by_hand(WHOLE)
+    late = next(contender for contender in found if contender.key == "timm")
+    assert distance(updated(late.make, tiny), updated(stack_contender(WHOLE).make, tiny)) < 1e-7
+
+
+def test_the_baseline_is_fused_torch_or_the_one_asked_for():
+    found, _ = contenders_of([WHOLE, "sgd(lr=0.1)"])
+    assert chosen_baseline(found, None) == "torch-fused"
+    assert chosen_baseline(found, "clip_grad_norm(1.0) | adamw | lookahead()") == "stack"
+    assert chosen_baseline(found, "sgd(lr=0.1)") == "stack-2"
+    assert chosen_baseline(found, "torch-fused-2") == "torch-fused-2"
+
+
+def test_a_set_that_does_not_fit_the_memory_is_refused(tiny, monkeypatch):
+    monkeypatch.setattr(measure_module, "_free_bytes", lambda device: 2**20)
+    with pytest.raises(measure_module.ProblemError, match=r"tiny needs about .* GB are free: choose smaller"):
+        measure(tiny, [stack_contender(WHOLE)], "stack", rounds=1)
+
+
+def test_a_target_says_what_was_measured_and_whether_it_is_met():
+    verdicts = list(check_targets(Settings(rounds=2, sets=("tiny",), only=("2", "4"))))
+    assert [(v.target, v.where, v.at_most) for v in verdicts] == [("2", "tiny", 0.40), ("4", "tiny", 1.05)]
+    assert all(v.met == (v.measured <= v.at_most) for v in verdicts)
+
+
+def test_every_wrapper_that_has_an_update_of_its_own_is_among_the_targets():
+    found = {name: text for name, text, _ in wrappers_alone()}
+    assert found["lookahead"] == "adamw | lookahead"
+    assert found["clip_grad_norm"] == "clip_grad_norm(max_norm=0.1) | adamw"
+    assert found["clip_grad_value"] == "clip_grad_value(clip_value=0.1) | adamw"
+
+
+def test_the_command_prints_a_table_and_writes_json(tmp_path):
+    arguments = ["bench", "--shapes", "tiny", "--rounds", "2", "--threads", "1", "--json", "found.json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "metaopt", *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert any(row.startswith("| torch-fused | clip_grad_norm_(1), AdamW(fused=True)") for row in rows)
+    assert "fewer than 20 rounds" in done.stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(tmp_path.iterdir()) == [tmp_path / "found.json"]
+    assert found["format"] == 1 and found["dtype"] == "float32" and found["machine"]["threads"] == 1
+    result = found["sets"]["tiny"]
+    assert (result["tensors"], result["elements"], result["rounds"]) == (6, 26122, 2)
+    assert result["bandwidth"]["median"] > 0
+    by_key = {row["key"]: row for row in result["contenders"]}
+    assert by_key["torch-fused"]["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    stack = by_key["stack"]
+    assert stack["what"] == WHOLE
+    assert stack["seconds"]["low"] <= stack["seconds"]["median"] <= stack["seconds"]["high"]
+    assert stack["updates_per_sample"] % 5 == 0 and stack["finite"] is True
+    assert stack["share_of_step"] is None  # of the transformer alone
+
+
+def called(capsys, *arguments):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    printed = capsys.readouterr()
+    return int(exit.value.code or 0), printed.out, printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--shapes", "tinny"], "Did you mean tiny?"),
+        (["--shapes", "tiny", "--rounds", "0"], "--rounds"),
+        (["--shapes", "tiny", "--baseline", "torch-fast"], "there is: stack, torch"),
+        (["--shapes", "tiny", "--device", "gpux"], "--device gpux"),
+        (["--shapes", "tiny", "--dtype", "int8"], "float32"),
+        (["--shapes", "tiny", "--threads", "0"], "--threads"),
+        (["--shapes", "tiny", "--json", "nowhere/found.json"], "nowhere/found.json"),
+        (["--targets", "--only", "9"], "--only 9"),
+        (["--only", "4"], "--targets"),
+        (["--shapes", "tiny", "adamw | lookahed"], "Did you mean lookahead?"),
+        (["--shapes", "tiny", "adamw(lr=-1.0)"], "learning rate"),
+        (["--shapes", "tiny", "lbfgs"], "lbfgs"),
+        (["--shapes", "tiny", "--plugin", "no_such_module_anywhere"], "no_such_module_anywhere"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(capsys, monkeypatch, tmp_path, arguments, told):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
+    status, out, err = called(capsys, "bench", *arguments)
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert told in err
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("spec", [WHOLE, "adamw | lookahead(k=5)"])
+def test_no_update_on_cuda_waits_for_the_device(spec):
+    tensors = tensor_set("tiny", "cuda")
+    runner = runner_of(tensors, stack_contender(spec))
+    for _ in range(6):
+        tensors.restore(runner.parameters)
+        runner.update.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(10):
+            tensors.restore(runner.parameters)
+            runner.update.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+def test_on_cuda_events_measure_the_device_and_launches_are_counted():
+    tensors = tensor_set("large", "cuda")
+    found, _ = contenders_of([WHOLE], "cuda")
+    result = measure(tensors, found, "torch-fused", rounds=2)
+    rows = {row.key: row for row in result.rows}
+    assert all(row.launches >= 1 for row in rows.values())
+    # a launch is far shorter than the work it starts: a clock on the host alone would tell the two to be equal
+    assert rows["torch-fused"].host_seconds.median < rows["torch-fused"].seconds.median
+    buffer = torch.empty(2**28, device="cuda")
+    assert sample(torch.device("cuda"), lambda: None, buffer.zero_, 3).device > 0

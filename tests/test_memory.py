@@ -1,0 +1,110 @@
+"""The memory law: Lookahead holds one tensor more per parameter, and no step takes for a moment what the weights take."""
+
+import pytest
+import torch
+
+import metaopt
+from metaopt import Wrapper, adamw, lookahead
+from metaopt.lab.bench.memory import held_bytes, watch_memory
+
+WHOLE = "clip_grad_norm(1.0) | adamw | lookahead(k=5)"
+MIB = 1 << 20
+
+
+def parameters(dtype=torch.float32, device="cpu"):
+    # 16 MiB in float32: far more than a stack may take for a moment, whatever the pieces in which it works
+    return [torch.nn.Parameter(torch.randn(1024, 1024, device=device).to(dtype)) for _ in range(4)]
+
+
+def give_gradients(params):
+    for p in params:
+        p.grad = torch.randn_like(p)
+
+
+def taken_by_steps(opt, params, steps):
+    """Return, for each step, the most bytes that it held beyond those that it found or left behind."""
+    device = params[0].device
+    found = []
+    for _ in range(steps):
+        give_gradients(params)
+        taken = watch_memory(opt.step, device)
+        found.append(taken.peak - taken.kept)
+    return found
+
+
+def size(params):
+    return sum(p.numel() * p.element_size() for p in params)
+
+
+@pytest.mark.parametrize("base", ["sgd(lr=0.1)", "sgd(lr=0.1, momentum=0.9)", "adamw", "adagrad"])
+def test_lookahead_holds_one_tensor_more_per_parameter_and_nothing_else(base):
+    keys = []
+    for spec in (base, f"{base} | lookahead(k=2)"):
+        params = [torch.nn.Parameter(torch.randn(5, 3)), torch.nn.Parameter(torch.randn(3))]
+        opt = metaopt.build(params, spec)
+        for _ in range(5):
+            give_gradients(params)
+            opt.step()
+        keys.append([set(opt.state.get(p, {})) for p in params])
+    for p, bare, wrapped in zip(params, *keys, strict=True):
+        assert wrapped - bare == {"lookahead.slow"} and bare <= wrapped
+        slow = opt.state[p]["lookahead.slow"]
+        assert (slow.shape, slow.dtype, slow.device) == (p.shape, p.dtype, p.device)
+        assert slow.untyped_storage().nbytes() == p.numel() * p.element_size()
+    groups = [v for entry in opt.param_groups for k, v in entry.items() if k != "params"]
+    assert not any(isinstance(value, torch.Tensor) for value in groups)
+
+
+def test_what_the_steps_leave_allocated_is_the_state(device):
+    params = parameters(device=device)
+    give_gradients(params)
+    opt = metaopt.build(params, WHOLE)
+    kept = [watch_memory(opt.step, device).kept for _ in range(11)]
+    held = held_bytes(t for entries in opt.state.values() for t in entries.values())
+    assert held == 3 * size(params) + 4 * len(params)
+    # the first step makes the state; after it nothing grows but a number here and there
+    assert kept[0] == pytest.approx(held, abs=4096)
+    assert all(abs(more) < 4096 for more in kept[1:])
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        WHOLE,
+        "adamw | lookahead(k=2) | lookahead(k=4, label='outer')",
+        "adamw | lookahead(k=2, pullback_momentum='pullback')",
+        "clip_grad_value(0.1) | sgd(lr=0.1) | lookahead(k=2)",
+    ],
+)
+def test_no_step_takes_for_a_moment_as_much_as_the_weights_take(spec, device):
+    params = parameters(device=device)
+    opt = metaopt.build(params, spec)
+    # eleven steps hold the first, which makes the state, and two whole cycles
+    assert max(taken_by_steps(opt, params, 11)) < size(params) / 2
+
+
+@pytest.mark.parametrize("spec", [WHOLE, "adamw | lookahead(k=2) | lookahead(k=4, label='outer')"])
+def test_nor_does_a_step_that_is_logged(spec, device, tmp_path):
+    params = parameters(device=device)
+    opt = metaopt.build(params, spec, log=tmp_path, log_every=1)
+    assert max(taken_by_steps(opt, params, 6)) < size(params) / 2
+
+
+def test_nor_does_a_step_with_slow_weights_of_another_dtype(device):
+    params = parameters(torch.bfloat16, device)
+    opt = metaopt.build(params, "adamw | lookahead(k=2, slow_dtype='float32')")
+    assert max(taken_by_steps(opt, params, 5)) < size(params) / 2
+
+
+class Wasteful(Wrapper):
+    """Copies all weights for a moment: what the tests above must see."""
+
+    def after_update(self, group):
+        held = [p.clone() for p in group.params]
+        group.move_to(held)
+
+
+def test_a_wrapper_that_copies_the_weights_is_seen(device):
+    params = parameters(device=device)
+    opt = metaopt.build(params, adamw | lookahead(k=5) | Wasteful())
+    assert max(taken_by_steps(opt, params, 2)) >= size(params)
