@@ -1,4 +1,4 @@
-"""The memory law: Lookahead holds one tensor more per parameter, and no step takes for a moment what the weights take."""
+"""Memory: Lookahead holds one tensor more per parameter, and no step takes for a moment what the weights take."""
 
 import pytest
 import torch
@@ -8,12 +8,11 @@ from metaopt import Wrapper, adamw, lookahead
 from metaopt.lab.bench.memory import held_bytes, watch_memory
 
 WHOLE = "clip_grad_norm(1.0) | adamw | lookahead(k=5)"
-MIB = 1 << 20
 
 
 def parameters(dtype=torch.float32, device="cpu"):
     # 16 MiB in float32: far more than a stack may take for a moment, whatever the pieces in which it works
-    return [torch.nn.Parameter(torch.randn(1024, 1024, device=device).to(dtype)) for _ in range(4)]
+    return [torch.nn.Parameter(torch.randn(512, 1024, device=device).to(dtype)) for _ in range(8)]
 
 
 def give_gradients(params):

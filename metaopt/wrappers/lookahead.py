@@ -41,9 +41,9 @@ class Lookahead(Wrapper, every="k", each="element"):
     def after_update(self, group: Group) -> None:
         if group.measured:
             group.measure("distance", _distance(group))
-        fast = _cast(group.params, group.slow)
-        torch._foreach_lerp_(group.slow, fast, group.alpha)
-        group.move_to(group.slow)
+        slow = group.slow
+        _lerp(slow, group.params, group.alpha)
+        group.move_to(slow)
         if self.pullback_momentum == "reset":
             group.reset_base()
         elif self.pullback_momentum == "pullback":
@@ -57,16 +57,19 @@ class Lookahead(Wrapper, every="k", each="element"):
         return slow
 
 
-def _cast(tensors: list[torch.Tensor], like: list[torch.Tensor]) -> list[torch.Tensor]:
-    # a multi-tensor lerp refuses mixed dtypes; casting copies only where they differ
-    return [tensor.to(model.dtype) for tensor, model in zip(tensors, like, strict=True)]
+def _lerp(slow: list[torch.Tensor], fast: list[torch.Tensor], alpha: float) -> None:
+    if all(s.dtype == f.dtype for s, f in zip(slow, fast, strict=True)):
+        torch._foreach_lerp_(slow, fast, alpha)
+        return
+    # a multi-tensor lerp refuses mixed dtypes; cast one at a time, or all weights would be copied at once
+    for s, f in zip(slow, fast, strict=True):
+        s.lerp_(f.to(s.dtype), alpha)
 
 
 def _distance(group: Group) -> torch.Tensor:
-    fast = _cast(group.params, group.slow)
-    distance: torch.Tensor = torch.linalg.vector_norm(
-        torch.stack(torch._foreach_norm(torch._foreach_sub(fast, group.slow)))
-    )
+    # one difference at a time: all of them at once would take as much memory as the weights
+    norms = [torch.linalg.vector_norm(f.to(s.dtype) - s) for f, s in zip(group.params, group.slow, strict=True)]
+    distance: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return distance
 
 
