@@ -8,8 +8,8 @@ import torch
 
 from metaopt.errors import StepError, did_you_mean
 from metaopt.gathered import drop_gathered_copies
+from metaopt.members import updated
 from metaopt.shards import local
-from metaopt.updating import updated
 from metaopt.views import Piece, pieces
 
 if TYPE_CHECKING:

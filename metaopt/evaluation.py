@@ -37,6 +37,10 @@ class Evaluation:
                 self._versions = self._parameter_versions()
         return self._loss
 
+    def for_base(self) -> tuple[Closure, ...]:
+        """Return what the base's step is called with: several bases share the one evaluation."""
+        return () if self.closure is None or len(self._stack.lanes) > 1 else (self.replay,)
+
     def replay(self) -> Any:
         """Give the base the first evaluation, and a new one where it has moved the parameters or asks again."""
         if self._stack.needs_closure:

@@ -50,10 +50,14 @@ def take_copies(stack: "Stack") -> Copies:
     return copies
 
 
-def make_way(stack: "Stack", copies: Copies) -> None:
-    """Right before the base's update: leave `state[p]` to the base where it begins anew, as its constructor would."""
+def make_way(stack: "Stack", copies: Copies) -> Copies:
+    """Right before the base's update: leave `state[p]` to the base where it begins anew, as its constructor would.
+
+    Returns the entries of wrappers that stood there and are among the copies: see `put_back`.
+    """
+    lifted: Copies = {}
     if not copies:
-        return
+        return lifted
     for entry in stack.param_groups:
         lane = stack.lane_of(entry)
         _leave_fused_if_refused(stack, lane, entry)
@@ -64,11 +68,24 @@ def make_way(stack: "Stack", copies: Copies) -> None:
             if held and any(lane.is_base_key(key) for key in held):
                 continue
             begun_before = stack.state.pop(p, None)
+            if begun_before:
+                lifted[p] = begun_before
             made = stack.set_aside.pop(p, None)
             if made is None and begun_before:
                 made = constructor_state(lane.base, p)
             if made:
                 stack.state[p] = made
+    return lifted
+
+
+def put_back(stack: "Stack", copies: Copies, lifted: Copies) -> None:
+    """After an update that failed: lose no entry of a wrapper, and leave no state half made."""
+    for p in copies:
+        held = stack.state.get(p)
+        if held:  # the base has begun; it may have moved the parameter, of which the copy is from before
+            store_copies(stack, {p: copies[p]})
+        elif p in lifted:
+            stack.state[p] = lifted[p]
 
 
 def store_copies(stack: "Stack", copies: Copies) -> None:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metaopt.errors import HyperparameterError, StepError
-from metaopt.lanes import Entry, Lane, with_gradient
+from metaopt.lanes import Entry, Lane
+from metaopt.members import with_gradient
 from metaopt.norms import total_norm
 from metaopt.scaling import apply_scale
 from metaopt.shards import dense

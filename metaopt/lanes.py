@@ -88,11 +88,6 @@ class Lane:
         self.settle(())
 
 
-def with_gradient(entry: Entry) -> list[torch.Tensor]:
-    """Return the group's parameters that have a gradient."""
-    return [p for p in entry["params"] if p.grad is not None]
-
-
 # every optimizer has them; a copy begins with none, as torch's own copies do
 HOOKS = (
     "_optimizer_step_pre_hooks",

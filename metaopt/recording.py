@@ -24,7 +24,7 @@ def describe_run(stack: "Stack") -> None:
     """Have the stack's log told what the run is, in the words of the moment at which it opens."""
     # a strong reference would tie the log's end, which closes it, to a cycle
     alive = weakref.ref(stack)
-    stack._own_metrics.describe(
+    stack.metrics_of_run.describe(
         tags=["train/loss", "train/grad_norm", *rate_tags(stack)],
         spec=lambda: _spec(alive()),
         hparams=lambda: _hyperparameters(alive()),

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from metaopt import averaging, composition, evaluation, first_update, loading, resetting, template, updating
-from metaopt.dividing import Divided
+from metaopt import averaging, compiling, composition, first_update, loading, resetting, updating
+from metaopt.dividing import Divided, step_bases
 from metaopt.errors import StepError
-from metaopt.gradients import filter_gradients
 from metaopt.lanes import HOOKS, Entry, Lane, bare, revived
 from metaopt.metrics import Metrics
 from metaopt.reporting import ReportingScheduler
@@ -46,7 +45,7 @@ class Stack(torch.optim.Optimizer):
         self.fused_by_default = fused_by_default
         self.skipped: str | None = None
         self.load_report: loading.LoadReport | None = None
-        self._own_metrics = metrics or Metrics()
+        self.metrics_of_run = metrics or Metrics()
         self._settle_structure()
         composition.check(self)
         # hooks registered on the base before it was wrapped fire once, with the stack as their argument
@@ -73,12 +72,16 @@ class Stack(torch.optim.Optimizer):
             lane.settle(self.wrappers)
         self._lane_names = {lane.name: lane for lane in self.lanes if lane.name}
         self.phases = Phases(self.wrappers, self.lanes)
+        self._traced_step = compiling.TracedStep()
         self.needs_closure = any(lane.needs_closure for lane in self.lanes)
         self.measuring = False
         self.inside_averaged = False
         self.held_back: str | None = None
         self.borrowers: list[torch.Tensor] = []
+        # what is held for the length of one update
         self.copies: first_update.Copies = {}
+        self.lifted: first_update.Copies = {}
+        self.moved: dict[int, list[torch.Tensor]] = {}
         self.look_again()
 
     def look_again(self) -> None:
@@ -87,8 +90,8 @@ class Stack(torch.optim.Optimizer):
 
     def _fix_timetables(self) -> None:
         """Write the value of every schedule for the update that comes next."""
-        self._timetables = [Timetable(self.schedules_of(entry), self.total_steps) for entry in self.param_groups]
-        for timetable, entry in zip(self._timetables, self.param_groups, strict=True):
+        self.timetables = [Timetable(self.schedules_of(entry), self.total_steps) for entry in self.param_groups]
+        for timetable, entry in zip(self.timetables, self.param_groups, strict=True):
             timetable.write(entry)
 
     def lane_of(self, entry: Entry) -> Lane:
@@ -161,19 +164,19 @@ class Stack(torch.optim.Optimizer):
     def record(self, **values: torch.Tensor | float) -> None:
         """Log values as `train/<name>` at the coming update, without waiting for the device."""
         for name, value in values.items():
-            self._own_metrics.measure(f"train/{name}", value)
+            self.metrics_of_run.measure(f"train/{name}", value)
 
     def metrics(self) -> dict[str, float]:
         """Return the latest measurements as `{tag: float}`; waits for the device once."""
-        return self._own_metrics.latest()
+        return self.metrics_of_run.latest()
 
     def measure(self, tag: str, value: torch.Tensor | float) -> None:
         """Take one measurement under its whole tag, without waiting for the device."""
-        self._own_metrics.measure(tag, value)
+        self.metrics_of_run.measure(tag, value)
 
     def point_within(self, updates: int) -> bool:
         """Tell whether a point is logged after this update or before the one that follows `updates` later."""
-        return self._own_metrics.wanted(self.updates, updates)
+        return self.metrics_of_run.wanted(self.updates, updates)
 
     def averaged(self, label: str | None = None) -> Any:
         """Return a context in which the parameters hold an average: `with opt.averaged(): validate(model)`.
@@ -201,63 +204,23 @@ class Stack(torch.optim.Optimizer):
 
         `skipped` says afterwards why no update was made, or is None. Raises ScheduleConflict, StepError.
         """
-        self.skipped = None
-        averaging.before_step(self)
-        if closure is None and template.is_template_step(self):
-            template.make_state(self)
-            return None
-        for timetable, entry in zip(self._timetables, self.param_groups, strict=True):
-            timetable.check(entry)
-        self.measuring = self._own_metrics.wanted(self.updates + 1)
-        run = evaluation.Evaluation(self, closure)
-        loss = run.first()
-        if not any(p.grad is not None for entry in self.param_groups for p in entry["params"]):
-            return self._skip("no gradients", loss)
-        try:
-            if self.phases.gather_early:
-                template.make_early_state(self)
-            self.copies = updating.copies_before_update(self)
-            filter_gradients(self)
-            if self.held_back is not None:
-                return self._skip(self.held_back, loss)
-            updating.update(self, run)
-        finally:
-            self.copies = {}
-            self._take_lent_gradients_back()
-        self._finish(loss)
+        if torch.compiler.is_compiling():
+            return self._traced_step(self, closure)
+        loss, run = updating.begin(self, closure)
+        if run is not None:
+            try:
+                step_bases(self, *run.for_base())
+            except BaseException:
+                updating.abandon(self)
+                raise
+            updating.finish(self, loss)
         return loss
-
-    def _skip(self, reason: str, loss: Any) -> Any:
-        self.skipped = reason
-        self._own_metrics.drop_update()
-        return loss
-
-    def _take_lent_gradients_back(self) -> None:
-        for p in self.borrowers:
-            p.grad = None
-        self.borrowers.clear()
 
     def lr_is_foreign(self, position: int) -> bool:
         """Tell whether the learning rate of a group was set from outside, since a schedule wrote it or it was built."""
         if "lr" in self.schedules_of(self.param_groups[position]):
-            return not self._timetables[position].owns_values(self.param_groups[position])
+            return not self.timetables[position].owns_values(self.param_groups[position])
         return self._built_with_rate
-
-    def _finish(self, loss: Any) -> None:
-        if self.measuring:
-            self._measure_update(loss)
-        for timetable, entry in zip(self._timetables, self.param_groups, strict=True):
-            timetable.write(entry)
-        self._own_metrics.end_update(self.updates)
-
-    def _measure_update(self, loss: Any) -> None:
-        if isinstance(loss, torch.Tensor | float):
-            self._own_metrics.measure("train/loss", loss)
-        several = len(self.param_groups) > 1
-        for position, entry in enumerate(self.param_groups):
-            tag = f"train/learning_rate/{entry.get('name', position)}" if several else "train/learning_rate"
-            if "lr" in entry:
-                self._own_metrics.measure(tag, entry["lr"])
 
     def forget_base_state(self, owners: Sequence[torch.Tensor], lane: Lane) -> None:
         """Drop the base's entries of some parameters: its next update of them starts lazily."""
@@ -303,7 +266,7 @@ class Stack(torch.optim.Optimizer):
         self.__dict__.update(state["own"], base=revived(*state["base"]))
         for hooks in HOOKS:
             self.__dict__[hooks] = OrderedDict()
-        self._own_metrics = Metrics()
+        self.metrics_of_run = Metrics()
         inside = self.inside_averaged
         self._settle_structure()
         self.inside_averaged = inside
@@ -320,11 +283,12 @@ _DERIVED = frozenset(
         "base",
         "step",
         "_opt_called",
-        "_own_metrics",
+        "metrics_of_run",
         "lanes",
         "_lane_names",
         "phases",
-        "_timetables",
+        "_traced_step",
+        "timetables",
         *HOOKS,
     ]
 )

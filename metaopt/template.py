@@ -34,13 +34,19 @@ def make_state(stack: "Stack") -> None:
     kept = [{k: _kept(v) for k, v in entry.items() if k != "params"} for entry in stack.param_groups]
     set_aside = {p: copy.deepcopy(held) for p, held in stack.set_aside.items()}
     copies = first_update.take_copies(stack)
-    first_update.make_way(stack, copies)
-    step_bases(stack, *((lambda: torch.zeros(())),) if stack.needs_closure else ())
-    first_update.store_copies(stack, copies)
-    stack.set_aside = set_aside
-    # a base may count in its groups (schedule-free ones do): that count is undone with the rest
-    for entry, before in zip(stack.param_groups, kept, strict=True):
-        entry.update(before)
+    try:
+        first_update.make_way(stack, copies)
+        step_bases(stack, *((lambda: torch.zeros(())),) if stack.needs_closure else ())
+        first_update.store_copies(stack, copies)
+    except BaseException:
+        stack.state.clear()
+        raise
+    finally:
+        stack.set_aside = set_aside
+        # a base may count in its groups (schedule-free ones do): that count is undone with the rest
+        for entry, before in zip(stack.param_groups, kept, strict=True):
+            entry.update(before)
+    for entry in stack.param_groups:
         entry["metaopt.template"] = True
 
 

@@ -1,24 +1,25 @@
 """One update: gradients are filtered, the bases step, the wrappers behind them act."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from metaopt import first_update, template
-from metaopt.dividing import step_bases
+from metaopt import averaging, first_update, template
 from metaopt.evaluation import Evaluation
-from metaopt.lanes import Entry, Lane, with_gradient
+from metaopt.gradients import filter_gradients
+from metaopt.lanes import Entry, Lane
+from metaopt.members import Members, updated, with_gradient
+from metaopt.recording import rate_tags
 from metaopt.scaling import fold_scale
 from metaopt.views import pieces, small_pieces
-from metaopt.wrapper import Group, Wrapper
+from metaopt.wrapper import Closure, Group, Wrapper
 
 if TYPE_CHECKING:
     from metaopt.stack import Stack
 
 # a wrapper and the lane that it belongs to; None: it stands around all lanes
 Placed = tuple[Wrapper, Lane | None]
-Members = list[torch.Tensor]
 
 
 class Phases:
@@ -36,7 +37,7 @@ class Phases:
         self.gather_early = any(lane.early_keys for lane in lanes)
 
 
-def copies_before_update(stack: "Stack") -> first_update.Copies:
+def _copies_before_update(stack: "Stack") -> first_update.Copies:
     """Return what wrappers must keep of parameters at their first update; looks at none where all are known whole."""
     state = stack.state
     if not (stack.phases.stateful or stack.set_aside or stack.updates == 0):
@@ -46,42 +47,101 @@ def copies_before_update(stack: "Stack") -> first_update.Copies:
     return first_update.take_copies(stack)
 
 
-def update(stack: "Stack", run: Evaluation) -> None:
-    """Make the update from the gradients as they are now, with everything before and behind the bases."""
+def begin(stack: "Stack", closure: Closure | None) -> tuple[Any, Evaluation | None]:
+    """Do all that comes before the base's step; return the loss, and its evaluation where an update is due."""
+    stack.skipped = None
+    averaging.before_step(stack)
+    if closure is None and template.is_template_step(stack):
+        template.make_state(stack)
+        return None, None
+    for timetable, entry in zip(stack.timetables, stack.param_groups, strict=True):
+        timetable.check(entry)
+    stack.measuring = stack.metrics_of_run.wanted(stack.updates + 1)
+    run = Evaluation(stack, closure)
+    loss = run.first()
+    if not any(p.grad is not None for entry in stack.param_groups for p in entry["params"]):
+        return skip(stack, "no gradients", loss)
+    try:
+        if stack.phases.gather_early:
+            template.make_early_state(stack)
+        stack.copies = _copies_before_update(stack)
+        filter_gradients(stack)
+        if stack.held_back is not None:
+            _end(stack)
+            return skip(stack, stack.held_back, loss)
+        _make_ready(stack)
+    except BaseException:
+        abandon(stack)
+        raise
+    return loss, run
+
+
+def _make_ready(stack: "Stack") -> None:
     phases = stack.phases
     template.leave(stack)
-    first_update.make_way(stack, stack.copies)
+    stack.lifted = first_update.make_way(stack, stack.copies)
     for wrapper, lane in phases.before_update:
         for entry in _due(stack, wrapper, lane, update_in_progress=True):
             _call(wrapper.before_update, stack, entry, wrapper, with_gradient(entry))
-    # a base may take gradients away inside its step: which parameters it updates is known now alone
-    moved = _take_previous(stack) if phases.take_previous else {}
-    _step_folded(stack, run)
-    stack.found_whole = len(stack.state)
-    copies, stack.copies = stack.copies, {}
-    first_update.store_copies(stack, copies)
-    for entry in stack.param_groups:
-        entry["metaopt.updates"] += 1
-    for wrapper, lane in phases.after_update:
-        previous = any(slot.kind == "previous" for slot in wrapper.state_slots().values())
-        for entry in _due(stack, wrapper, lane):
-            # beside weights from before this update only those that it moved mean anything
-            members = moved[id(entry)] if previous else updated(stack, entry, wrapper)
-            _call(wrapper.after_update, stack, entry, wrapper, members)
+    if phases.take_previous:
+        # a base may take gradients away inside its step: which parameters it updates is known now alone
+        stack.moved = _take_previous(stack)
+    for lane in stack.lanes:
+        fold_scale(stack, lane)
 
 
-def _step_folded(stack: "Stack", run: Evaluation) -> None:
-    folded = [lane for lane in stack.lanes if fold_scale(stack, lane)]
-    try:
-        if run.closure is None:
-            step_bases(stack)
-        else:
-            step_bases(stack, run.replay)
-    finally:
-        for lane in folded:
-            del lane.base.grad_scale  # type: ignore[attr-defined]
+def finish(stack: "Stack", loss: Any) -> None:
+    """Do all that comes after the base's step."""
     # a torch scheduler bound to the base before it was wrapped looks here
     stack.base._opt_called = True  # type: ignore[attr-defined]
+    try:
+        stack.found_whole = len(stack.state)
+        copies, stack.copies = stack.copies, {}
+        first_update.store_copies(stack, copies)
+        for entry in stack.param_groups:
+            entry["metaopt.updates"] += 1
+        for wrapper, lane in stack.phases.after_update:
+            for entry in _due(stack, wrapper, lane):
+                _call(wrapper.after_update, stack, entry, wrapper, updated(stack, entry, wrapper))
+    finally:
+        _end(stack)
+    if stack.measuring:
+        _measure(stack, loss)
+    for timetable, entry in zip(stack.timetables, stack.param_groups, strict=True):
+        timetable.write(entry)
+    stack.metrics_of_run.end_update(stack.updates)
+
+
+def skip(stack: "Stack", reason: str, loss: Any) -> tuple[Any, None]:
+    """Leave a step that makes no update: nothing advances."""
+    stack.skipped = reason
+    stack.metrics_of_run.drop_update()
+    return loss, None
+
+
+def abandon(stack: "Stack") -> None:
+    """Leave an update that failed: nothing of the wrappers' state is lost."""
+    first_update.put_back(stack, stack.copies, stack.lifted)
+    stack.look_again()
+    _end(stack)
+
+
+def _end(stack: "Stack") -> None:
+    """Take back what was lent for one update, whether or not it was made."""
+    stack.copies, stack.lifted, stack.moved = {}, {}, {}
+    for lane in stack.lanes:
+        lane.base.__dict__.pop("grad_scale", None)
+    for p in stack.borrowers:
+        p.grad = None
+    stack.borrowers.clear()
+
+
+def _measure(stack: "Stack", loss: Any) -> None:
+    if isinstance(loss, torch.Tensor | float):
+        stack.measure("train/loss", loss)
+    for tag, entry in zip(rate_tags(stack), stack.param_groups, strict=True):
+        if "lr" in entry:
+            stack.measure(tag, entry["lr"])
 
 
 def _take_previous(stack: "Stack") -> dict[int, Members]:
@@ -92,15 +152,6 @@ def _take_previous(stack: "Stack") -> dict[int, Members]:
             for p in moved[id(entry)]:
                 stack.held(p)[key].copy_(p)
     return moved
-
-
-def updated(stack: "Stack", entry: Entry, wrapper: Wrapper) -> Members:
-    """Return the group's parameters that have been updated: those that hold the wrapper's state, if it has any."""
-    state = stack.state
-    keys = [f"{wrapper.label}.{name}" for name, slot in wrapper.state_slots().items() if slot.kind != "moments"]
-    if not keys:
-        return [p for p in entry["params"] if p in state or p.grad is not None]
-    return [p for p in entry["params"] if p in state and all(key in state[p] for key in keys)]
 
 
 def _due(stack: "Stack", wrapper: Wrapper, lane: Lane | None, *, update_in_progress: bool = False) -> list[Entry]:

@@ -1,0 +1,33 @@
+"""Which parameters of a group a wrapper acts on."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from metaopt.lanes import Entry
+from metaopt.wrapper import Wrapper
+
+if TYPE_CHECKING:
+    from metaopt.stack import Stack
+
+Members = list[torch.Tensor]
+
+
+def with_gradient(entry: Entry) -> Members:
+    """Return the group's parameters that have a gradient."""
+    return [p for p in entry["params"] if p.grad is not None]
+
+
+def updated(stack: "Stack", entry: Entry, wrapper: Wrapper) -> Members:
+    """Return the group's parameters that have been updated: those that hold the wrapper's state, if it has any.
+
+    For a wrapper that compares with the weights before, those of this very update: the others' copies are stale.
+    """
+    slots = wrapper.state_slots()
+    if any(slot.kind == "previous" for slot in slots.values()):
+        return stack.moved[id(entry)]
+    state = stack.state
+    keys = [f"{wrapper.label}.{name}" for name, slot in slots.items() if slot.kind != "moments"]
+    if not keys:
+        return [p for p in entry["params"] if p in state or p.grad is not None]
+    return [p for p in entry["params"] if p in state and all(key in state[p] for key in keys)]

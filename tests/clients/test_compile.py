@@ -1,0 +1,176 @@
+"""torch.compile(opt.step): equal to eager, and compiled a handful of times, whatever the cycle and the schedule."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from small_runs import loss_of, small_model, train, weights
+from torch._dynamo.utils import counters
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+import metaopt
+
+STEPS = 60
+Make = Callable[[torch.nn.Module], Any]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled_run(make: Make, schedule: Any = None, backend: Any = "inductor", steps: int = STEPS) -> list[torch.Tensor]:
+    model = small_model()
+    opt = make(model)
+    scheduler = schedule and schedule(opt)
+    train(model, opt, range(steps), call=torch.compile(opt.step, backend=backend), after=scheduler and scheduler.step)
+    return weights(model)
+
+
+def eager_run(make: Make, schedule: Any = None, steps: int = STEPS) -> list[torch.Tensor]:
+    model = small_model()
+    opt = make(model)
+    scheduler = schedule and schedule(opt)
+    train(model, opt, range(steps), after=scheduler and scheduler.step)
+    return weights(model)
+
+
+def torch_s_schedule(opt: torch.optim.Optimizer) -> CosineAnnealingLR:
+    return CosineAnnealingLR(opt, STEPS)
+
+
+def built(spec: str) -> Make:
+    return lambda model: metaopt.build(model.named_parameters(), spec, total_steps=STEPS)
+
+
+def wrapped(**rate: Any) -> Make:
+    return lambda model: metaopt.wrap(
+        torch.optim.AdamW(model.parameters(), **copy.deepcopy(rate)), "clip_grad_norm(0.5) | lookahead(k=5)"
+    )
+
+
+def compilations() -> int:
+    assert not counters["recompile_limit"]
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+@pytest.mark.parametrize(
+    ("make", "schedule"),
+    [
+        pytest.param(built("clip_grad_norm(0.5) | adamw(lr=warmup(cosine(1e-3), 9), fused=None) | lookahead"), None),
+        pytest.param(wrapped(lr=1e-3), torch_s_schedule),
+        pytest.param(wrapped(lr=torch.tensor(1e-3)), torch_s_schedule),
+    ],
+    ids=["schedule of the stack", "torch scheduler, float rate", "torch scheduler, tensor rate"],
+)
+def test_a_compiled_run_equals_the_eager_one_and_compiles_at_most_four_times(make: Make, schedule: Any) -> None:
+    found = compiled_run(make, schedule)
+    assert 1 <= compilations() <= 4
+    torch.testing.assert_close(found, eager_run(make, schedule), rtol=0, atol=1e-6)
+
+
+# a compiler of its own costs seconds per case: here the traced graphs are run as they are
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "sgd(lr=cosine(0.1), momentum=0.9, foreach=False) | lookahead(k=5)",
+        "sgd(lr=cosine(0.1), momentum=0.9, foreach=True) | lookahead(k=5)",
+        "adam(lr=cosine(1e-3), foreach=True) | lookahead(k=5, pullback_momentum='pullback')",
+        "adagrad(lr=cosine(0.1), foreach=False) | lookahead(k=5)",
+        "clip_grad_value(0.1) | adamw(lr=cosine(1e-3)) | lookahead(k=5) | lookahead(k=10, label='outer')",
+    ],
+)
+def test_no_base_and_no_wrapper_costs_a_compilation_per_cycle_or_per_rate(spec: str) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    found = compiled_run(built(spec), backend=backend)
+    assert not counters["recompile_limit"]
+    assert len(graphs) <= 4
+    torch.testing.assert_close(found, eager_run(built(spec)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_reset_of_the_base_is_right_though_torch_gives_up_compiling() -> None:
+    spec = "adamw(lr=cosine(1e-3), foreach=True) | lookahead(k=5, pullback_momentum='reset')"
+    found = compiled_run(built(spec), backend="eager")
+    torch.testing.assert_close(found, eager_run(built(spec)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hooks_fire_once_per_compiled_step_and_the_rate_stays_a_number() -> None:
+    model = small_model()
+    opt = metaopt.build(model.named_parameters(), "adamw(lr=cosine(0.01), foreach=True) | lookahead", total_steps=9)
+    seen: list[str] = []
+    opt.register_step_pre_hook(lambda *_: seen.append("before"))
+    opt.register_step_post_hook(lambda *_: seen.append("after"))
+    train(model, opt, range(6), call=torch.compile(opt.step, backend="eager"))
+    assert seen == ["before", "after"] * 6
+    assert opt.updates == 6
+    assert isinstance(opt.param_groups[0]["lr"], float)
+    assert opt.param_groups[0]["foreach"] is True
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_closure_is_evaluated_once_per_compiled_step_and_its_loss_returned() -> None:
+    runs = []
+    for compiled in (True, False):
+        model = small_model()
+        opt = metaopt.build(model.named_parameters(), "clip_grad_norm(0.5) | adamw(lr=0.01) | lookahead(k=2)")
+        step = torch.compile(opt.step, backend="eager") if compiled else opt.step
+        losses = []
+        for number in range(6):
+
+            def closure(model: torch.nn.Module = model, number: int = number) -> torch.Tensor:
+                model.zero_grad()
+                loss = loss_of(model, number)
+                loss.backward()
+                return loss
+
+            losses.append(step(closure).item())
+        runs.append((losses, weights(model)))
+    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=1e-6)
+    assert not counters["recompile_limit"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_base_that_raises_while_compiled_leaves_nothing_behind() -> None:
+    model = small_model()
+    opt = metaopt.build(model.named_parameters(), "clip_grad_norm(0.5) | adamw(lr=0.01) | lookahead(k=2)")
+    step = torch.compile(opt.step, backend="eager")
+    train(model, opt, range(3), call=step)
+    beta = opt.param_groups[0].pop("betas")
+    with pytest.raises(KeyError):
+        train(model, opt, [3], call=step)
+    opt.param_groups[0]["betas"] = beta
+    assert opt.param_groups[0]["lr"] == 0.01
+    assert not hasattr(opt.base, "grad_scale")
+    assert opt.updates == 3
+    train(model, opt, [3], call=step)
+    assert opt.updates == 4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_step_inside_a_compiled_function_is_the_same_step() -> None:
+    model, twin = small_model(), small_model()
+    spec = "clip_grad_norm(0.5) | adamw(lr=0.01) | lookahead(k=2)"
+    opt, plain = (metaopt.build(m.named_parameters(), spec) for m in (model, twin))
+
+    @torch.compile(fullgraph=False, backend="eager")
+    def update() -> None:
+        opt.step()
+
+    train(model, opt, range(7), call=update)
+    train(twin, plain, range(7))
+    torch.testing.assert_close(weights(model), weights(twin), rtol=0, atol=1e-6)

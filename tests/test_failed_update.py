@@ -1,0 +1,122 @@
+"""An update that fails half-way loses nothing of the wrappers' state, and leaves no half-made state behind."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from small_runs import assert_same_weights, fill_gradients, loss_of, small_model, train
+
+import metaopt
+
+
+class FailsOnce(torch.optim.AdamW):
+    """AdamW whose update raises when told to: before it has begun, or when every parameter has moved."""
+
+    fail: str = ""
+
+    def step(self, closure: Any = None) -> Any:
+        when, self.fail = self.fail, ""
+        if when == "before":
+            raise RuntimeError("before the update")
+        loss = super().step(closure)
+        if when == "after":
+            raise RuntimeError("after the update")
+        return loss
+
+
+def failing(spec: str) -> tuple[torch.nn.Module, metaopt.Stack, FailsOnce]:
+    model = small_model()
+    base = FailsOnce(model.parameters(), lr=0.01)
+    return model, metaopt.wrap(base, spec), base
+
+
+SPECS = [
+    "clip_grad_norm(0.1) | lookahead(k=2)",
+    "lookahead(k=2, pullback_momentum='reset')",
+    "lookahead(k=2, pullback_momentum='pullback') | ema(0.9)",
+    "accumulate(1) | lookahead(k=2)",
+]
+
+
+@pytest.mark.parametrize("at", range(5))
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_step_tried_again_goes_on_as_if_it_had_not_failed(spec: str, at: int) -> None:
+    model, opt, base = failing(spec)
+    twin, plain, _ = failing(spec)
+    train(twin, plain, range(8))
+    train(model, opt, range(at))
+    base.fail = "before"
+    fill_gradients(model, at)
+    with pytest.raises(RuntimeError, match="before"):
+        opt.step()
+    assert opt.updates == at
+    train(model, opt, range(at, 8))
+    assert_same_weights(model, twin)
+
+
+@pytest.mark.parametrize("at", range(5))
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_base_that_fails_when_it_has_moved_everything_leaves_whole_state(spec: str, at: int) -> None:
+    model, opt, base = failing(spec)
+    train(model, opt, range(at))
+    start = [p.detach().clone() for p in model.parameters()]
+    base.fail = "after"
+    with pytest.raises(RuntimeError, match="after"):
+        train(model, opt, [at])
+    keys = {frozenset(held) for held in opt.state.values()}
+    if "accumulate" in spec and at == 0:  # the step that makes state beforehand failed
+        assert not keys
+    else:
+        assert len(keys) == 1
+        assert {"exp_avg", "lookahead.slow"} <= next(iter(keys))
+    if at == 0 and keys:
+        slow = [opt.state[p]["lookahead.slow"] for p in model.parameters()]
+        torch.testing.assert_close(slow, start, rtol=0, atol=0)
+    assert not hasattr(base, "grad_scale")
+    # and a checkpoint of it loads
+    other, again, _ = failing(spec)
+    other.load_state_dict(model.state_dict())
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    train(model, opt, range(at + 1, 8))
+    train(other, again, range(at + 1, 8))
+    assert_same_weights(model, other)
+
+
+def test_a_closure_that_raises_changes_nothing() -> None:
+    model, twin = small_model(), small_model()
+    spec = "clip_grad_norm(0.1) | adamw(lr=0.01) | lookahead(k=2)"
+    opt, plain = (metaopt.build(m.named_parameters(), spec) for m in (model, twin))
+
+    def closure() -> torch.Tensor:
+        loss_of(model, 1).backward()
+        raise ValueError("out of data")
+
+    train(model, opt, range(3))
+    with pytest.raises(ValueError, match="out of data"):
+        opt.step(closure)
+    train(model, opt, range(3, 8))
+    train(twin, plain, range(8))
+    assert_same_weights(model, twin)
+
+
+def test_a_wrapper_that_raises_before_the_update_loses_no_slow_weights() -> None:
+    class Refuses(metaopt.Wrapper):
+        """Raises when the first gradient is zero."""
+
+        def before_update(self, group: metaopt.Group) -> None:
+            if not group.grads[0].any():
+                raise ArithmeticError("a zero gradient")
+
+    parts = Refuses() | metaopt.adamw(lr=0.01) | metaopt.lookahead(k=2, pullback_momentum="reset")
+    model, twin = small_model(), small_model()
+    opt, plain = (metaopt.build(m.named_parameters(), parts) for m in (model, twin))
+    for at in range(5):
+        opt.zero_grad(set_to_none=False)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        with pytest.raises(ArithmeticError):
+            opt.step()
+        train(model, opt, [at])
+    train(twin, plain, range(5))
+    assert_same_weights(model, twin)
