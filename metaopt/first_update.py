@@ -92,6 +92,8 @@ def store_copies(stack: "Stack", copies: Copies) -> None:
     """Put the copies into `state[p]`, after the base has made its own entries, with zeros for each of its moments."""
     lanes = {p: stack.lane_of(entry) for entry in stack.param_groups for p in entry["params"]} if copies else {}
     for p, entries in copies.items():
+        if not entries and not stack.state.get(p):
+            continue  # neither base nor wrapper keeps anything: no state at all, as for the bare base
         held = stack.state[p]
         held.update(entries)
         for key, _ in lanes[p].moment_slots:
