@@ -1,4 +1,4 @@
-"""torch's own optimizer database: every optimizer and every option set in it is the same inside a stack, bit for bit."""
+"""torch's own optimizer database: every optimizer with every option set is the same inside a stack, bit for bit."""
 
 import copy
 import warnings
