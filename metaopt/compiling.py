@@ -42,6 +42,7 @@ class TracedStep:
         self._rates: dict[int, torch.Tensor] = {}
         self._lent: list[tuple[Entry, Entry]] = []
 
+    @torch.no_grad()
     def __call__(self, stack: "Stack", closure: Closure | None) -> Any:
         loss, due, evaluates = self._begin(stack, closure)
         if not due:
@@ -49,9 +50,9 @@ class TracedStep:
         try:
             for lane in stack.lanes:
                 if evaluates:
-                    lane.step(self._replay)
+                    lane.traced_step(self._replay)
                 else:
-                    lane.step()
+                    lane.traced_step()
         except BaseException:
             self._abandon(stack)
             raise
@@ -60,13 +61,13 @@ class TracedStep:
 
     def begin(self, stack: "Stack", closure: Closure | None) -> tuple[Any, bool, bool]:
         """Do what comes before the base's step; return the loss, whether the base is due, and takes a closure."""
-        loss, self._run = updating.begin(stack, closure)
-        if self._run is None:
+        loss, self._run, due = updating.begin(stack, closure)
+        if not due:
             return loss, False, False
         if isinstance(stack.base, Divided):
             stack.base.deal()
         self._lend_rates(stack)
-        return loss, True, bool(self._run.for_base())
+        return loss, True, self._run is not None and bool(self._run.for_base())
 
     def replay(self) -> Any:
         """Answer the base's own evaluation of the loss."""

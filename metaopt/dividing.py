@@ -129,7 +129,8 @@ class Divided(torch.optim.Optimizer):
 
 def step_bases(stack: "Stack", *closure: Closure) -> None:
     """Call each base's own step, without the hooks that torch put around it: the stack fires those."""
-    if isinstance(stack.base, Divided):
+    if len(stack.lanes) > 1 or stack.lanes[0].name:
+        assert isinstance(stack.base, Divided)
         stack.base.deal()
         # the loss is evaluated by now, for all of them
         closure = ()

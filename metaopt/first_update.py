@@ -50,6 +50,19 @@ def take_copies(stack: "Stack") -> Copies:
     return copies
 
 
+def all_whole(stack: "Stack") -> bool:
+    """Tell whether nothing is missing in the state of any parameter, also of those without a gradient."""
+    state = stack.base.state
+    for entry in stack.base.param_groups:
+        lane = stack.lane_of(entry)
+        keys = [key for key, _, slot in lane.slots if slot.kind != "moments"]
+        for p in entry["params"]:
+            held = state.get(p)
+            if held is None or any(key not in held for key in keys):
+                return False
+    return True
+
+
 def make_way(stack: "Stack", copies: Copies) -> Copies:
     """Right before the base's update: leave `state[p]` to the base where it begins anew, as its constructor would.
 

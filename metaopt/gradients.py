@@ -39,14 +39,18 @@ class AllGradients(Gradients):
             yield from pieces(self._stack, entry, self._wrapper, owners)
 
     def _entries(self) -> list[Entry]:
-        return [entry for entry in self._stack.param_groups if any(lane.holds(entry) for lane in self._lanes)]
+        groups = self._stack.param_groups
+        return groups if len(self._lanes) == len(self._stack.lanes) else self._lanes[0].entries(groups)
 
     def norm(self, norm_type: float = 2.0) -> torch.Tensor:
         return gradient_norm(self._stack, self._lanes, norm_type)
 
     def scale(self, factor: torch.Tensor) -> None:
+        self.divide(factor.reciprocal())
+
+    def divide(self, divisor: torch.Tensor) -> None:
         for lane in self._lanes:
-            lane.pending_scale = factor if lane.pending_scale is None else lane.pending_scale * factor
+            lane.pending_divisor = divisor if lane.pending_divisor is None else lane.pending_divisor * divisor
 
     def hold(self, reason: str) -> None:
         if not self._wrapper.holds_updates:
@@ -63,6 +67,10 @@ class AllGradients(Gradients):
     def measured(self) -> bool:
         return self._stack.measuring
 
+    @property
+    def logged(self) -> bool:
+        return self._stack.metrics_of_run.logger is not None
+
     def measure(self, name: str, value: torch.Tensor | float) -> None:
         self._stack.measure(f"{self._wrapper.label}/{name}", value)
 
@@ -71,8 +79,9 @@ class AllGradients(Gradients):
         if name not in wrapper.hyperparameters and name not in wrapper.counters:
             raise AttributeError(f"{wrapper.label} declares no hyperparameter called {name!r}")
         key = f"{wrapper.label}.{name}"
-        first, *others = (entry[key] for entry in self._entries())
-        if any(other is not first and other != first for other in others):
+        entries = self._entries()
+        first = entries[0][key]
+        if len(entries) > 1 and any(entry[key] is not first and entry[key] != first for entry in entries):
             raise HyperparameterError(
                 f"{key} differs between groups, but {wrapper.label} acts on all gradients at once: "
                 f"give every group the same value"
@@ -82,28 +91,24 @@ class AllGradients(Gradients):
 
 def gradient_norm(stack: "Stack", lanes: tuple[Lane, ...], norm_type: float = 2.0) -> torch.Tensor:
     """Return the norm over the gradients of some lanes, over groups, devices and shards; pending factors count."""
-    pending = {id(lane.pending_scale) for lane in lanes}
-    if len(pending) > 1:  # lanes with factors of their own: they cannot be taken out of the norm
+    divisor = lanes[0].pending_divisor
+    if any(lane.pending_divisor is not divisor for lane in lanes):
+        # lanes that wait for different divisors: they cannot be taken out of the norm
         for lane in lanes:
             apply_scale(stack, lane)
-    gradients = [
-        # a sparse gradient counts each stored value once: duplicates are summed first
-        dense(p.grad) if p.grad.is_sparse else p.grad
-        for entry in stack.param_groups
-        if len(lanes) == len(stack.lanes) or any(lane.holds(entry) for lane in lanes)
-        for p in entry["params"]
-        if p.grad is not None
-    ]
+        divisor = None
+    entries = stack.param_groups if len(lanes) == len(stack.lanes) else lanes[0].entries(stack.param_groups)
+    # of a sparse gradient each stored value counts once: duplicates are summed
+    gradients = [dense(g) if g.is_sparse else g for e in entries for p in e["params"] if (g := p.grad) is not None]
     total = total_norm(gradients, norm_type)
-    factor = lanes[0].pending_scale
-    return total if factor is None else total * factor.abs().to(total.device)
+    return total if divisor is None else total / divisor.abs().to(total.device)
 
 
 def filter_gradients(stack: "Stack") -> None:
     """Let the wrappers on gradients act, once per evaluation of the loss, until one holds the update back."""
     stack.held_back = None
     for lane in stack.lanes:
-        lane.pending_scale = None
+        lane.pending_divisor = None
     if stack.measuring:
         stack.measure("train/grad_norm", gradient_norm(stack, stack.lanes))
     for wrapper, own in stack.phases.on_gradients:

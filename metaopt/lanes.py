@@ -3,6 +3,7 @@
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,16 @@ from metaopt.schedule import Schedule
 from metaopt.wrapper import Slot, Wrapper
 
 Entry = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What follows from where a wrapper stands in a lane: looked up at each update, worked out once."""
+
+    keys: tuple[str, ...]  # of the tensors that it keeps for every parameter
+    compares: bool  # with weights from right before the update
+    per_moment: bool  # it keeps a tensor for each moment of the base
+    nearer_anchors: tuple[str, ...]  # state keys of the anchors between the base and it
 
 
 class Lane:
@@ -45,6 +56,7 @@ class Lane:
         self.slots: list[tuple[str, Wrapper, Slot]] = [
             (f"{w.label}.{name}", w, slot) for w in self.chain for name, slot in w.state_slots().items()
         ]
+        self._seats = {id(wrapper): self._seat(wrapper) for wrapper in self.chain}
         self.moment_slots = [(key, w) for key, w, slot in self.slots if slot.kind == "moments"]
         self.previous_slots = [key for key, _, slot in self.slots if slot.kind == "previous"]
         self.early_keys = frozenset(key for key, _, slot in self.slots if slot.early)
@@ -54,12 +66,17 @@ class Lane:
         step = type(self.base).step
         # torch wraps the class's step to fire hooks; the stack's own step fires them already
         self._step: Callable[..., Any] = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
+        self._eager_step = _without_grad_mode(self._step)
         closure = inspect.signature(self._step).parameters.get("closure")
         self.needs_closure = closure is not None and closure.default is inspect.Parameter.empty
-        self.pending_scale: torch.Tensor | None = None
+        self.pending_divisor: torch.Tensor | None = None
 
     def step(self, *closure: Callable[[], Any]) -> None:
-        """Call the base's own step, without the hooks that torch put around it."""
+        """Call the base's own step, without what torch put around it and the stack's step has done already."""
+        self._eager_step(self.base, *closure)
+
+    def traced_step(self, *closure: Callable[[], Any]) -> None:
+        """Call the base's own step as torch traces it."""
         self._step(self.base, *closure)
 
     def holds(self, entry: Entry) -> bool:
@@ -74,10 +91,19 @@ class Lane:
         """Tell whether an entry of a group or of `state[p]` belongs to the base, not to a wrapper."""
         return not (self._prefixes and isinstance(key, str) and key.startswith(self._prefixes))
 
-    def anchors_nearer_than(self, mover: Wrapper) -> list[str]:
-        """Return the state keys of the anchors of wrappers between the base and the one that moves."""
-        nearer = self.chain[: self.chain.index(mover)]
-        return [key for key, wrapper, slot in self.slots if slot.kind == "anchor" and wrapper in nearer]
+    def seat(self, wrapper: Wrapper) -> Seat:
+        """Return what follows from where a wrapper stands."""
+        return self._seats[id(wrapper)]
+
+    def _seat(self, wrapper: Wrapper) -> Seat:
+        own = [(key, slot) for key, keeper, slot in self.slots if keeper is wrapper]
+        nearer = {id(other) for other in self.chain[: self.chain.index(wrapper)]}
+        return Seat(
+            keys=tuple(key for key, slot in own if slot.kind != "moments"),
+            compares=any(slot.kind == "previous" for _, slot in own),
+            per_moment=any(slot.kind == "moments" for _, slot in own),
+            nearer_anchors=tuple(k for k, keeper, slot in self.slots if slot.kind == "anchor" and id(keeper) in nearer),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("wrappers", "schedules", "name", "fused_by_default")
@@ -86,6 +112,13 @@ class Lane:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, base=revived(*state["base"]))
         self.settle(())
+
+
+def _without_grad_mode(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a step without torch's decorator that turns gradients off: the stack has, and refuses `differentiable`."""
+    code, names = getattr(step, "__code__", None), getattr(step, "__globals__", {})
+    decorated = code is not None and code.co_name == "_use_grad" and names.get("__name__") == "torch.optim.optimizer"
+    return getattr(step, "__wrapped__", step) if decorated else step
 
 
 # every optimizer has them; a copy begins with none, as torch's own copies do

@@ -23,11 +23,12 @@ def updated(stack: "Stack", entry: Entry, wrapper: Wrapper) -> Members:
 
     For a wrapper that compares with the weights before, those of this very update: the others' copies are stale.
     """
-    slots = wrapper.state_slots()
-    if any(slot.kind == "previous" for slot in slots.values()):
+    seat = stack.lane_of(entry).seat(wrapper)
+    if seat.compares:
         return stack.moved[id(entry)]
-    state = stack.state
-    keys = [f"{wrapper.label}.{name}" for name, slot in slots.items() if slot.kind != "moments"]
-    if not keys:
+    state = stack.base.state
+    if not seat.keys:
         return [p for p in entry["params"] if p in state or p.grad is not None]
-    return [p for p in entry["params"] if p in state and all(key in state[p] for key in keys)]
+    first, *others = seat.keys
+    found = [p for p in entry["params"] if p in state and first in state[p]]
+    return [p for p in found if all(key in state[p] for key in others)] if others else found

@@ -92,6 +92,8 @@ class Metrics:
 
     def end_update(self, update: int) -> None:
         """Close the update with this count; write a point where one is due. Raises LogError."""
+        if not self._now and self._logger is None:
+            return
         now, self._now = self._now, {}
         self._last.update(now)
         if not self._writes():

@@ -25,11 +25,20 @@ def total_norm(tensors: list[torch.Tensor], norm_type: float = 2.0) -> torch.Ten
         else:
             plain.append(tensor)
     if not meshes:
-        return torch.nn.utils.get_total_norm(plain, norm_type)
+        return _norm_here(plain, norm_type)
     parts = [_norm_over_mesh(members, mesh, split, norm_type, module) for (mesh, split), members in meshes.items()]
     if plain:
         parts.append(torch.nn.utils.get_total_norm(plain, norm_type).to(parts[0].device))
     return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), norm_type)
+
+
+def _norm_here(tensors: list[torch.Tensor], p: float) -> torch.Tensor:
+    first = tensors[0] if tensors else None
+    if first is None or any(t.dtype != first.dtype or t.device != first.device for t in tensors):
+        return torch.nn.utils.get_total_norm(tensors, p)
+    # what torch's function does for each device and dtype, without sorting by them
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, p)), p)
+    return norm
 
 
 def _norm_over_mesh(members: list[Any], mesh: Any, split: tuple[bool, ...], p: float, module: Any) -> torch.Tensor:

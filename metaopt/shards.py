@@ -18,6 +18,11 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if kind is not None and isinstance(tensor, kind) else tensor
 
 
+def all_local(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the parts of tensors that this process holds."""
+    return tensors if _dtensor() is None else [local(tensor) for tensor in tensors]
+
+
 def dense(gradient: torch.Tensor) -> torch.Tensor:
     """Return the values of a gradient: a coalesced sparse one's stored values, a dense one itself."""
     return gradient._values() if gradient.is_sparse else gradient

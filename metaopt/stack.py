@@ -91,6 +91,7 @@ class Stack(torch.optim.Optimizer):
     def _fix_timetables(self) -> None:
         """Write the value of every schedule for the update that comes next."""
         self.timetables = [Timetable(self.schedules_of(entry), self.total_steps) for entry in self.param_groups]
+        self.scheduled = any(timetable.schedules for timetable in self.timetables)
         for timetable, entry in zip(self.timetables, self.param_groups, strict=True):
             timetable.write(entry)
 
@@ -198,7 +199,6 @@ class Stack(torch.optim.Optimizer):
 
     # ---- the update
 
-    @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
         """Make one update; return the closure's loss, or None without a closure.
 
@@ -206,14 +206,19 @@ class Stack(torch.optim.Optimizer):
         """
         if torch.compiler.is_compiling():
             return self._traced_step(self, closure)
-        loss, run = updating.begin(self, closure)
-        if run is not None:
-            try:
-                step_bases(self, *run.for_base())
-            except BaseException:
-                updating.abandon(self)
-                raise
-            updating.finish(self, loss)
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # what no_grad() does, at a fifth of its cost
+        try:
+            loss, run, due = updating.begin(self, closure)
+            if due:
+                try:
+                    step_bases(self, *(() if run is None else run.for_base()))
+                except BaseException:
+                    updating.abandon(self)
+                    raise
+                updating.finish(self, loss)
+        finally:
+            torch._C._set_grad_enabled(before)
         return loss
 
     def lr_is_foreign(self, position: int) -> bool:

@@ -37,49 +37,59 @@ class Phases:
         self.gather_early = any(lane.early_keys for lane in lanes)
 
 
-def _copies_before_update(stack: "Stack") -> first_update.Copies:
-    """Return what wrappers must keep of parameters at their first update; looks at none where all are known whole."""
-    state = stack.state
-    if not (stack.phases.stateful or stack.set_aside or stack.updates == 0):
-        return {}
-    if stack.found_whole == len(state) == sum(len(entry["params"]) for entry in stack.param_groups):
-        return {}
-    return first_update.take_copies(stack)
+def begin(stack: "Stack", closure: Closure | None) -> tuple[Any, Evaluation | None, bool]:
+    """Do all that comes before the base's step; return the loss, its evaluation, and whether an update is due.
 
-
-def begin(stack: "Stack", closure: Closure | None) -> tuple[Any, Evaluation | None]:
-    """Do all that comes before the base's step; return the loss, and its evaluation where an update is due."""
+    What is not asked for costs one look at a flag: a stack of a base alone is to cost what the base costs.
+    """
     stack.skipped = None
-    averaging.before_step(stack)
-    if closure is None and template.is_template_step(stack):
+    groups, phases, first = stack.base.param_groups, stack.phases, stack.base.param_groups[0]
+    if first["metaopt.swapped"]:
+        averaging.before_step(stack)
+    if not stack.base.state and closure is None and template.is_template_step(stack):
         template.make_state(stack)
-        return None, None
-    for timetable, entry in zip(stack.timetables, stack.param_groups, strict=True):
-        timetable.check(entry)
-    stack.measuring = stack.metrics_of_run.wanted(stack.updates + 1)
-    run = Evaluation(stack, closure)
-    loss = run.first()
-    if not any(p.grad is not None for entry in stack.param_groups for p in entry["params"]):
+        return None, None, False
+    if stack.scheduled:
+        for timetable, entry in zip(stack.timetables, groups, strict=True):
+            timetable.check(entry)
+    stack.measuring = stack.metrics_of_run.wanted(first["metaopt.updates"] + 1)
+    run, loss = None, None
+    if closure is not None or stack.needs_closure or phases.around:
+        run = Evaluation(stack, closure)
+        loss = run.first()
+    if not any(p.grad is not None for entry in groups for p in entry["params"]):
         return skip(stack, "no gradients", loss)
     try:
-        if stack.phases.gather_early:
+        if phases.gather_early:
             template.make_early_state(stack)
-        stack.copies = _copies_before_update(stack)
-        filter_gradients(stack)
-        if stack.held_back is not None:
-            _end(stack)
-            return skip(stack, stack.held_back, loss)
+        if phases.stateful or stack.set_aside or not stack.base.state:
+            stack.copies = _copies_before_update(stack)
+        if phases.on_gradients or stack.measuring:
+            filter_gradients(stack)
+            if stack.held_back is not None:
+                _end(stack)
+                return skip(stack, stack.held_back, loss)
         _make_ready(stack)
     except BaseException:
         abandon(stack)
         raise
-    return loss, run
+    return loss, run, True
+
+
+def _copies_before_update(stack: "Stack") -> first_update.Copies:
+    """Return what wrappers must keep of parameters at their first update; looks at none where all are known whole."""
+    state = stack.base.state
+    if stack.found_whole == len(state) == sum(len(entry["params"]) for entry in stack.base.param_groups):
+        return {}
+    return first_update.take_copies(stack)
 
 
 def _make_ready(stack: "Stack") -> None:
     phases = stack.phases
-    template.leave(stack)
-    stack.lifted = first_update.make_way(stack, stack.copies)
+    if stack.base.param_groups[0]["metaopt.template"]:
+        template.leave(stack)
+    if stack.copies:
+        stack.lifted = first_update.make_way(stack, stack.copies)
     for wrapper, lane in phases.before_update:
         for entry in _due(stack, wrapper, lane, update_in_progress=True):
             _call(wrapper.before_update, stack, entry, wrapper, with_gradient(entry))
@@ -87,18 +97,22 @@ def _make_ready(stack: "Stack") -> None:
         # a base may take gradients away inside its step: which parameters it updates is known now alone
         stack.moved = _take_previous(stack)
     for lane in stack.lanes:
-        fold_scale(stack, lane)
+        if lane.pending_divisor is not None:
+            fold_scale(stack, lane)
 
 
 def finish(stack: "Stack", loss: Any) -> None:
     """Do all that comes after the base's step."""
+    base, groups = stack.base, stack.base.param_groups
     # a torch scheduler bound to the base before it was wrapped looks here
-    stack.base._opt_called = True  # type: ignore[attr-defined]
+    base._opt_called = True  # type: ignore[attr-defined]
     try:
-        stack.found_whole = len(stack.state)
-        copies, stack.copies = stack.copies, {}
-        first_update.store_copies(stack, copies)
-        for entry in stack.param_groups:
+        if stack.copies:
+            copies, stack.copies = stack.copies, {}
+            first_update.store_copies(stack, copies)
+        if stack.found_whole != len(base.state):
+            stack.found_whole = len(base.state) if first_update.all_whole(stack) else -1
+        for entry in groups:
             entry["metaopt.updates"] += 1
         for wrapper, lane in stack.phases.after_update:
             for entry in _due(stack, wrapper, lane):
@@ -107,16 +121,17 @@ def finish(stack: "Stack", loss: Any) -> None:
         _end(stack)
     if stack.measuring:
         _measure(stack, loss)
-    for timetable, entry in zip(stack.timetables, stack.param_groups, strict=True):
-        timetable.write(entry)
-    stack.metrics_of_run.end_update(stack.updates)
+    if stack.scheduled:
+        for timetable, entry in zip(stack.timetables, groups, strict=True):
+            timetable.write(entry)
+    stack.metrics_of_run.end_update(groups[0]["metaopt.updates"])
 
 
-def skip(stack: "Stack", reason: str, loss: Any) -> tuple[Any, None]:
+def skip(stack: "Stack", reason: str, loss: Any) -> tuple[Any, None, bool]:
     """Leave a step that makes no update: nothing advances."""
     stack.skipped = reason
     stack.metrics_of_run.drop_update()
-    return loss, None
+    return loss, None, False
 
 
 def abandon(stack: "Stack") -> None:
@@ -128,12 +143,14 @@ def abandon(stack: "Stack") -> None:
 
 def _end(stack: "Stack") -> None:
     """Take back what was lent for one update, whether or not it was made."""
-    stack.copies, stack.lifted, stack.moved = {}, {}, {}
+    if stack.copies or stack.lifted or stack.moved:
+        stack.copies, stack.lifted, stack.moved = {}, {}, {}
     for lane in stack.lanes:
         lane.base.__dict__.pop("grad_scale", None)
-    for p in stack.borrowers:
-        p.grad = None
-    stack.borrowers.clear()
+    if stack.borrowers:
+        for p in stack.borrowers:
+            p.grad = None
+        stack.borrowers.clear()
 
 
 def _measure(stack: "Stack", loss: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 from metaopt.errors import StepError
 from metaopt.lanes import Lane
 from metaopt.scaling import apply_scale
-from metaopt.shards import dense, local, mean_over_shards, norm_over_shards
+from metaopt.shards import all_local, dense, local, mean_over_shards, norm_over_shards
 from metaopt.wrapper import Group, Wrapper
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Piece(Group):
         self._wrapper = wrapper
         self._spans = spans
         self.owners = owners
-        self.params = self._rows([local(owner) for owner in owners])
+        self.params = self._rows(all_local(owners))
         self.updates = entry["metaopt.updates"]
 
     def part(self, owners: list[torch.Tensor], spans: list[Span]) -> "Piece":
@@ -71,10 +71,16 @@ class Piece(Group):
         slot = wrapper.slots.get(name)
         if slot is None:
             raise AttributeError(f"{wrapper.label} declares no hyperparameter and no state called {name!r}")
-        held = self._stack.held
         if slot.kind == "moments":
-            return {m: [local(held(p)[f"{key}.{m}"]) for p in self.owners] for m in self.base_moments}
-        return self._rows([local(held(p)[key]) for p in self.owners])
+            return {m: self._held(f"{key}.{m}") for m in self.base_moments}
+        return self._rows(self._held(key))
+
+    def _held(self, key: str) -> list[torch.Tensor]:
+        stack = self._stack
+        if stack.copies:
+            return all_local([stack.held(p)[key] for p in self.owners])
+        state = stack.base.state
+        return all_local([state[p][key] for p in self.owners])
 
     @property
     def _lane(self) -> Lane:
@@ -127,16 +133,17 @@ class Piece(Group):
 
     def move_to(self, tensors: list[torch.Tensor]) -> None:
         torch._foreach_copy_(self.params, tensors)
-        for key in self._lane.anchors_nearer_than(self._wrapper):
-            followers = [self._stack.state[p].get(key) for p in self.owners]
-            if any(follower is None for follower in followers):
-                # an anchor that has yet to be taken will be taken from where the parameter is then
-                kept = [(f, p) for f, p in zip(followers, self.params, strict=True) if f is not None]
-                followers, moved = [f for f, _ in kept], [p for _, p in kept]
-            else:
-                moved = self.params
-            if followers:
-                torch._foreach_copy_(self._rows([local(follower) for follower in followers]), moved)
+        state = self._stack.base.state
+        for key in self._lane.seat(self._wrapper).nearer_anchors:
+            if all(key in state[p] for p in self.owners):
+                torch._foreach_copy_(self._rows(self._held(key)), self.params)
+                continue
+            # an anchor that has yet to be taken will be taken from where the parameter is then
+            having = [i for i, p in enumerate(self.owners) if key in state[p]]
+            spans = None if self._spans is None else [self._spans[i] for i in having]
+            if having:
+                some = Piece(self._stack, self._entry, self._wrapper, [self.owners[i] for i in having], spans)
+                torch._foreach_copy_(some._rows(some._held(key)), some.params)
 
     def reset_base(self) -> None:
         self._stack.forget_base_state(self.owners, self._lane)
@@ -169,15 +176,18 @@ def _like(owner: torch.Tensor, lent: torch.Tensor) -> torch.Tensor:
 
 def pieces(stack: "Stack", entry: Entry, wrapper: Wrapper, owners: list[torch.Tensor]) -> list[Piece]:
     """Split parameters by device, dtype and the moments that the base keeps of them; none of the pieces is empty."""
+    if not owners:
+        return []
+    lane = stack.lane_of(entry)
+    kinds: list[Any] = [(owner.dtype, owner.device) for owner in owners]
+    if lane.seat(wrapper).per_moment:
+        moments = [tuple(key for key in stack.base.state[owner] if lane.is_base_key(key)) for owner in owners]
+        kinds = list(zip(kinds, moments, strict=True))
+    if len(set(kinds)) == 1:
+        return [Piece(stack, entry, wrapper, owners)]
     buckets: dict[Any, list[torch.Tensor]] = {}
-    if any(slot.kind == "moments" for slot in wrapper.state_slots().values()):
-        lane = stack.lane_of(entry)
-        for owner in owners:
-            shape = tuple(key for key in stack.state[owner] if lane.is_base_key(key))
-            buckets.setdefault((owner.device, owner.dtype, shape), []).append(owner)
-    else:
-        for owner in owners:
-            buckets.setdefault((owner.device, owner.dtype), []).append(owner)
+    for kind, owner in zip(kinds, owners, strict=True):
+        buckets.setdefault(kind, []).append(owner)
     return [Piece(stack, entry, wrapper, bucket) for bucket in buckets.values()]
 
 
@@ -188,7 +198,7 @@ def small_pieces(stack: "Stack", entry: Entry, wrapper: Wrapper, owners: list[to
     gets all at once: one launch for everything.
     """
     found = pieces(stack, entry, wrapper, owners)
-    if any(slot.kind == "moments" for slot in wrapper.state_slots().values()):
+    if stack.lane_of(entry).seat(wrapper).per_moment:
         return found
     split: list[Piece] = []
     for piece in found:
