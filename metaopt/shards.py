@@ -6,6 +6,9 @@ from typing import Any
 import torch
 
 
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
 def _dtensor() -> Any:
     # a DTensor can only exist once its module was imported; importing it here would cost everyone half a second
     module = sys.modules.get("torch.distributed.tensor")
@@ -20,7 +23,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 def all_local(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Return the parts of tensors that this process holds."""
-    return tensors if _dtensor() is None else [local(tensor) for tensor in tensors]
+    return tensors if _PLAIN.issuperset(map(type, tensors)) else [local(tensor) for tensor in tensors]
 
 
 def dense(gradient: torch.Tensor) -> torch.Tensor:

@@ -58,7 +58,7 @@ class Lookahead(Wrapper, every="k", each="element"):
 
 
 def _lerp(slow: list[torch.Tensor], fast: list[torch.Tensor], alpha: float) -> None:
-    if all(s.dtype == f.dtype for s, f in zip(slow, fast, strict=True)):
+    if slow[0].dtype == fast[0].dtype:  # a group's tensors are of one dtype
         torch._foreach_lerp_(slow, fast, alpha)
         return
     # a multi-tensor lerp refuses mixed dtypes; cast one at a time, or all weights would be copied at once
