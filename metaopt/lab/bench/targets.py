@@ -172,7 +172,7 @@ def wrappers_alone() -> Iterator[tuple[str, str | None, str]]:
         chosen = part(entry.name, "wrapper")
         acts = entry.target.acts_on()
         required = [h for h in chosen.hyperparameters.values() if h.required]
-        if not acts & {"on_gradients", "after_update"} or "around" in acts:
+        if not acts & {"on_gradients", "before_update", "after_update"} or "around" in acts:
             yield entry.name, None, "it owns the evaluation of the loss: its update alone says nothing"
             continue
         # a threshold or a rate that a wrapper insists on; its size does not change what is computed
@@ -182,7 +182,7 @@ def wrappers_alone() -> Iterator[tuple[str, str | None, str]]:
         except MetaoptError as error:
             yield entry.name, None, str(error)
             continue
-        yield entry.name, f"{text} | adamw" if "on_gradients" in acts else f"adamw | {text}", ""
+        yield entry.name, f"{text} | adamw" if entry.target.stands_before_base() else f"adamw | {text}", ""
 
 
 def _logging(settings: Settings, tensors: TensorSet) -> Verdict:

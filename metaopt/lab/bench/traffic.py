@@ -89,8 +89,8 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _marked(stack: Stack, traffic: Traffic) -> Iterator[None]:
     """Let `traffic` know whose turn it is: every wrapper's methods say so for the time of the context."""
     marked: list[tuple[Wrapper, str]] = []
-    for wrapper in stack.wrappers:
-        for method in wrapper.acts_on() & {"on_gradients", "after_update"}:
+    for wrapper in _wrappers(stack):
+        for method in wrapper.acts_on() & {"on_gradients", "before_update", "after_update"}:
             wrapper.__dict__[method] = _saying(traffic, wrapper.label, getattr(wrapper, method))
             marked.append((wrapper, method))
     try:
@@ -98,6 +98,10 @@ def _marked(stack: Stack, traffic: Traffic) -> Iterator[None]:
     finally:
         for wrapper, method in marked:
             del wrapper.__dict__[method]
+
+
+def _wrappers(stack: Stack) -> list[Wrapper]:
+    return [*stack.wrappers, *(wrapper for lane in stack.lanes for wrapper in lane.wrappers)]
 
 
 def _saying(traffic: Traffic, label: str, method: Callable[..., Any]) -> Callable[..., Any]:
