@@ -16,6 +16,7 @@ from metaopt.reporting import ReportingScheduler
 from metaopt.schedule import Schedule
 from metaopt.timetable import Timetable
 from metaopt.updating import Phases
+from metaopt.watching import watched
 from metaopt.wrapper import Closure, Wrapper
 
 
@@ -199,6 +200,7 @@ class Stack(torch.optim.Optimizer):
 
     # ---- the update
 
+    @watched
     def step(self, closure: Closure | None = None) -> Any:
         """Make one update; return the closure's loss, or None without a closure.
 
