@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from metaopt.handing_over import HOOKS, own_hooks
 from metaopt.schedule import Schedule
 from metaopt.wrapper import Slot, Wrapper
 
@@ -83,6 +84,12 @@ class Lane:
         """Tell whether a group belongs to this lane; without a name every group does."""
         return not self.name or entry.get("metaopt.part") == self.name
 
+    def call_mode(self, name: str) -> None:
+        """Call `train()` or `eval()` of a base that has it: most bases have no modes."""
+        change = getattr(self.base, name, None)
+        if change is not None:
+            change()
+
     def entries(self, groups: list[Entry]) -> list[Entry]:
         """Return the groups that belong to this lane."""
         return [entry for entry in groups if self.holds(entry)] if self.name else groups
@@ -121,15 +128,6 @@ def _without_grad_mode(step: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(step, "__wrapped__", step) if decorated else step
 
 
-# every optimizer has them; a copy begins with none, as torch's own copies do
-HOOKS = (
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
 # a step that a torch scheduler replaced, and what GradScaler and the engine lend for one step
 _LENT = frozenset(["step", "_opt_called", "grad_scale", "found_inf", *HOOKS])
 
@@ -139,14 +137,14 @@ def bare(base: torch.optim.Optimizer) -> tuple[type[torch.optim.Optimizer], dict
 
     Its own `__getstate__` would keep three attributes and lose the rest: L-BFGS could not step any more.
     """
-    return type(base), {key: value for key, value in base.__dict__.items() if key not in _LENT}
+    kept = {key: value for key, value in base.__dict__.items() if key not in _LENT}
+    return type(base), {**kept, **own_hooks(base)}
 
 
 def revived(kind: type[torch.optim.Optimizer], attributes: dict[str, Any]) -> torch.optim.Optimizer:
-    """Return the base that `bare` described, without any hooks."""
+    """Return the base that `bare` described, without hooks of users, as torch's own copies."""
     base = kind.__new__(kind)
+    base.__dict__.update({hooks: OrderedDict() for hooks in HOOKS})
     base.__dict__.update(attributes)
-    for hooks in HOOKS:
-        base.__dict__[hooks] = OrderedDict()
     base._patch_step_function()
     return base

@@ -44,7 +44,7 @@ def load(stack: "Stack", state_dict: dict[str, Any]) -> None:
     base_state = _base_state(saved_state, tuple(f"{label}." for label in (*_labels(stack), *report.dropped)))
     live = stack.base.state, stack.base.param_groups
     try:
-        stack.base.load_state_dict({"state": base_state, "param_groups": groups})
+        stack.base.load_state_dict({**_extras(state_dict), "state": base_state, "param_groups": groups})
         _restore_wrapper_state(stack, groups, saved_state)
     except BaseException:
         stack.base.state, stack.base.param_groups = live
@@ -52,6 +52,17 @@ def load(stack: "Stack", state_dict: dict[str, Any]) -> None:
     stack.load_report = report
     if report.fresh or report.dropped:
         warnings.warn(f"loaded a checkpoint of another stack; {report}", UserWarning, stacklevel=4)
+
+
+def _extras(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return what a base wrote beside state and groups, without bytes: a base might unpickle them (law 4)."""
+    return {key: _without_bytes(value) for key, value in state_dict.items() if key not in ("state", "param_groups")}
+
+
+def _without_bytes(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return copy.copy(value)
+    return {key: _without_bytes(held) for key, held in value.items() if not isinstance(held, bytes | bytearray)}
 
 
 def _labels(stack: "Stack") -> list[str]:
@@ -98,7 +109,8 @@ def _check_structure(stack: "Stack", groups: list[dict[str, Any]], state: dict[A
 def _check_base_keys(stack: "Stack", group: dict[str, Any], position: int) -> None:
     base = stack.lane_of(stack.param_groups[position]).base
     saved = {k for k in group if "." not in k} - RUN_FLAGS - {"params", "param_names", "name"}
-    own = set(base.defaults) - RUN_FLAGS
+    # heavyball keeps what no checkpoint should hold under names that begin so
+    own = {k for k in base.defaults if not k.startswith("_")} - RUN_FLAGS
     missing, unknown = own - saved, saved - own - set(stack.param_groups[position])
     # one side alone is an older torch or a scheduler's note; both are another optimizer
     if missing and unknown:

@@ -10,10 +10,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from metaopt import averaging, compiling, composition, first_update, loading, resetting, updating
 from metaopt.dividing import Divided, step_bases
 from metaopt.errors import StepError
-from metaopt.lanes import HOOKS, Entry, Lane, bare, revived
+from metaopt.handing_over import HOOKS, move_hooks
+from metaopt.lanes import Entry, Lane, bare, revived
 from metaopt.metrics import Metrics
 from metaopt.reporting import ReportingScheduler
 from metaopt.schedule import Schedule
+from metaopt.sharing import made_for_a_share
 from metaopt.timetable import Timetable
 from metaopt.updating import Phases
 from metaopt.watching import watched
@@ -44,15 +46,13 @@ class Stack(torch.optim.Optimizer):
         self.total_steps = total_steps
         self.description = description
         self.fused_by_default = fused_by_default
+        self.holds_share = made_for_a_share()
         self.skipped: str | None = None
         self.load_report: loading.LoadReport | None = None
         self.metrics_of_run = metrics or Metrics()
         self._settle_structure()
         composition.check(self)
-        # hooks registered on the base before it was wrapped fire once, with the stack as their argument
-        for hooks in HOOKS:
-            setattr(self, hooks, getattr(base, hooks))
-            setattr(base, hooks, OrderedDict())
+        move_hooks(base, self)
         self._patch_step_function()
         self.set_aside = first_update.set_constructor_state_aside(base)
         self._built_with_rate = any(float(entry.get("lr", 0.0)) != 0.0 for entry in self.param_groups)
@@ -198,6 +198,15 @@ class Stack(torch.optim.Optimizer):
         self._fix_timetables()
         self.look_again()
 
+    def train(self, mode: bool = True) -> None:
+        """Have a base with modes, such as a schedule-free one, train; weights are swapped by the base alone."""
+        for lane in self.lanes:
+            lane.call_mode("train" if mode else "eval")
+
+    def eval(self) -> None:
+        """Have a base with modes, such as a schedule-free one, show the weights that it evaluates."""
+        self.train(False)
+
     # ---- the update
 
     @watched
@@ -253,6 +262,16 @@ class Stack(torch.optim.Optimizer):
         composition.complete(self, group)
         self._fix_timetables()
         self.look_again()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that matters to the next update, in torch's form."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        # through the base: some write more than torch does
+        state_dict = self.base.state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = post_hook(self, state_dict) or state_dict
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a stack's or a bare base's checkpoint, whole or not at all; `load_report` says what came of it.
