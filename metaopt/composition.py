@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import torch
+
 from metaopt.errors import HyperparameterError, SpecError, did_you_mean
 from metaopt.lanes import Entry, Lane
 from metaopt.schedule import Schedule
@@ -28,11 +30,23 @@ def check(stack: "Stack") -> None:
                 f"the part {lane.name!r}: {type(lane.base).__name__} evaluates the loss itself, which all parts share: "
                 f"it cannot be one of several bases"
             )
+        _check_base(lane.base)
         check_labels(lane.chain)
         for wrapper in lane.chain:
             wrapper.check()
             _check_evaluation(lane, wrapper)
         _check_moments(lane)
+
+
+def _check_base(base: torch.optim.Optimizer) -> None:
+    """A base keeps its own state: one that hands the work to another optimizer would leave a stack without any."""
+    for name, value in vars(base).items():
+        if isinstance(value, torch.optim.Optimizer):
+            outer, inner = type(base).__name__, type(value).__name__
+            raise SpecError(
+                f"{outer} is no base: it keeps {inner} in .{name}, whose state and updates a stack around it would not "
+                f"see. Put the stack inside: give {outer} the stack, or a factory of it, in place of {inner}"
+            )
 
 
 def _check_evaluation(lane: Lane, wrapper: Wrapper) -> None:

@@ -43,6 +43,12 @@ class AllGradients(Gradients):
         return groups if len(self._lanes) == len(self._stack.lanes) else self._lanes[0].entries(groups)
 
     def norm(self, norm_type: float = 2.0) -> torch.Tensor:
+        if self._stack.holds_share:
+            raise StepError(
+                f"{self._wrapper.label} needs the norm over all gradients, and ZeroRedundancyOptimizer gives each rank "
+                f"a share of them: leave it out and call torch.nn.utils.clip_grad_norm_(model.parameters(), ...) "
+                f"before step(), or shard with FSDP2 (fully_shard) instead"
+            )
         return gradient_norm(self._stack, self._lanes, norm_type)
 
     def scale(self, factor: torch.Tensor) -> None:
@@ -109,7 +115,7 @@ def filter_gradients(stack: "Stack") -> None:
     stack.held_back = None
     for lane in stack.lanes:
         lane.pending_divisor = None
-    if stack.measuring:
+    if stack.measuring and not stack.holds_share:
         stack.measure("train/grad_norm", gradient_norm(stack, stack.lanes))
     for wrapper, own in stack.phases.on_gradients:
         if own is not None and not any(with_gradient(entry) for entry in own.entries(stack.param_groups)):

@@ -20,6 +20,7 @@ class Timetable:
             key: schedule.over(total_steps, total_steps) for key, schedule in schedules.items()
         }
         self._written: dict[str, tuple[Any, int]] = {}
+        self._count = 0  # the updates made when the values were written
 
     def value(self, key: str, t: int, entry: Entry) -> float:
         """Return the value of one hyperparameter after `t` updates, `lr_scale` included."""
@@ -28,7 +29,7 @@ class Timetable:
 
     def write(self, entry: Entry) -> None:
         """Set every scheduled value for the update that comes next."""
-        t = entry["metaopt.updates"]
+        t = self._count = entry["metaopt.updates"]
         for key in self._values:
             # `+ 0.0` makes an object of our own: a 0.0 put there by someone else is then told from a warm-up's 0.0
             value = self.value(key, t, entry) + 0.0
@@ -45,7 +46,13 @@ class Timetable:
         return all(entry[key] is self._written[key][0] for key in self._values)
 
     def check(self, entry: Entry) -> None:
-        """Raise ScheduleConflict if a scheduled value is no longer the one that was written; reads no tensor."""
+        """Raise ScheduleConflict if a scheduled value is no longer the one that was written; reads no tensor.
+
+        Where the count has moved a client has put a checkpoint's entries into the group: values follow the count.
+        """
+        if entry["metaopt.updates"] != self._count:
+            self.write(entry)
+            return
         for key, (value, version) in self._written.items():
             held = entry[key]
             if isinstance(held, torch.Tensor):

@@ -1,0 +1,117 @@
+"""Data-parallel runs: DDP, ZeroRedundancyOptimizer, PostLocalSGDOptimizer."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from clients.ranks import on_two_ranks
+from clients.training import assert_same, small_model, train, weights
+from torch import nn
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+import metaopt
+
+SPEC = "clip_grad_norm(0.5) | adamw(lr=warmup(cosine(0.05), 3)) | lookahead(k=3)"
+# each rank updates a share of the parameters, so no part may need the norm over all gradients
+SHARED_OUT = "clip_grad_value(0.05) | adamw(lr=warmup(cosine(0.05), 3)) | lookahead(k=3, slow_dtype='float32')"
+
+
+def stack_over(params: object, spec: str = SPEC) -> metaopt.Stack:
+    return metaopt.build(params, spec, total_steps=12)
+
+
+def zero(model: nn.Module, spec: str = SHARED_OUT) -> ZeroRedundancyOptimizer:
+    # a factory in the place of an optimizer class: the stack is built over the rank's share
+    factory = functools.partial(metaopt.build, spec_or_parts=spec, total_steps=12)
+    return ZeroRedundancyOptimizer(model.parameters(), optimizer_class=factory)
+
+
+@on_two_ranks
+def test_a_ddp_run_is_the_run_over_whole_batches() -> None:
+    # other weights on the second rank: DDP sends it the first one's after the stack was built
+    inner = small_model(seed=torch.distributed.get_rank())
+    opt = stack_over(inner)
+    model, twin = DistributedDataParallel(inner), small_model()
+    plain = stack_over(twin)
+    train(model, opt, 0, 7)
+    train(twin, plain, 0, 7)
+    torch.testing.assert_close(weights(inner), weights(twin))
+    with opt.averaged(), plain.averaged():
+        torch.testing.assert_close(weights(inner), weights(twin))
+
+
+@on_two_ranks
+def test_a_ddp_run_resumes_bit_for_bit() -> None:
+    model, again = DistributedDataParallel(small_model()), DistributedDataParallel(small_model(seed=1))
+    opt, resumed = stack_over(model), stack_over(again)
+    train(model, opt, 0, 4)
+    again.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for m, o in ((model, opt), (again, resumed)):
+        train(m, o, 4, 10)
+    assert_same(weights(again), weights(model))
+
+
+@on_two_ranks
+def test_zero_with_a_stack_inside_is_the_stack() -> None:
+    model, twin = DistributedDataParallel(small_model()), DistributedDataParallel(small_model())
+    opt, plain = zero(model), stack_over(twin, SHARED_OUT)
+    train(model, opt, 0, 7)
+    train(twin, plain, 0, 7)
+    assert 0 < sum(len(g["params"]) for g in opt.optim.param_groups) < 4
+    torch.testing.assert_close(weights(model), weights(twin))
+    assert opt.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
+
+
+@on_two_ranks
+def test_zero_with_a_stack_inside_resumes_bit_for_bit() -> None:
+    model, again = DistributedDataParallel(small_model()), DistributedDataParallel(small_model(seed=1))
+    opt, resumed = zero(model), zero(again)
+    train(model, opt, 0, 4)
+    opt.consolidate_state_dict()
+    saved = [copy.deepcopy(opt.state_dict()) if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(saved)
+    again.load_state_dict(model.state_dict())
+    resumed.load_state_dict(saved[0])
+    assert resumed.optim.updates == 4
+    for m, o in ((model, opt), (again, resumed)):
+        train(m, o, 4, 10)
+    assert_same(weights(again), weights(model))
+
+
+@on_two_ranks
+def test_zero_refuses_a_norm_that_each_rank_would_take_of_its_share() -> None:
+    model = DistributedDataParallel(small_model())
+    before = weights(model)
+    with pytest.raises(metaopt.StepError, match=r"clip_grad_norm needs the norm over all.*clip_grad_norm_.*FSDP2"):
+        train(model, zero(model, SPEC), 0, 1)
+    assert_same(weights(model), before)
+
+
+@on_two_ranks
+def test_a_stack_around_zero_is_refused() -> None:
+    sharing = ZeroRedundancyOptimizer(small_model().parameters(), optimizer_class=torch.optim.AdamW, lr=0.05)
+    with pytest.raises(metaopt.SpecError, match=r"keeps AdamW in \.optim.*Put the stack inside"):
+        metaopt.wrap(sharing, "lookahead(k=3)")
+
+
+@on_two_ranks
+def test_post_local_sgd_averages_the_weights_of_stacks() -> None:
+    # each rank goes its own way, with its own data, and all meet every two updates
+    inner = small_model()
+    stack = stack_over(inner)
+    opt = PostLocalSGDOptimizer(stack, PeriodicModelAverager(period=2, warmup_steps=0))
+    for step in range(4):
+        train(inner, opt, 10 * torch.distributed.get_rank() + step, 10 * torch.distributed.get_rank() + step + 1)
+        both = [None, None]
+        torch.distributed.all_gather_object(both, weights(inner))
+        met = all(torch.allclose(a, b) for a, b in zip(*both, strict=True))
+        assert met == (step % 2 == 0)
+    assert stack.updates == 4
+    saved = copy.deepcopy(opt.state_dict())
+    assert saved["step"] == 4
+    opt.load_state_dict(saved)
+    assert stack.updates == 4
