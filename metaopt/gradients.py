@@ -52,11 +52,8 @@ class AllGradients(Gradients):
         return gradient_norm(self._stack, self._lanes, norm_type)
 
     def scale(self, factor: torch.Tensor) -> None:
-        self.divide(factor.reciprocal())
-
-    def divide(self, divisor: torch.Tensor) -> None:
         for lane in self._lanes:
-            lane.pending_divisor = divisor if lane.pending_divisor is None else lane.pending_divisor * divisor
+            lane.pending_scale = factor if lane.pending_scale is None else lane.pending_scale * factor
 
     def hold(self, reason: str) -> None:
         if not self._wrapper.holds_updates:
@@ -97,24 +94,24 @@ class AllGradients(Gradients):
 
 def gradient_norm(stack: "Stack", lanes: tuple[Lane, ...], norm_type: float = 2.0) -> torch.Tensor:
     """Return the norm over the gradients of some lanes, over groups, devices and shards; pending factors count."""
-    divisor = lanes[0].pending_divisor
-    if any(lane.pending_divisor is not divisor for lane in lanes):
-        # lanes that wait for different divisors: they cannot be taken out of the norm
+    factor = lanes[0].pending_scale
+    if any(lane.pending_scale is not factor for lane in lanes):
+        # lanes that wait for different factors: they cannot be taken out of the norm
         for lane in lanes:
             apply_scale(stack, lane)
-        divisor = None
+        factor = None
     entries = stack.param_groups if len(lanes) == len(stack.lanes) else lanes[0].entries(stack.param_groups)
     # of a sparse gradient each stored value counts once: duplicates are summed
     gradients = [dense(g) if g.is_sparse else g for e in entries for p in e["params"] if (g := p.grad) is not None]
     total = total_norm(gradients, norm_type)
-    return total if divisor is None else total / divisor.abs().to(total.device)
+    return total if factor is None else total * factor.abs().to(total.device)
 
 
 def filter_gradients(stack: "Stack") -> None:
     """Let the wrappers on gradients act, once per evaluation of the loss, until one holds the update back."""
     stack.held_back = None
     for lane in stack.lanes:
-        lane.pending_divisor = None
+        lane.pending_scale = None
     if stack.measuring and not stack.holds_share:
         stack.measure("train/grad_norm", gradient_norm(stack, stack.lanes))
     for wrapper, own in stack.phases.on_gradients:

@@ -1,7 +1,8 @@
 """What passes from a base to the stack around it, and what stays: its hooks, and what only it knows of its state."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,22 +21,34 @@ HOOKS = (*STEP_HOOKS, *CHECKPOINT_HOOKS)
 Hooks = OrderedDict[int, Callable[..., Any]]
 
 
-def move_hooks(base: torch.optim.Optimizer, stack: torch.optim.Optimizer) -> None:
-    """Give the stack the hooks that users registered on the base: they fire once, with the stack as their argument.
+def share_hooks(base: torch.optim.Optimizer, stack: torch.optim.Optimizer) -> None:
+    """Let base and stack have the same hooks, whichever a user registers them on: they fire once, with the stack.
 
     Those that the base's class registered for itself know nothing of a stack: they keep firing with the base.
     """
     for name in HOOKS:
         hooks: Hooks = getattr(base, name)
-        own = {key for key, hook in hooks.items() if _is_own(hook, base)}
         if name in STEP_HOOKS:
             # around the bare step, which the stack calls, nothing fires
-            moved = {key: partial(_with, hook, base) if key in own else hook for key, hook in hooks.items()}
-            own = set()
-        else:
-            moved = {key: hook for key, hook in hooks.items() if key not in own}
-        setattr(stack, name, OrderedDict(moved))
-        setattr(base, name, OrderedDict((key, hook) for key, hook in hooks.items() if key in own))
+            hooks.update({key: partial(_with, hook, base) for key, hook in hooks.items() if _is_own(hook, base)})
+        setattr(stack, name, hooks)
+
+
+def of_users(hooks: Hooks, base: torch.optim.Optimizer) -> list[Callable[..., Any]]:
+    """Return the hooks that the base's class did not register for itself."""
+    return [hook for hook in hooks.values() if not _is_own(hook, base)]
+
+
+@contextmanager
+def own_hooks_alone(base: torch.optim.Optimizer) -> Iterator[None]:
+    """Let only the hooks of the base's class fire for it: those of users fire for the stack."""
+    shared = {name: getattr(base, name) for name in CHECKPOINT_HOOKS}
+    for name, hooks in shared.items():
+        setattr(base, name, OrderedDict((key, hook) for key, hook in hooks.items() if _is_own(hook, base)))
+    try:
+        yield
+    finally:
+        vars(base).update(shared)
 
 
 def own_hooks(base: torch.optim.Optimizer) -> dict[str, Hooks]:

@@ -70,7 +70,7 @@ class Lane:
         self._eager_step = _without_grad_mode(self._step)
         closure = inspect.signature(self._step).parameters.get("closure")
         self.needs_closure = closure is not None and closure.default is inspect.Parameter.empty
-        self.pending_divisor: torch.Tensor | None = None
+        self.pending_scale: torch.Tensor | None = None
 
     def step(self, *closure: Callable[[], Any]) -> None:
         """Call the base's own step, without what torch put around it and the stack's step has done already."""

@@ -12,6 +12,7 @@ import torch
 from metaopt.composition import RUN_FLAGS
 from metaopt.errors import CheckpointError
 from metaopt.first_update import slot_dtype
+from metaopt.handing_over import of_users, own_hooks_alone
 from metaopt.wrapper import Wrapper
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class LoadReport:
 def load(stack: "Stack", state_dict: dict[str, Any]) -> None:
     """Load into the base through its own `load_state_dict`, then give every part its entries back, uncast."""
     state_dict = dict(state_dict)
-    for hook in stack._optimizer_load_state_dict_pre_hooks.values():
+    for hook in of_users(stack._optimizer_load_state_dict_pre_hooks, stack.base):
         state_dict = hook(stack, state_dict) or state_dict
     saved_groups = copy.deepcopy(state_dict["param_groups"])
     saved_state: dict[Any, Any] = state_dict["state"]
@@ -44,14 +45,20 @@ def load(stack: "Stack", state_dict: dict[str, Any]) -> None:
     base_state = _base_state(saved_state, tuple(f"{label}." for label in (*_labels(stack), *report.dropped)))
     live = stack.base.state, stack.base.param_groups
     try:
-        stack.base.load_state_dict({**_extras(state_dict), "state": base_state, "param_groups": groups})
+        with own_hooks_alone(stack.base):
+            stack.base.load_state_dict({**_extras(state_dict), "state": base_state, "param_groups": groups})
         _restore_wrapper_state(stack, groups, saved_state)
     except BaseException:
         stack.base.state, stack.base.param_groups = live
         raise
     stack.load_report = report
-    if report.fresh or report.dropped:
-        warnings.warn(f"loaded a checkpoint of another stack; {report}", UserWarning, stacklevel=4)
+
+
+def warn(stack: "Stack") -> None:
+    """Warn of what started fresh or was dropped: last, for a warning may be made an error."""
+    report = stack.load_report
+    if report is not None and (report.fresh or report.dropped):
+        warnings.warn(f"loaded a checkpoint of another stack; {report}", UserWarning, stacklevel=3)
 
 
 def _extras(state_dict: dict[str, Any]) -> dict[str, Any]:

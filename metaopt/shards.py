@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 

@@ -1,6 +1,6 @@
 """Stack: a base optimizer with wrappers around it, itself a `torch.optim.Optimizer`."""
 
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from metaopt import averaging, compiling, composition, first_update, loading, resetting, updating
 from metaopt.dividing import Divided, step_bases
 from metaopt.errors import StepError
-from metaopt.handing_over import HOOKS, move_hooks
+from metaopt.handing_over import HOOKS, of_users, own_hooks_alone, share_hooks
 from metaopt.lanes import Entry, Lane, bare, revived
 from metaopt.metrics import Metrics
 from metaopt.reporting import ReportingScheduler
@@ -52,7 +52,7 @@ class Stack(torch.optim.Optimizer):
         self.metrics_of_run = metrics or Metrics()
         self._settle_structure()
         composition.check(self)
-        move_hooks(base, self)
+        share_hooks(base, self)
         self._patch_step_function()
         self.set_aside = first_update.set_constructor_state_aside(base)
         self._built_with_rate = any(float(entry.get("lr", 0.0)) != 0.0 for entry in self.param_groups)
@@ -265,11 +265,12 @@ class Stack(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that matters to the next update, in torch's form."""
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+        for pre_hook in of_users(self._optimizer_state_dict_pre_hooks, self.base):
             pre_hook(self)
         # through the base: some write more than torch does
-        state_dict = self.base.state_dict()
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
+        with own_hooks_alone(self.base):
+            state_dict = self.base.state_dict()
+        for post_hook in of_users(self._optimizer_state_dict_post_hooks, self.base):
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
 
@@ -281,8 +282,9 @@ class Stack(torch.optim.Optimizer):
         loading.load(self, state_dict)
         self._fix_timetables()
         self.look_again()
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
+        for hook in of_users(self._optimizer_load_state_dict_post_hooks, self.base):
             hook(self)
+        loading.warn(self)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: value for key, value in self.__dict__.items() if key not in _DERIVED}
@@ -290,8 +292,7 @@ class Stack(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state["own"], base=revived(*state["base"]))
-        for hooks in HOOKS:
-            self.__dict__[hooks] = OrderedDict()
+        share_hooks(self.base, self)
         self.metrics_of_run = Metrics()
         inside = self.inside_averaged
         self._settle_structure()

@@ -97,7 +97,7 @@ def _make_ready(stack: "Stack") -> None:
         # a base may take gradients away inside its step: which parameters it updates is known now alone
         stack.moved = _take_previous(stack)
     for lane in stack.lanes:
-        if lane.pending_divisor is not None:
+        if lane.pending_scale is not None:
             fold_scale(stack, lane)
 
 

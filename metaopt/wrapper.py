@@ -155,10 +155,6 @@ class Gradients(ABC):
     def scale(self, factor: torch.Tensor) -> None:
         """Multiply all gradients by a 0-dim factor, lazily: a fused base does it in its own pass."""
 
-    @abstractmethod
-    def divide(self, divisor: torch.Tensor) -> None:
-        """Divide all gradients by a 0-dim divisor, lazily: the quicker form of `scale`, for kernels divide."""
-
     @property
     @abstractmethod
     def measured(self) -> bool:

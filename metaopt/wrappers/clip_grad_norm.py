@@ -19,10 +19,10 @@ class ClipGradNorm(Wrapper):
     def on_gradients(self, groups: Gradients) -> None:
         norm = groups.norm(groups.norm_type)
         # as in torch: an infinite norm scales to zero or NaN, it is not hidden
-        divisor = ((norm + 1e-6) / groups.max_norm).clamp(min=1.0)
-        groups.divide(divisor)
+        factor = (groups.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        groups.scale(factor)
         if groups.logged or groups.measured:
-            groups.measure("clipped_fraction", divisor > 1.0)
+            groups.measure("clipped_fraction", factor < 1.0)
 
 
 @hookimpl
