@@ -1,5 +1,6 @@
 """Small deterministic training runs, for tests that compare two of them."""
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -52,3 +53,27 @@ def weights(model: torch.nn.Module) -> list[torch.Tensor]:
 def assert_same_weights(a: torch.nn.Module, b: torch.nn.Module) -> None:
     """Hold that two models agree in every bit of every weight."""
     torch.testing.assert_close(weights(a), weights(b), rtol=0, atol=0, equal_nan=True)
+
+
+def assert_same(found: Any, expected: Any, where: str = "it") -> None:
+    """Hold that two nested structures agree: tensors in dtype and every bit, everything else by equality."""
+    if isinstance(expected, torch.Tensor):
+        assert isinstance(found, torch.Tensor), where
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape), where
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{where}: {m}")
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key, value in expected.items():
+            assert_same(found[key], value, f"{where}, {key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            assert_same(a, b, f"{where}[{i}]")
+    else:
+        assert type(found) is type(expected), where
+        assert found == expected, where
+
+
+def everything(model: torch.nn.Module, opt: Any) -> Any:
+    """Return a copy of all that a step may change."""
+    return copy.deepcopy((model.state_dict(), opt.state_dict(), list(opt.set_aside.values()), opt.updates))
