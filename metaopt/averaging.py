@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from metaopt.errors import StepError, did_you_mean
 from metaopt.gathered import drop_gathered_copies
@@ -47,8 +48,26 @@ def before_step(stack: "Stack") -> None:
         return
     if stack.inside_averaged:
         raise StepError(f"step() inside averaged({label!r}): leave the context before the next update")
+    _swap_back(stack, label)
+
+
+def before_gradients(stack: "Stack") -> None:
+    """At `zero_grad()`: swap back after a checkpoint that was taken inside `averaged()` was loaded.
+
+    Where it stands before the forward pass, as in torch's own examples, the first gradient is the fast weights' own.
+    Where it stands behind, autograd must not take the weights for changed.
+    """
+    label = stack.param_groups[0].get("metaopt.swapped")
+    if label and not stack.inside_averaged:
+        members = tuple(local(p) for entry in stack.param_groups for p in entry["params"])
+        with _unsafe_preserve_version_counter(members):
+            _swap_back(stack, label)
+
+
+def _swap_back(stack: "Stack", label: str) -> None:
     swap_out(stack, label)
     _mark(stack, "")
+    _tell_shards(stack)
 
 
 def _choose(stack: "Stack", label: str | None) -> str:

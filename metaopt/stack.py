@@ -209,6 +209,11 @@ class Stack(torch.optim.Optimizer):
 
     # ---- the update
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as torch does; after a load from inside `averaged()` the fast weights return."""
+        averaging.before_gradients(self)
+        super().zero_grad(set_to_none)
+
     @watched
     def step(self, closure: Closure | None = None) -> Any:
         """Make one update; return the closure's loss, or None without a closure.
@@ -294,9 +299,7 @@ class Stack(torch.optim.Optimizer):
         self.__dict__.update(state["own"], base=revived(*state["base"]))
         share_hooks(self.base, self)
         self.metrics_of_run = Metrics()
-        inside = self.inside_averaged
         self._settle_structure()
-        self.inside_averaged = inside
         self._patch_step_function()
         self._fix_timetables()
 

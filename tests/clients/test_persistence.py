@@ -1,0 +1,275 @@
+"""deepcopy, pickle, save and load: from any step, inside averaged() too, in a new process, in another dtype."""
+
+import copy
+import io
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import resume_worker
+import torch
+from small_runs import assert_same, assert_same_weights, loss_of, small_model, train, weights
+
+import metaopt
+
+STEPS = 10
+SPECS = [
+    "clip_grad_norm(0.5) | adamw(lr=0.01) | lookahead(k=3)",
+    "sgd(lr=warmup(cosine(0.1), 3), momentum=0.9) | lookahead(k=3, pullback_momentum='pullback')",
+    "adagrad(lr=0.1) | lookahead(k=2, pullback_momentum='reset')",
+    "adamw(lr=0.01) | ema(0.9)",
+    "accumulate(2) | adamw(lr=0.01) | outer(k=2)",
+    "lbfgs(lr=0.1, max_iter=2) | lookahead(k=2)",
+]
+
+
+def made(spec: str, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, metaopt.Stack]:
+    model = small_model(dtype=dtype)
+    return model, metaopt.build(model.named_parameters(), spec, total_steps=STEPS)
+
+
+def advance(model: torch.nn.Module, opt: metaopt.Stack, steps: range) -> None:
+    if "lbfgs" not in str(opt.spec):
+        train(model, opt, steps)
+        return
+    for step in steps:
+        train(model, opt, [step], call=lambda step=step: opt.step(closure(model, opt, step)))
+
+
+def closure(model: torch.nn.Module, opt: Any, step: int) -> Any:
+    def evaluate() -> torch.Tensor:
+        opt.zero_grad()
+        loss = loss_of(model, step)
+        loss.backward()
+        return loss
+
+    return evaluate
+
+
+def through_a_file(saved: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(saved, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_checkpoint_needs_weights_only_and_holds_everything(spec: str) -> None:
+    model, opt = made(spec)
+    for step in range(STEPS):
+        saved = through_a_file({"model": model.state_dict(), "opt": opt.state_dict()})
+        twin, again = made(spec)
+        twin.load_state_dict(saved["model"])
+        again.load_state_dict(saved["opt"])
+        assert again.load_report is not None
+        assert not again.load_report.fresh
+        assert not again.load_report.dropped
+        assert_same(again.state_dict(), opt.state_dict())
+        advance(twin, again, range(step, step + 2))
+        advance(model, opt, range(step, step + 1))
+        ahead, other = copy.deepcopy((model, opt))
+        advance(ahead, other, range(step + 1, step + 2))
+        assert_same_weights(twin, ahead)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda pair: pickle.loads(pickle.dumps(pair)),
+}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys())
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_copy_from_any_step_goes_on_like_the_original(spec: str, copied: Any) -> None:
+    model, opt = made(spec)
+    twins = []
+    for step in range(6):
+        twins.append((step, *copied((model, opt))))
+        advance(model, opt, range(step, step + 1))
+    for step, twin, other in twins:
+        assert other.state is other.base.state
+        assert other.param_groups is other.base.param_groups
+        advance(twin, other, range(step, 6))
+        assert_same_weights(twin, model)
+        assert_same(other.state_dict(), opt.state_dict())
+
+
+AVERAGING = [spec for spec in SPECS if "ema" in spec or "lookahead" in spec or "outer" in spec]
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys())
+@pytest.mark.parametrize("spec", AVERAGING)
+def test_a_copy_made_inside_averaged_goes_on_from_the_fast_weights(spec: str, copied: Any) -> None:
+    model, opt = made(spec)
+    for step in range(5):
+        with opt.averaged():
+            twin, other = copied((model, opt))
+            assert_same_weights(twin, model)
+        ahead, plain = copied((model, opt))
+        advance(twin, other, range(step, step + 3))
+        advance(ahead, plain, range(step, step + 3))
+        assert_same_weights(twin, ahead)
+        advance(model, opt, range(step, step + 1))
+
+
+@pytest.mark.parametrize("model_first", [True, False], ids=["model first", "optimizer first"])
+@pytest.mark.parametrize("spec", AVERAGING)
+def test_a_checkpoint_taken_inside_averaged_goes_on_from_the_fast_weights(spec: str, model_first: bool) -> None:
+    model, opt = made(spec)
+    for step in range(5):
+        with opt.averaged():
+            saved = through_a_file({"model": model.state_dict(), "opt": opt.state_dict()})
+        twin, again = made(spec)
+        if model_first:
+            twin.load_state_dict(saved["model"])
+        again.load_state_dict(saved["opt"])
+        if not model_first:
+            twin.load_state_dict(saved["model"])
+        advance(twin, again, range(step, step + 3))
+        ahead, plain = copy.deepcopy((model, opt))
+        advance(ahead, plain, range(step, step + 3))
+        assert_same_weights(twin, ahead)
+        advance(model, opt, range(step, step + 1))
+
+
+@pytest.mark.parametrize(
+    "spec", ["clip_grad_norm(0.5) | adamw(lr=0.01) | lookahead(k=3)", "sgd(lr=0.1, momentum=0.9) | ema(0.9)"]
+)
+def test_saved_inside_averaged_at_every_step_and_resumed_in_a_new_process(spec: str, tmp_path: Path) -> None:
+    model, opt = resume_worker.make(spec)
+    checkpoints = {}
+    for step in range(resume_worker.STEPS):
+        resume_worker.train(model, opt, step, step + 1)
+        with opt.averaged():
+            checkpoints[step + 1] = copy.deepcopy({"model": model.state_dict(), "opt": opt.state_dict()})
+    path = tmp_path / "saved.pt"
+    torch.save({"spec": spec, "checkpoints": checkpoints}, path)
+    command = [sys.executable, resume_worker.__file__, str(path)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    expected = resume_worker.weights(model)
+    found = json.loads(output.splitlines()[-1])
+    # the last was saved when nothing was left to do: no step swaps it back, it shows the average
+    for step, resumed in zip(list(checkpoints)[:-1], found, strict=False):
+        assert resumed == expected, f"saved at step {step}"
+
+
+def test_zero_grad_between_forward_and_backward_after_such_a_load_breaks_no_graph() -> None:
+    spec = "adamw(lr=0.01) | lookahead(k=3)"
+    model, opt = made(spec)
+    train(model, opt, range(4))
+    fast = weights(model)
+    with opt.averaged():
+        opt.zero_grad()  # inside, the average stays
+        slow = weights(model)
+        saved = through_a_file({"model": model.state_dict(), "opt": opt.state_dict()})
+    assert not torch.equal(slow[0], fast[0])
+    twin, again = made(spec)
+    twin.load_state_dict(saved["model"])
+    again.load_state_dict(saved["opt"])
+    assert_same(weights(twin), slow)  # until training goes on: it may have been loaded for an evaluation
+    loss = loss_of(twin, 4)
+    again.zero_grad()
+    assert_same(weights(twin), fast)
+    loss.backward()
+    again.step()
+    assert again.updates == 5
+
+
+def test_an_error_inside_averaged_still_gives_the_fast_weights_back() -> None:
+    model, opt = made("adamw(lr=0.01) | lookahead(k=3)")
+    train(model, opt, range(4))
+    fast = weights(model)
+    with pytest.raises(ZeroDivisionError), opt.averaged():
+        raise ZeroDivisionError
+    assert_same(weights(model), fast)
+    train(model, opt, range(4, 6))
+
+
+def test_a_checkpoint_loaded_inside_averaged_is_what_the_run_goes_on_from() -> None:
+    spec = "adamw(lr=0.01) | lookahead(k=3)"
+    model, opt = made(spec)
+    train(model, opt, range(4))
+    saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
+    train(model, opt, range(4, 7))
+    with opt.averaged():
+        model.load_state_dict(saved[0])
+        opt.load_state_dict(saved[1])
+    train(model, opt, range(4, 8))
+    twin, plain = made(spec)
+    train(twin, plain, range(8))
+    assert_same_weights(model, twin)
+
+
+@pytest.mark.parametrize("other", [torch.float64, torch.bfloat16])
+def test_another_dtype_takes_the_state_along(other: torch.dtype) -> None:
+    model, opt = made("adamw(lr=0.01) | lookahead(k=3)")
+    train(model, opt, range(4))
+    twin, again = made("adamw(lr=0.01) | lookahead(k=3)", other)
+    twin.load_state_dict(model.state_dict())
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        held = again.state[q]
+        for key in ("exp_avg", "exp_avg_sq", "lookahead.slow"):
+            assert_same(held[key], opt.state[p][key].to(other))
+        assert held["step"].dtype == torch.float32
+    train(twin, again, range(4, 8))
+    assert all(torch.isfinite(p).all() for p in twin.parameters())
+
+
+@pytest.mark.parametrize("taken", ["deepcopy", "pickle", "file", "inside averaged"])
+def test_float32_slow_weights_of_a_bfloat16_model_come_back_unrounded(taken: str) -> None:
+    spec = "sgd(lr=0.1, momentum=0.9) | lookahead(k=2, slow_dtype='float32') | ema(0.9, average_dtype='float32')"
+    model, opt = made(spec, torch.bfloat16)
+    train(model, opt, range(5))
+    if taken in COPIES:
+        twin, again = COPIES[taken]((model, opt))
+    else:
+        twin, again = made(spec, torch.bfloat16)
+        if taken == "file":
+            saved = through_a_file({"model": model.state_dict(), "opt": opt.state_dict()})
+        else:
+            with opt.averaged("ema"):
+                saved = through_a_file({"model": model.state_dict(), "opt": opt.state_dict()})
+        twin.load_state_dict(saved["model"])
+        again.load_state_dict(saved["opt"])
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        for key in ("lookahead.slow", "ema.average"):
+            assert again.state[q][key].dtype == torch.float32
+            assert not torch.equal(opt.state[p][key], opt.state[p][key].bfloat16().float())
+            assert_same(again.state[q][key], opt.state[p][key])
+    train(model, opt, range(5, 9))
+    train(twin, again, range(5, 9))
+    assert_same_weights(twin, model)
+
+
+def test_an_empty_stack_saved_before_its_first_step_starts_as_a_fresh_one() -> None:
+    spec = "adagrad(lr=0.1) | lookahead(k=2)"
+    model, opt = made(spec)
+    saved = through_a_file(opt.state_dict())
+    assert saved["state"] == {}
+    train(model, opt, range(3))
+    opt.load_state_dict(saved)  # the run is taken back to its beginning
+    model.load_state_dict(small_model().state_dict())
+    train(model, opt, range(5))
+    twin, plain = made(spec)
+    train(twin, plain, range(5))
+    assert_same_weights(model, twin)
+
+
+def test_loading_twice_is_loading_once() -> None:
+    spec = "clip_grad_norm(0.5) | adamw(lr=0.01) | lookahead(k=3)"
+    model, opt = made(spec)
+    train(model, opt, range(4))
+    saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
+    twin, again = made(spec)
+    for _ in range(2):
+        twin.load_state_dict(saved[0])
+        again.load_state_dict(copy.deepcopy(saved[1]))
+        assert_same(again.state_dict(), opt.state_dict())
+    train(model, opt, range(4, 8))
+    train(twin, again, range(4, 8))
+    assert_same_weights(twin, model)
