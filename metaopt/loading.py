@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from metaopt import screening
 from metaopt.composition import RUN_FLAGS
-from metaopt.errors import CheckpointError
+from metaopt.errors import CheckpointError, HyperparameterError
 from metaopt.first_update import slot_dtype
 from metaopt.handing_over import of_users, own_hooks_alone
 from metaopt.wrapper import Wrapper
@@ -37,9 +38,10 @@ def load(stack: "Stack", state_dict: dict[str, Any]) -> None:
     state_dict = dict(state_dict)
     for hook in of_users(stack._optimizer_load_state_dict_pre_hooks, stack.base):
         state_dict = hook(stack, state_dict) or state_dict
-    saved_groups = copy.deepcopy(state_dict["param_groups"])
+    screening.check_form(state_dict)
+    saved_groups = copy.deepcopy(list(state_dict["param_groups"]))
     saved_state: dict[Any, Any] = state_dict["state"]
-    _check_structure(stack, saved_groups, saved_state)
+    screening.check_fit(stack, saved_groups, saved_state)
     report = _report(stack, saved_groups)
     groups = _merge_groups(stack, saved_groups, report)
     base_state = _base_state(saved_state, tuple(f"{label}." for label in (*_labels(stack), *report.dropped)))
@@ -51,6 +53,8 @@ def load(stack: "Stack", state_dict: dict[str, Any]) -> None:
     except BaseException:
         stack.base.state, stack.base.param_groups = live
         raise
+    for p in stack.state:  # what the constructor made of these will not be needed
+        stack.set_aside.pop(p, None)
     stack.load_report = report
 
 
@@ -90,60 +94,6 @@ def _belongs(key: Any, prefixes: tuple[str, ...]) -> bool:
     return isinstance(key, str) and key.startswith(prefixes) if prefixes else False
 
 
-def _check_structure(stack: "Stack", groups: list[dict[str, Any]], state: dict[Any, Any]) -> None:
-    live = stack.param_groups
-    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in live]:
-        raise CheckpointError(
-            f"the checkpoint has groups of {[len(g['params']) for g in groups]} parameters, this stack of "
-            f"{[len(g['params']) for g in live]}: build the stack over the same model and groups"
-        )
-    for position, (group, entry) in enumerate(zip(groups, live, strict=True)):
-        _check_base_keys(stack, group, position)
-        saved, own = group.get("metaopt.total_steps"), entry["metaopt.total_steps"]
-        if saved is not None and own is not None and saved != own:
-            raise CheckpointError(
-                f"the checkpoint's run has total_steps={saved}, this stack total_steps={own}: "
-                f"schedules would not continue where they stopped; build the stack with total_steps={saved}"
-            )
-    ids = chain.from_iterable(g["params"] for g in groups)
-    params = chain.from_iterable(g["params"] for g in live)
-    for i, p in zip(ids, params, strict=True):
-        held = state.get(i)
-        if isinstance(held, dict):
-            _check_shapes(stack, i, p, held)
-
-
-def _check_base_keys(stack: "Stack", group: dict[str, Any], position: int) -> None:
-    base = stack.lane_of(stack.param_groups[position]).base
-    saved = {k for k in group if "." not in k} - RUN_FLAGS - {"params", "param_names", "name"}
-    # heavyball keeps what no checkpoint should hold under names that begin so
-    own = {k for k in base.defaults if not k.startswith("_")} - RUN_FLAGS
-    missing, unknown = own - saved, saved - own - set(stack.param_groups[position])
-    # one side alone is an older torch or a scheduler's note; both are another optimizer
-    if missing and unknown:
-        raise CheckpointError(
-            f"the checkpoint belongs to another base than {type(base).__name__}: its group {position} has "
-            f"{', '.join(sorted(unknown))} and lacks {', '.join(sorted(missing))}"
-        )
-
-
-def _check_shapes(stack: "Stack", i: int, p: torch.Tensor, held: dict[str, Any]) -> None:
-    live = stack.state.get(p) or stack.set_aside.get(p) or {}
-    for key, value in held.items():
-        if not isinstance(value, torch.Tensor) or value.dim() == 0:
-            continue
-        expected = live.get(key)
-        if isinstance(expected, torch.Tensor) and expected.shape == value.shape:
-            continue
-        same_rank = value.dim() == p.dim()
-        differs = same_rank and any(a not in (b, 1) for a, b in zip(value.shape, p.shape, strict=True))
-        if differs or (not same_rank and value.numel() == p.numel() > 1) or (p.dim() == 0 and value.numel() > 1):
-            raise CheckpointError(
-                f"the checkpoint's {key} of parameter {i} has shape {tuple(value.shape)}, "
-                f"the parameter has {tuple(p.shape)}: it belongs to another model"
-            )
-
-
 def _report(stack: "Stack", groups: list[dict[str, Any]]) -> LoadReport:
     saved = list(dict.fromkeys(k.split(".")[0] for g in groups for k in g if "." in k and not k.startswith("metaopt.")))
     own = _labels(stack)
@@ -169,8 +119,7 @@ def _merge_groups(stack: "Stack", saved: list[dict[str, Any]], report: LoadRepor
             if wrapper.label in report.fresh or key not in kept:
                 kept[key] = entry[key]
             else:
-                value = kept[key]
-                kept[key] = wrapper.hyperparameters[name].check(value, where=f"checkpoint, {wrapper.label}")
+                kept[key] = _checked(wrapper, name, kept[key])
         for key in RUN_FLAGS:
             if key in entry:
                 kept[key] = entry[key]
@@ -183,6 +132,13 @@ def _merge_groups(stack: "Stack", saved: list[dict[str, Any]], report: LoadRepor
         kept["metaopt.total_steps"] = entry["metaopt.total_steps"]
         merged.append(kept)
     return merged
+
+
+def _checked(wrapper: Wrapper, name: str, value: Any) -> Any:
+    try:
+        return wrapper.hyperparameters[name].check(value, where=f"the checkpoint's {wrapper.label}")
+    except HyperparameterError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _restore_wrapper_state(stack: "Stack", groups: list[dict[str, Any]], saved: dict[Any, Any]) -> None:
