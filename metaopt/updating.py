@@ -147,6 +147,8 @@ def _end(stack: "Stack") -> None:
         stack.copies, stack.lifted, stack.moved = {}, {}, {}
     for lane in stack.lanes:
         lane.base.__dict__.pop("grad_scale", None)
+        # a factor that a skipped update never used must not meet the gradients of the next evaluation
+        lane.pending_scale = None
     if stack.borrowers:
         for p in stack.borrowers:
             p.grad = None
