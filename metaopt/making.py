@@ -8,7 +8,7 @@ import torch
 from metaopt.composition import RUN_FLAGS, check_labels
 from metaopt.dividing import Divided, Division
 from metaopt.errors import HyperparameterError, ParameterError, SpecError, did_you_mean
-from metaopt.fusing import refuses_shards
+from metaopt.fusing import computes_otherwise, refuses_shards
 from metaopt.grouping import Group
 from metaopt.lanes import Lane
 from metaopt.schedule import Schedule
@@ -152,7 +152,8 @@ def _fuse(groups: list[Group], base: Part, given: dict[str, Any]) -> bool:
         base.target([torch.zeros(1, requires_grad=True)], **given, fused=True)
     except (RuntimeError, TypeError, ValueError):  # this class, or this choice of hyperparameters, has no fused kernel
         return False
-    if refuses_shards(base.target, given, (p for group in groups for p in group["params"])):
+    members = [p for group in groups for p in group["params"]]
+    if refuses_shards(base.target, given, members) or computes_otherwise(base.target, given, members):
         return False
     given["fused"] = True
     return True
