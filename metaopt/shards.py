@@ -35,9 +35,12 @@ def norm_over_shards(values: torch.Tensor, owner: torch.Tensor, *, rows: bool) -
 
     With `rows` one norm for each index of the first dimension, kept in shape; a vector counts as one row.
     """
-    norm = torch.linalg.vector_norm(values, dim=_summed(values, rows), keepdim=rows)
+    norm: torch.Tensor = torch.linalg.vector_norm(values, dim=_summed(values, rows), keepdim=rows)
     kind = _dtensor()
-    return norm if kind is None or not isinstance(owner, kind) else _over_shards(norm.square(), owner, rows).sqrt()
+    if kind is None or not isinstance(owner, kind):
+        return norm
+    total: torch.Tensor = _over_shards(norm.to(_wide(norm.dtype)).square(), owner, rows)
+    return total.sqrt().to(norm.dtype)
 
 
 def mean_over_shards(values: torch.Tensor, owner: torch.Tensor, *, rows: bool) -> torch.Tensor:
@@ -46,11 +49,16 @@ def mean_over_shards(values: torch.Tensor, owner: torch.Tensor, *, rows: bool) -
     if rows and owner.dim() > 1:
         count //= max(1, owner.shape[0])
     dims = _summed(values, rows)
-    total = values.sum(dim=dims, keepdim=rows) if dims else values
+    total = values.sum(dim=dims, keepdim=rows, dtype=_wide(values.dtype)) if dims else values
     kind = _dtensor()
     if kind is not None and isinstance(owner, kind):
         total = _over_shards(total, owner, rows)
-    return total / max(1, count)
+    return (total / max(1, count)).to(values.dtype)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which many numbers of this one are added up: 16 bits hold no sum beyond 65504."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _summed(values: torch.Tensor, rows: bool) -> list[int]:
