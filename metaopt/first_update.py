@@ -45,7 +45,7 @@ def take_copies(stack: "Stack") -> Copies:
             missing = _missing(lane, p, held)
             if not any(lane.is_base_key(key) for key in held):
                 copies[p] = {**held, **missing}
-            elif missing:
+            elif missing or _lacks_moments(lane, held):
                 copies[p] = missing
     return copies
 
@@ -124,6 +124,11 @@ def _missing(lane: Lane, p: torch.Tensor, held: dict[str, Any]) -> dict[str, tor
         else:
             found[key] = p.detach().to(dtype, copy=True)
     return found
+
+
+def _lacks_moments(lane: Lane, held: dict[str, Any]) -> bool:
+    """Tell whether a checkpoint brought the base's moments without those that a wrapper keeps of them."""
+    return any(not any(k.startswith(f"{key}.") for k in held if isinstance(k, str)) for key, _ in lane.moment_slots)
 
 
 def _store_moments(lane: Lane, p: torch.Tensor, held: dict[str, Any], key: str) -> None:
