@@ -44,6 +44,7 @@ class Hyperparameter:
     doc: str = ""
     known_as: tuple[str, ...] = ()
     per_group: bool = True
+    structural: bool = False
 
     @property
     def required(self) -> bool:
@@ -131,14 +132,17 @@ def hyper(
     doc: str = "",
     known_as: tuple[str, ...] = (),
     per_group: bool = True,
+    structural: bool = False,
 ) -> Any:
     """Declare a hyperparameter in a class body: `alpha: float = hyper(0.5, above=0.0, doc="...")`.
 
     Name and type come from the class body. `min` and `max` are allowed values, `above` and `below` are not;
     `known_as` lists what other libraries call it, for help and for errors. `per_group=False` is for what acts on all
-    groups at once, such as the bound of a global norm: groups cannot set it apart.
+    groups at once, such as the bound of a global norm: groups cannot set it apart. `structural=True` is for what
+    decides which state is kept, such as its dtype: all groups share it, and the live stack's survives a load.
     """
-    return Hyperparameter("", default, None, min, max, above, below, choices, doc, known_as, per_group)
+    shared = structural or not per_group
+    return Hyperparameter("", default, None, min, max, above, below, choices, doc, known_as, not shared, structural)
 
 
 def declared(owner: type) -> dict[str, Hyperparameter]:

@@ -22,14 +22,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class LoadReport:
-    """What came of a `load_state_dict`: labels taken from the checkpoint, started fresh, and dropped."""
+    """What came of a `load_state_dict`: labels taken from the checkpoint, started fresh, and dropped.
+
+    `kept` names what decides which state there is, where the checkpoint had another value than the live stack.
+    """
 
     taken: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        parts = (("taken", self.taken), ("started fresh", self.fresh), ("dropped", self.dropped))
+        parts = (
+            ("taken", self.taken),
+            ("started fresh", self.fresh),
+            ("dropped", self.dropped),
+            ("kept as this stack has it", self.kept),
+        )
         return "; ".join(f"{what}: {', '.join(labels)}" for what, labels in parts if labels)
 
 
@@ -61,7 +70,7 @@ def load(stack: "Stack", state_dict: dict[str, Any]) -> None:
 def warn(stack: "Stack") -> None:
     """Warn of what started fresh or was dropped: last, for a warning may be made an error."""
     report = stack.load_report
-    if report is not None and (report.fresh or report.dropped):
+    if report is not None and (report.fresh or report.dropped or report.kept):
         warnings.warn(f"loaded a checkpoint of another stack; {report}", UserWarning, stacklevel=3)
 
 
@@ -116,7 +125,11 @@ def _merge_groups(stack: "Stack", saved: list[dict[str, Any]], report: LoadRepor
         for key in lane.counter_keys:
             kept.setdefault(key, 0)
         for key, (wrapper, name) in lane.hyperparameter_keys.items():
+            declared = wrapper.hyperparameters[name]
             if wrapper.label in report.fresh or key not in kept:
+                kept[key] = entry[key]
+            elif declared.structural:
+                _note_kept(report, key, saved=kept[key], live=entry[key])
                 kept[key] = entry[key]
             else:
                 kept[key] = _checked(wrapper, name, kept[key])
@@ -139,6 +152,12 @@ def _checked(wrapper: Wrapper, name: str, value: Any) -> Any:
         return wrapper.hyperparameters[name].check(value, where=f"the checkpoint's {wrapper.label}")
     except HyperparameterError as error:
         raise CheckpointError(str(error)) from error
+
+
+def _note_kept(report: LoadReport, key: str, *, saved: Any, live: Any) -> None:
+    line = f"{key}={live!r}, not {saved!r}"
+    if saved != live and line not in report.kept:
+        report.kept.append(line)
 
 
 def _restore_wrapper_state(stack: "Stack", groups: list[dict[str, Any]], saved: dict[Any, Any]) -> None:

@@ -54,7 +54,8 @@ def check_fit(stack: "Stack", groups: list[Entry], state: Mapping[Any, Any]) -> 
 
 def _check_base_keys(lane: Lane, group: Entry, entry: Entry, position: int) -> None:
     saved = {k for k in group if "." not in k} - RUN_FLAGS - {"params", "param_names", "name"}
-    own = set(lane.base.defaults) - RUN_FLAGS
+    # heavyball keeps what no checkpoint should hold under names that begin so
+    own = {k for k in lane.base.defaults if not k.startswith("_")} - RUN_FLAGS
     missing, unknown = own - saved, saved - own - set(entry)
     # one side alone is an older torch or a scheduler's note; both are another optimizer
     if missing and unknown:

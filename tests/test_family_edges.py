@@ -1,10 +1,8 @@
 """The wrappers of the family where it is narrow: no gradient, extreme numbers, other signs, groups, schedules, loads."""
 
-import copy
 import math
 from collections.abc import Callable
 
-import pytest
 import torch
 
 import metaopt

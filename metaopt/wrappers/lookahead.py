@@ -12,7 +12,7 @@ class Lookahead(Wrapper, every="k", each="element"):
 
     `pullback_momentum` treats the base's moments at a pull: "reset" drops the base's state, which then starts lazily
     (bias correction included); "pullback" interpolates each moment with its value at the last pull,
-    m <- alpha m + (1 - alpha) c; c <- m, with c = 0 at first. The paper calls these three none, reset, interpolate.
+    m <- alpha m + (1 - alpha) c; c <- m, with c = 0 at first. The paper maintains, resets or interpolates them.
     """
 
     k: int = hyper(5, min=1, doc="updates between pulls", known_as=("sync_period", "la_steps", "lookahead_k"))
@@ -23,10 +23,16 @@ class Lookahead(Wrapper, every="k", each="element"):
         known_as=("slow_step_size", "la_alpha", "lookahead_alpha"),
     )
     pullback_momentum: Literal["none", "reset", "pullback"] = hyper(
-        "none", choices=("none", "reset", "pullback"), doc="what a pull does to the base's moments"
+        "none",
+        choices=("none", "reset", "pullback"),
+        doc="what a pull does to the base's moments",
+        structural=True,
     )
     slow_dtype: str | None = hyper(
-        None, choices=(None, "float32"), doc="the dtype of the slow weights; None: the parameter's own"
+        None,
+        choices=(None, "float32"),
+        doc="the dtype of the slow weights; None: the parameter's own",
+        structural=True,
     )
     slow = anchor(dtype="slow_dtype")
     cached = moments()
