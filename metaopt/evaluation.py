@@ -22,7 +22,8 @@ class Evaluation:
         if closure is None and stack.phases.around:
             raise StepError(
                 f"{stack.phases.around[0].label} evaluates the loss itself: call step(closure), "
-                f"with a closure that clears the gradients, computes the loss, calls backward() and returns the loss"
+                f"with a closure that clears the gradients, computes the loss, calls backward() and returns the loss; "
+                f"GradScaler.step() cannot hand one over: train in bfloat16, without it"
             )
         self.closure = closure
         self._stack = stack

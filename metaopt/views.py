@@ -111,6 +111,10 @@ class Piece(Group):
         return self._entry["lr"]
 
     @property
+    def maximizes(self) -> bool:
+        return bool(self._entry.get("maximize", False))
+
+    @property
     def base_moments(self) -> dict[str, list[torch.Tensor]]:
         state, first = self._stack.state, self.owners[0]
         keys = [k for k, v in state[first].items() if self._lane.is_base_key(k) and is_moment(v, k, first)]

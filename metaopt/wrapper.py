@@ -92,6 +92,11 @@ class Group(ABC):
     def base_lr(self) -> Any:
         """The base's learning rate for this update; raises StepError where the base has none."""
 
+    @property
+    @abstractmethod
+    def maximizes(self) -> bool:
+        """Whether the base goes up these gradients (torch's `maximize=True`), so that less is worse."""
+
     @abstractmethod
     def norms(self, tensors: list[torch.Tensor], *, rows: bool = False) -> list[torch.Tensor]:
         """Return the 2-norm of each tensor (aligned with `params`), reduced over shards, 0-dim.

@@ -18,7 +18,7 @@ class Partition(Division):
     dimensions), or several of these joined by `&`: `{"blocks.*.weight & matrix": muon(lr=0.02), "*": adamw(lr=3e-4)}`.
     """
 
-    known_as = ("multi_transform", "partition", "CombinedOptimizer", "MultiOptimizer", "ChainedOptimizer")
+    known_as = ("multi_transform", "CombinedOptimizer", "MultiOptimizer", "ChainedOptimizer")
 
     def __init__(self, parts: Mapping[str, Any]) -> None:
         super().__init__(parts)

@@ -8,11 +8,12 @@ from metaopt import Gradients, Wrapper, hookimpl, hyper
 class AdaptiveGradClip(Wrapper):
     """g_i <- g_i min(1, clipping max(|w_i|, eps) / |g_i|) for each row i; a vector is one row. arXiv:2102.06171
 
-    Rows are what one output unit has: the first dimension of a matrix or of a convolution. `clipping=inf` in a group
-    leaves it alone, which the paper advises for the last layer.
+    Rows are what one output unit has: an index of the first dimension of a matrix or of a convolution (torch's
+    transposed convolutions have their inputs there). `clipping=inf` in a group leaves it alone, which the paper advises
+    for the last layer.
     """
 
-    known_as = ("AGC", "adaptive_gradient_clip", "agc", "clip_factor")
+    known_as = ("AGC", "agc", "adaptive_clip_grad", "unitwise clipping")
 
     clipping: float = hyper(0.01, above=0.0, doc="the largest |g| / |w| of a row", known_as=("clip_factor",))
     eps: float = hyper(1e-3, min=0.0, doc="the smallest size that weights count as; zeros could not move otherwise")

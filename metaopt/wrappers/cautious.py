@@ -9,16 +9,18 @@ class Cautious(Wrapper, each="tensor"):
     """u <- u m / max(mean(m), 0.001), m = 1 where u g < 0 and else 0, for each tensor's update u. arXiv:2411.16085
 
     u is the whole change that the base made: a decay of the weights inside it is masked as well, one that is written
-    before the base, as `decay(0.1) | adam | cautious`, is not.
+    before the base, as `decay(0.1) | adam | cautious`, is not. Where the base maximizes, m = 1 where u g > 0.
     """
 
-    known_as = ("C-AdamW", "caution", "cautious_factor")
+    known_as = ("C-AdamW", "C-Lion", "caution", "cautious optimizer")
 
     before = previous()
 
     def after_update(self, group: Group) -> None:
         updates = torch._foreach_sub(group.params, group.before)
-        agrees = [(u * g < 0).to(u.dtype) for u, g in zip(updates, group.grads, strict=True)]
+        wanted = 1 if group.maximizes else -1
+        # signs, not the product: that of two small numbers is zero in 16 bits
+        agrees = [(u.sign() * g.sign() == wanted).to(u.dtype) for u, g in zip(updates, group.grads, strict=True)]
         shares = [mean.clamp(min=1e-3) for mean in group.means(agrees)]
         torch._foreach_mul_(updates, agrees)
         torch._foreach_div_(updates, shares)

@@ -8,7 +8,8 @@ from metaopt import Gradients, Wrapper, hookimpl
 class Centralize(Wrapper):
     """g_i <- g_i - mean(g_i) for each row i of tensors with two dimensions or more. arXiv:2004.01461
 
-    A row is what one output unit has: an index of the first dimension. Vectors stay as they are.
+    A row is what one output unit has: an index of the first dimension (torch's transposed convolutions have their
+    inputs there). Vectors stay as they are.
     """
 
     known_as = ("GC", "gradient_centralization", "use_gc")

@@ -9,21 +9,24 @@ class Ema(Wrapper, each="element"):
     """average <- d average + (1 - d) w after every update; `opt.averaged()` shows it. doi:10.1137/0330046
 
     d = decay; with `warmup` d = min(decay, (1 + t) / (10 + t)), t being the number of updates, so that the initial
-    weights are soon forgotten.
+    weights are soon forgotten. In a group without a gradient the average goes on toward the weights that stay.
     """
 
-    known_as = ("EMA", "ModelEmaV3", "EMAModel", "AveragedModel", "polyak averaging")
+    known_as = ("EMA", "ModelEmaV3", "EMAModel", "AveragedModel", "ExponentialMovingAverage", "polyak averaging")
 
     decay: float = hyper(0.999, min=0.0, below=1.0, doc="how much of the average an update keeps", known_as=("beta",))
-    warmup: bool = hyper(False, doc="begin with a shorter memory", known_as=("use_ema_warmup", "num_updates"))
+    warmup: bool = hyper(False, doc="begin with a shorter memory", known_as=("use_warmup", "num_updates"))
     average_dtype: str | None = hyper(
-        None, choices=(None, "float32"), doc="the dtype of the average; None: the parameter's own"
+        None,
+        choices=(None, "float32"),
+        doc="the dtype of the average; None: the parameter's own, in 16 bits too coarse for a decay near 1",
+        structural=True,
     )
     average = start(dtype="average_dtype")
 
     def after_update(self, group: Group) -> None:
         decay = group.decay
-        if self.warmup:
+        if group.warmup:
             decay = min(decay, (1 + group.updates) / (10 + group.updates))
         # a multi-tensor lerp refuses mixed dtypes; casting copies only where they differ
         weights = [p.to(a.dtype) for p, a in zip(group.params, group.average, strict=True)]

@@ -18,14 +18,20 @@ class Outer(Wrapper, every="k", each="element"):
     lr: float = hyper(0.7, above=0.0, doc="the outer rate; above 1 is allowed", known_as=("outer_lr", "alpha"))
     momentum: float = hyper(0.6, min=0.0, below=1.0, doc="the outer momentum", known_as=("outer_momentum", "mu"))
     nesterov: bool = hyper(True, doc="step along momentum b + s rather than along b")
-    slow = anchor()
-    buffer = zeros()
+    slow_dtype: str | None = hyper(
+        None,
+        choices=(None, "float32"),
+        doc="the dtype of the slow weights and the outer momentum; None: the parameter's own",
+        structural=True,
+    )
+    slow = anchor(dtype="slow_dtype")
+    buffer = zeros(dtype="slow_dtype")
 
     def after_update(self, group: Group) -> None:
         way = torch._foreach_sub(group.slow, group.params)
         torch._foreach_mul_(group.buffer, group.momentum)
         torch._foreach_add_(group.buffer, way)
-        if self.nesterov:
+        if group.nesterov:
             torch._foreach_add_(way, torch._foreach_mul(group.buffer, group.momentum))
         else:
             way = group.buffer

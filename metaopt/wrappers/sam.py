@@ -11,25 +11,33 @@ from metaopt import Gradients, Group, Wrapper, hookimpl, hyper
 class Sam(Wrapper):
     """g <- gradient at w + rho g / |g|; adaptive: at w + rho w^2 g / | |w| g |. arXiv:2010.01412, arXiv:2102.11600
 
-    Two evaluations of the loss per update, so `step(closure)` is needed; the loss at w is the one returned. A model's
-    running statistics (batch norm) see both. The weights come back exactly, also where the closure raises.
+    |g| is over all parameters together. Two evaluations of the loss per update, so `step(closure)` is needed, which
+    torch's GradScaler cannot hand over: use bfloat16 with it. The loss at w is the one returned. A model's running
+    statistics (batch norm) see both. The weights come back exactly, also where the closure raises.
     """
 
-    known_as = ("SAM", "ASAM", "GSAM")
+    known_as = ("SAM", "ASAM", "sharpness-aware minimization")
 
     rho: float = hyper(0.05, min=0.0, doc="how far from the weights the gradient is taken")
-    adaptive: bool = hyper(False, doc="measure that distance relative to each weight's size (ASAM)")
+    adaptive: bool = hyper(
+        False,
+        doc="measure that distance relative to each weight's size (ASAM), with a rho about ten times as large",
+        known_as=("asam",),
+        per_group=False,
+    )
 
     def around(self, closure: Callable[[], Any], groups: Gradients) -> Any:
         loss = closure()
         pieces = list(groups)
         if not pieces:
             return loss
-        norm = _adaptive_norm(pieces) if self.adaptive else groups.norm()
+        norm = _adaptive_norm(pieces) if groups.adaptive else groups.norm()
         kept = [[p.clone() for p in group.params] for group in pieces]
         try:
             for group in pieces:
-                _climb(group, norm, adaptive=self.adaptive)
+                _climb(group, norm, adaptive=groups.adaptive)
+                # also where the closure does not clear them, the gradient is that of the second evaluation alone
+                group.clear_gradients()
             closure()
         finally:
             for group, weights in zip(pieces, kept, strict=True):
@@ -38,8 +46,10 @@ class Sam(Wrapper):
 
 
 def _climb(group: Group, norm: torch.Tensor, *, adaptive: bool) -> None:
-    length = group.rho / (norm.to(group.params[0].device) + 1e-12)
-    directions = torch._foreach_mul(group.grads, length)
+    norm = norm.to(group.params[0].device)
+    # gradients that are all zero have no direction; a small number added to the norm would be lost in 16 bits
+    directions = torch._foreach_div(group.grads, torch.where(norm > 0, norm, 1.0))
+    torch._foreach_mul_(directions, -group.rho if group.maximizes else group.rho)
     if adaptive:
         sizes = torch._foreach_abs(group.params)
         torch._foreach_mul_(directions, sizes)

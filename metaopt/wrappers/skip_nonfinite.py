@@ -8,10 +8,11 @@ from metaopt import Gradients, StepError, Wrapper, counter, hookimpl, hyper
 class SkipNonfinite(Wrapper):
     """The update is skipped where a gradient is NaN or infinite; `patience` of them in a row are an error.
 
-    It decides on the largest magnitude of all gradients, over all shards, and waits for it: once per update.
+    It decides on the largest magnitude of all gradients, over all shards, and waits for it: once per update. It takes
+    the gradients of a skipped update away, or a loop that adds up gradients would add to them; those of the error stay.
     """
 
-    known_as = ("apply_if_finite", "skip_nan", "ZeroNans")
+    known_as = ("apply_if_finite", "skip_nan", "skip_not_finite")
     holds_updates = True
     synchronises = True
 
@@ -36,6 +37,8 @@ class SkipNonfinite(Wrapper):
                 f"{self.label}: gradients were not finite {skipped} times in a row (patience={groups.patience}): "
                 f"lower the learning rate, clip the gradients, or look at the data of these steps"
             )
+        for group in groups:
+            group.clear_gradients()
         groups.hold("gradients that are not finite")
 
 

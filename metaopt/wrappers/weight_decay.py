@@ -17,7 +17,9 @@ class L2(Wrapper):
 
     def on_gradients(self, groups: Gradients) -> None:
         for group in groups:
-            torch._foreach_add_(group.grads, group.params, alpha=group.weight_decay)
+            # a base that maximizes turns the gradient round, and the penalty must still point to zero
+            strength = -group.weight_decay if group.maximizes else group.weight_decay
+            torch._foreach_add_(group.grads, group.params, alpha=strength)
 
 
 class Decay(Wrapper):

@@ -1,0 +1,229 @@
+"""Hyperparameters of the family: apart in each group, over time, and out of a checkpoint."""
+
+import copy
+
+import pytest
+import torch
+
+import metaopt
+from metaopt.registry import registry
+
+# one value for each of two groups, of every hyperparameter that acts on a group by itself
+APART = {
+    "adaptive_grad_clip.clipping": (0.02, 0.5),
+    "adaptive_grad_clip.eps": (1e-3, 2.0),
+    "clip_grad_value.clip_value": (0.1, 1.0),
+    "l2.weight_decay": (0.1, 0.0),
+    "decay.weight_decay": (0.3, 0.1),
+    "lookahead.k": (2, 3),
+    "lookahead.alpha": (0.5, 0.9),
+    "outer.k": (2, 3),
+    "outer.lr": (0.7, 1.2),
+    "outer.momentum": (0.6, 0.0),
+    "outer.nesterov": (True, False),
+    "ema.decay": (0.9, 0.5),
+    "ema.warmup": (True, False),
+}
+# what acts on all groups at once, or is tried elsewhere with a formula of its own
+TOGETHER = {
+    "sam.rho",  # the norm is over all groups: see below
+    "sam.adaptive",
+    "accumulate.steps",
+    "skip_nonfinite.patience",
+    "clip_grad_norm.max_norm",
+    "clip_grad_norm.norm_type",
+    "lookahead.pullback_momentum",
+    "lookahead.slow_dtype",
+    "outer.slow_dtype",
+    "ema.average_dtype",
+}
+REQUIRED = {"l2": "l2(0.1)", "decay": "decay(0.1)", "clip_grad_value": "clip_grad_value(1.0)"} | {
+    "clip_grad_norm": "clip_grad_norm(1.0)",
+    "accumulate": "accumulate(1)",
+    "skip_nonfinite": "skip_nonfinite(1)",
+    "outer": "outer(k=2)",
+}
+
+
+def stack_text(name: str, base: str = "sgd(lr=0.1, momentum=0.5)", given: str = "") -> str:
+    given += ", k=2" if given and name == "outer" else ""  # its own default would not act within a short run
+    wrapper = f"{name}({given})" if given else REQUIRED.get(name, name)
+    before = registry.find(name, "wrapper").target.stands_before_base()
+    return f"{wrapper} | {base}" if before else f"{base} | {wrapper}"
+
+
+def start(seed: int) -> torch.nn.Parameter:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.Parameter(torch.randn(4, 3, generator=generator, dtype=torch.float64))
+
+
+def gradient(w: torch.Tensor) -> torch.Tensor:
+    return w + 0.5 * torch.sin(3 * w)
+
+
+def train(opt: metaopt.Stack, steps: int = 12) -> list[torch.Tensor]:
+    """Make some updates; return the weights at the end and the averages of every parameter, if any is kept."""
+    members = [p for entry in opt.param_groups for p in entry["params"]]
+
+    def closure() -> torch.Tensor:
+        for p in members:
+            p.grad = gradient(p.detach())
+        return torch.zeros(())
+
+    for _ in range(steps):
+        opt.step(closure)
+    found = [p.detach().clone() for p in members]
+    if any("averaged" in wrapper.acts_on() for wrapper in opt.wrappers):
+        with opt.averaged():
+            found += [p.detach().clone() for p in members]
+    return found
+
+
+def test_every_hyperparameter_of_a_wrapper_is_tried() -> None:
+    names = {
+        f"{entry.name}.{name}"
+        for entry in registry.entries("wrapper")
+        if entry.origin == "metaopt"
+        for name in entry.target.hyperparameters
+    }
+    assert names == set(APART) | TOGETHER
+
+
+@pytest.mark.parametrize("key", sorted(APART))
+def test_each_group_follows_its_own_value(key: str) -> None:
+    name = key.partition(".")[0]
+    first, second = APART[key]
+    groups = [{"params": [start(0)], key: first}, {"params": [start(1)], key: second}]
+    together = train(metaopt.build(groups, stack_text(name)))
+    alone = [
+        train(metaopt.build([{"params": [start(seed)], key: value}], stack_text(name)))
+        for seed, value in enumerate((first, second))
+    ]
+    for found, expected in zip(together, [t for pair in zip(*alone, strict=True) for t in pair], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-15)
+    # and the value matters: with the other group's the end is another
+    swapped = train(metaopt.build([{"params": [start(1)], key: first}], stack_text(name)))
+    assert not all(torch.equal(a, b) for a, b in zip(swapped, alone[1], strict=True))
+
+
+def test_sam_climbs_by_each_group_s_rho_along_the_gradient_of_all() -> None:
+    x, y = start(0), start(1)
+    seen: list[list[torch.Tensor]] = []
+
+    def closure() -> torch.Tensor:
+        seen.append([p.detach().clone() for p in (x, y)])
+        for p in (x, y):
+            p.grad = gradient(p.detach())
+        return torch.zeros(())
+
+    groups = [{"params": [x], "sam.rho": 0.1}, {"params": [y], "sam.rho": 0.4}]
+    metaopt.build(groups, "sam | sgd(lr=0.1)").step(closure)
+    before, climbed = seen
+    norm = torch.sqrt(sum((gradient(w) ** 2).sum() for w in before))
+    for w, there, rho in zip(before, climbed, (0.1, 0.4), strict=True):
+        torch.testing.assert_close(there, w + rho * gradient(w) / norm, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("key", sorted(TOGETHER - {"sam.rho"}))
+def test_what_all_groups_share_is_refused_in_one_of_them(key: str) -> None:
+    other = {"adaptive": True, "pullback_momentum": "reset", "slow_dtype": "float32", "average_dtype": "float32"}
+    name, _, hyperparameter = key.partition(".")
+    groups = [{"params": [start(0)]}, {"params": [start(1)], key: other.get(hyperparameter, 3)}]
+    with pytest.raises(metaopt.HyperparameterError, match=f"{key}.*acts on all groups"):
+        metaopt.build(groups, stack_text(name))
+
+
+FLOATS = sorted(
+    f"{entry.name}.{name}"
+    for entry in registry.entries("wrapper")
+    if entry.origin == "metaopt"
+    for name, hyperparameter in entry.target.hyperparameters.items()
+    if hyperparameter.schedulable
+)
+
+
+@pytest.mark.parametrize("key", FLOATS)
+def test_a_schedule_gives_every_update_the_value_of_its_time(key: str) -> None:
+    name, _, hyperparameter = key.partition(".")
+    low, high = (1.0, 4.0) if hyperparameter == "norm_type" else (0.05, 0.95)
+    more = ", max_norm=1.0" if hyperparameter == "norm_type" else ""
+    scheduled = metaopt.build(
+        [x := start(0)], stack_text(name, given=f"{hyperparameter}=linear({low}, {high}, steps=8){more}")
+    )
+    by_hand = metaopt.build([y := start(0)], stack_text(name, given=f"{hyperparameter}={low}{more}"))
+    for t in range(12):
+        assert scheduled.param_groups[0][key] == pytest.approx(low + (high - low) * min(t / 8, 1), abs=1e-15)
+        by_hand.param_groups[0][key] = low + (high - low) * min(t / 8, 1.0)
+        for found, expected in zip(train(scheduled, 1), train(by_hand, 1), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+    constant = metaopt.build([start(0)], stack_text(name, given=f"{hyperparameter}={low}{more}"))
+    assert not all(torch.equal(a, b) for a, b in zip(train(constant), train(scheduled, 0), strict=True))
+    assert torch.allclose(x, y)
+
+
+@pytest.mark.parametrize("key", sorted(k for k in APART if isinstance(APART[k][0], bool)))
+def test_a_switch_comes_from_the_checkpoint_and_is_obeyed(key: str) -> None:
+    name, _, hyperparameter = key.partition(".")
+    saved = metaopt.build([x := start(0)], stack_text(name, given=f"{hyperparameter}={not APART[key][0]}"))
+    loaded = metaopt.build([y := start(0)], stack_text(name, given=f"{hyperparameter}={APART[key][0]}"))
+    train(saved, 5)
+    loaded.load_state_dict(copy.deepcopy(saved.state_dict()))
+    y.data.copy_(x)
+    for found, expected in zip(train(loaded), train(saved), strict=True):
+        assert torch.equal(found, expected)
+    assert str(loaded.spec) == str(saved.spec)
+
+
+@pytest.mark.parametrize(
+    ("live", "saved"),
+    [
+        ("lookahead(k=2)", "lookahead(k=2, pullback_momentum='reset')"),
+        ("lookahead(k=2, pullback_momentum='pullback')", "lookahead(k=2)"),
+        ("lookahead(k=2, slow_dtype='float32')", "lookahead(k=2)"),
+        ("ema(decay=0.9, average_dtype='float32')", "ema(0.9)"),
+    ],
+)
+def test_what_decides_the_state_is_the_live_stack_s_and_the_load_says_so(live: str, saved: str) -> None:
+    before = metaopt.build([start(0)], f"sgd(lr=0.1, momentum=0.5) | {saved}")
+    train(before, 5)
+    opt = metaopt.build([start(0)], f"sgd(lr=0.1, momentum=0.5) | {live}")
+    with pytest.warns(UserWarning, match="kept as this stack has it"):
+        opt.load_state_dict(copy.deepcopy(before.state_dict()))
+    assert str(opt.spec) == f"sgd(lr=0.1, momentum=0.5) | {live}"
+    assert len(opt.load_report.kept) == 1
+    train(opt, 5)
+
+
+def test_outer_s_slow_weights_may_be_finer_than_the_model_s() -> None:
+    x = torch.nn.Parameter(torch.full((4,), 100.0, dtype=torch.bfloat16))
+    opt = metaopt.build([x], "sgd(lr=1.0) | outer(k=1, lr=0.1, momentum=0.0, slow_dtype='float32')")
+    for _ in range(10):  # in bfloat16 alone a tenth of 1 is lost beside 100
+        x.grad = torch.ones_like(x)
+        opt.step()
+    slow = opt.state[x]["outer.slow"]
+    assert slow.dtype == opt.state[x]["outer.buffer"].dtype == torch.float32
+    torch.testing.assert_close(slow, torch.full((4,), 99.0), rtol=1e-3, atol=0)
+
+
+def test_no_part_claims_a_name_that_another_part_has() -> None:
+    claimed: dict[str, str] = {}
+    for entry in registry.entries():
+        for name in getattr(entry.target, "known_as", ()):
+            assert claimed.setdefault(name, entry.name) == entry.name, name
+            assert name not in registry.names(), name
+
+
+def test_moments_that_a_bare_checkpoint_lacks_begin_at_zero() -> None:
+    x = start(0)
+    bare = metaopt.build([x], "sgd(lr=0.1, momentum=0.5)")
+    train(bare, 3)
+    v = bare.state[x]["momentum_buffer"].clone()
+    opt = metaopt.build(
+        [y := start(0)], "sgd(lr=0.1, momentum=0.5) | lookahead(k=1, alpha=0.25, pullback_momentum='pullback')"
+    )
+    y.data.copy_(x)
+    with pytest.warns(UserWarning, match="started fresh: lookahead"):
+        opt.load_state_dict(copy.deepcopy(bare.state_dict()))
+    expected = 0.25 * (0.5 * v + gradient(y.detach()))
+    train(opt, 1)
+    torch.testing.assert_close(opt.state[y]["momentum_buffer"], expected, rtol=1e-12, atol=1e-15)
