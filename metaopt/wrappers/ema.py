@@ -28,9 +28,13 @@ class Ema(Wrapper, each="element"):
         decay = group.decay
         if group.warmup:
             decay = min(decay, (1 + group.updates) / (10 + group.updates))
-        # a multi-tensor lerp refuses mixed dtypes; casting copies only where they differ
-        weights = [p.to(a.dtype) for p, a in zip(group.params, group.average, strict=True)]
-        torch._foreach_lerp_(group.average, weights, 1.0 - decay)
+        averages = group.average
+        if all(a.dtype == p.dtype for a, p in zip(averages, group.params, strict=True)):
+            torch._foreach_lerp_(averages, group.params, 1.0 - decay)
+            return
+        # a multi-tensor lerp refuses mixed dtypes; cast one at a time, or all weights would be copied at once
+        for average, p in zip(averages, group.params, strict=True):
+            average.lerp_(p.to(average.dtype), 1.0 - decay)
 
     def averaged(self, group: Group) -> list[torch.Tensor]:
         average: list[torch.Tensor] = group.average

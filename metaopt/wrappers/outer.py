@@ -28,19 +28,30 @@ class Outer(Wrapper, every="k", each="element"):
     buffer = zeros(dtype="slow_dtype")
 
     def after_update(self, group: Group) -> None:
-        way = torch._foreach_sub(group.slow, group.params)
-        torch._foreach_mul_(group.buffer, group.momentum)
-        torch._foreach_add_(group.buffer, way)
-        if group.nesterov:
-            torch._foreach_add_(way, torch._foreach_mul(group.buffer, group.momentum))
+        fast, slow, buffer = group.params, group.slow, group.buffer
+        if all(f.dtype == s.dtype for f, s in zip(fast, slow, strict=True)):
+            # the fast weights are about to be overwritten, so the way back to them needs no memory of its own
+            torch._foreach_sub_(fast, slow)
+            _advance(slow, buffer, fast, group)
         else:
-            way = group.buffer
-        torch._foreach_sub_(group.slow, torch._foreach_mul(way, group.lr))
-        group.move_to(group.slow)
+            for f, s, b in zip(fast, slow, buffer, strict=True):
+                _advance([s], [b], [f.to(s.dtype) - s], group)
+        group.move_to(slow)
 
     def averaged(self, group: Group) -> list[torch.Tensor]:
         slow: list[torch.Tensor] = group.slow
         return slow
+
+
+def _advance(
+    slow: list[torch.Tensor], buffer: list[torch.Tensor], difference: list[torch.Tensor], group: Group
+) -> None:
+    """Make the outer step, `difference` being fast - slow."""
+    torch._foreach_mul_(buffer, group.momentum)
+    torch._foreach_sub_(buffer, difference)
+    if group.nesterov:
+        torch._foreach_add_(slow, difference, alpha=group.lr)
+    torch._foreach_add_(slow, buffer, alpha=-group.lr * (group.momentum if group.nesterov else 1.0))
 
 
 @hookimpl
