@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from metaopt.batch_size import scale_lr as scale_lr
     from metaopt.building import build as build
     from metaopt.building import wrap as wrap
     from metaopt.dividing import Division as Division
@@ -70,6 +71,7 @@ _HOMES = {
     "wrap": "building",
     "groups": "grouping",
     "explain": "explaining",
+    "scale_lr": "batch_size",
     "register": "registry",
     "Stack": "stack",
     "Wrapper": "wrapper",

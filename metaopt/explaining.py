@@ -17,16 +17,23 @@ SAMPLES = 10_000
 DEEPEST = 4
 
 
-def explain(optimizer: torch.optim.Optimizer, model: torch.nn.Module | None = None) -> Explanation:
+def explain(
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module | None = None, *, batch_size: int | None = None
+) -> Explanation:
     """Return what an optimizer does, group by group, and what is suspicious about it; changes nothing.
 
     Takes a stack or any torch optimizer, before, during or after a run; with a model it also compares their
-    parameters. `print(explain(opt, model))` shows a table. Reads learning rates, so it may wait for the device.
+    parameters, and with a batch size (examples per update, over all devices and accumulated batches) it says whether
+    that asks for a warm-up. `print(explain(opt, model))` shows a table. Reads learning rates, so it may wait for the
+    device. Raises ParameterError.
     """
+    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+        raise ParameterError(f"explain(): batch_size={batch_size!r} is no number of examples: give an integer >= 1")
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ParameterError(f"explain() takes a torch.optim.Optimizer, not {type(optimizer).__name__}")
     stack = optimizer if isinstance(optimizer, Stack) else None
-    scheduler = findings.scheduler_of(optimizer)
+    drivers = findings.schedulers(optimizer)
+    scheduler = next(iter(drivers[0]), None)
     rows = []
     for number, entry in enumerate(optimizer.param_groups):
         rate = _number(entry.get("lr"))
@@ -53,7 +60,9 @@ def explain(optimizer: torch.optim.Optimizer, model: torch.nn.Module | None = No
         updates=_count(optimizer),
         total_steps=None if stack is None else stack.total_steps,
         rows=tuple(rows),
-        findings=findings.in_optimizer(optimizer, model),
+        findings=findings.in_optimizer(
+            optimizer, model, drivers, batch_size, max((row.peak for row in rows if row.peak is not None), default=None)
+        ),
     )
 
 

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from metaopt.explanation import Finding
 from metaopt.hyperparameters import from_signature
+from metaopt.practice import in_practice, number
 from metaopt.reporting import ReportingScheduler
 from metaopt.stack import Stack
 
@@ -18,16 +19,25 @@ Optimizer = torch.optim.Optimizer
 SHOWN = 3
 
 
-def in_optimizer(optimizer: Optimizer, model: torch.nn.Module | None) -> tuple[Finding, ...]:
-    """Return everything suspicious about an optimizer, and about it beside a model where one is given."""
+def in_optimizer(
+    optimizer: Optimizer,
+    model: torch.nn.Module | None,
+    drivers: tuple[list[LRScheduler], list[LRScheduler]],
+    batch_size: int | None = None,
+    peak: float | None = None,
+) -> tuple[Finding, ...]:
+    """Return everything suspicious about an optimizer, and about it beside a model or a batch size if one is given.
+
+    `drivers` are what `schedulers` found, `peak` is the highest learning rate of the run, where it is known.
+    """
     names = _names(optimizer, model)
-    found = [*_in_groups(optimizer.param_groups, names), *_rates(optimizer)]
+    found = [*_in_groups(optimizer.param_groups, names), *_rates(optimizer, *drivers)]
     if model is not None:
         found += _beside_model(optimizer, model)
     if isinstance(optimizer, Stack):
         found += [*_cycles(optimizer), *_lengths(optimizer)]
         found += in_entries(optimizer.param_groups)
-    return tuple(found)
+    return (*found, *in_practice(optimizer, batch_size, peak))
 
 
 def in_entries(entries: Sequence[Entry]) -> Iterator[Finding]:
@@ -44,10 +54,10 @@ def in_entries(entries: Sequence[Entry]) -> Iterator[Finding]:
 def _names(optimizer: Optimizer, model: torch.nn.Module | None) -> dict[int, str]:
     """Return a name for every parameter, by identity: the model's, the group's or its place."""
     names: dict[int, str] = {}
-    for number, entry in enumerate(optimizer.param_groups):
+    for position, entry in enumerate(optimizer.param_groups):
         given = entry.get("param_names") or []
         for place, parameter in enumerate(entry["params"]):
-            names[id(parameter)] = given[place] if place < len(given) else f"group {number}, parameter {place}"
+            names[id(parameter)] = given[place] if place < len(given) else f"group {position}, parameter {place}"
     if model is not None:
         names.update({id(parameter): name for name, parameter in model.named_parameters()})
     return names
@@ -68,15 +78,7 @@ def _in_groups(entries: Sequence[Entry], names: dict[int, str]) -> Iterator[Find
             f"updated more than once per step: {_some(twice)}",
             "put every parameter in one group; metaopt.groups(model, ...) does",
         )
-    flat = [
-        names[id(p)] for entry in entries if _plain(entry.get("weight_decay")) for p in entry["params"] if p.dim() <= 1
-    ]
-    if flat:
-        yield Finding(
-            "decay-on-1d",
-            f"weight decay also shrinks biases and norms: {_some(flat)}",
-            'build over metaopt.groups(model, no_decay="1d")',
-        )
+    yield from _flat_decays(entries, names)
     frozen = [names[id(p)] for p in members if not p.requires_grad]
     if frozen:
         yield Finding(
@@ -84,6 +86,19 @@ def _in_groups(entries: Sequence[Entry], names: dict[int, str]) -> Iterator[Find
             f"in a group but without requires_grad, so never updated: {_some(frozen)}",
             "leave frozen parameters out: [p for p in model.parameters() if p.requires_grad]",
         )
+
+
+def _flat_decays(entries: Sequence[Entry], names: dict[int, str]) -> Iterator[Finding]:
+    keys = dict.fromkeys(key for entry in entries for key in entry if key.rpartition(".")[2] == "weight_decay")
+    for key in keys:
+        flat = [names[id(p)] for entry in entries if number(entry.get(key)) for p in entry["params"] if p.dim() <= 1]
+        if flat:
+            groups = 'no_decay="1d"' if key == "weight_decay" else f'{{"*.bias": {{"{key}": 0.0}}}}'
+            yield Finding(
+                "decay-on-1d",
+                f"weight decay also shrinks biases and norms: {_some(flat)}",
+                f"build over metaopt.groups(model, {groups})",
+            )
 
 
 def _beside_model(optimizer: Optimizer, model: torch.nn.Module) -> Iterator[Finding]:
@@ -105,20 +120,15 @@ def _beside_model(optimizer: Optimizer, model: torch.nn.Module) -> Iterator[Find
         )
 
 
-def _plain(value: Any) -> float:
-    return float(value) if isinstance(value, int | float | torch.Tensor) else 0.0
-
-
-def _schedulers(optimizer: Optimizer) -> tuple[list[LRScheduler], list[LRScheduler]]:
+def schedulers(optimizer: Optimizer) -> tuple[list[LRScheduler], list[LRScheduler]]:
     """Return the live torch schedulers bound to this optimizer, and those bound to another over its parameters."""
     bound: list[LRScheduler] = []
     elsewhere: list[LRScheduler] = []
     own = {id(optimizer)} | ({id(optimizer.base)} if isinstance(optimizer, Stack) else set())
     held = {id(p) for entry in optimizer.param_groups for p in entry["params"]}
+    kinds = set(_kinds_of(LRScheduler)) - {ReportingScheduler}
     # an optimizer does not know its schedulers; only a search finds the one that drives a forgotten optimizer
-    for candidate in gc.get_objects():
-        if not issubclass(type(candidate), LRScheduler) or issubclass(type(candidate), ReportingScheduler):
-            continue
+    for candidate in [found for found in gc.get_objects() if type(found) in kinds]:
         driven = vars(candidate).get("optimizer")
         driven = getattr(driven, "optimizer", driven)  # Accelerate puts a shell around the optimizer
         if driven is None or id(driven) in own:
@@ -130,14 +140,13 @@ def _schedulers(optimizer: Optimizer) -> tuple[list[LRScheduler], list[LRSchedul
     return bound, elsewhere
 
 
-def scheduler_of(optimizer: Optimizer) -> LRScheduler | None:
-    """Return a live torch scheduler that drives this optimizer, or None."""
-    bound, _ = _schedulers(optimizer)
-    return bound[0] if bound else None
+def _kinds_of(kind: type[Any]) -> Iterator[type[Any]]:
+    yield kind
+    for own in kind.__subclasses__():
+        yield from _kinds_of(own)
 
 
-def _rates(optimizer: Optimizer) -> Iterator[Finding]:
-    bound, elsewhere = _schedulers(optimizer)
+def _rates(optimizer: Optimizer, bound: list[LRScheduler], elsewhere: list[LRScheduler]) -> Iterator[Finding]:
     for scheduler in elsewhere:
         yield Finding(
             "scheduler-of-another-optimizer",
@@ -153,7 +162,7 @@ def _rates(optimizer: Optimizer) -> Iterator[Finding]:
         )
     default = default_rate(optimizer)
     rates = [entry.get("lr") for entry in optimizer.param_groups]
-    if default is not None and not scheduled and not bound and all(_plain(rate) == default for rate in rates):
+    if default is not None and not scheduled and not bound and all(number(rate) == default for rate in rates):
         base = optimizer.base if isinstance(optimizer, Stack) else optimizer
         yield Finding(
             "default-rate",
@@ -202,7 +211,8 @@ def _lengths(stack: Stack) -> Iterator[Finding]:
     for key, schedule in stack.schedules.items() if run is not None else ():
         assert run is not None
         length = schedule.length(run, run)
-        if length is not None and length < run:
+        # a warm-up that ends at its highest value is meant to stay there
+        if length is not None and length < run and schedule(run, run) < max(schedule(t, run) for t in (0, length)):
             yield Finding(
                 "schedule-shorter-than-run",
                 f"the schedule of {key} ends after {length} of {run} updates and then holds {schedule(run, run):.4g}",

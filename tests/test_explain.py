@@ -164,6 +164,10 @@ def test_a_schedule_of_another_length_than_the_run_is_found(steps, code):
     assert codes(metaopt.build(model(), f"sgd(lr=cosine(0.1, steps={steps}))", total_steps=100)) == {code}
 
 
+def test_a_warm_up_that_stays_at_its_highest_is_as_long_as_the_run():
+    assert codes(metaopt.build(model(), "sgd(lr=warmup(0.1, 50))", total_steps=100)) == set()
+
+
 def test_a_stack_is_explained_in_the_middle_of_a_run():
     net = model()
     stack = metaopt.build(net, "sgd(lr=0.1) | lookahead(k=2)", total_steps=10)

@@ -25,6 +25,9 @@ def explain_what(
     what: Annotated[str, typer.Argument(metavar="SPEC|CHECKPOINT", help="A pipeline as text, or a checkpoint file.")],
     problem: Annotated[str | None, typer.Option(help="Explain the pipeline on this problem's model.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Length of the run in updates.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Examples per update; the problem's own if it has one.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     plugin: Plugins = [],  # noqa: B006  typer reads the default, nothing changes it
 ) -> None:
@@ -34,11 +37,11 @@ def explain_what(
 
         explanation = explain_checkpoint(what)
     else:
-        explanation = _explain_spec(what, problem, steps)
+        explanation = _explain_spec(what, problem, steps, batch_size)
     print(explanation.to_json() if as_json else explanation)
 
 
-def _explain_spec(text: str, problem: str | None, steps: int | None) -> "Explanation":
+def _explain_spec(text: str, problem: str | None, steps: int | None, batch_size: int | None) -> "Explanation":
     import torch
 
     from metaopt.building import build
@@ -52,13 +55,15 @@ def _explain_spec(text: str, problem: str | None, steps: int | None) -> "Explana
         trained = registry.find(problem, "problem").target()
         model = trained.model(0, torch.device("cpu"))
         steps = steps or trained.default_steps
+        if batch_size is None and "batch_size" in trained.hyperparameters:
+            batch_size = trained.batch_size
     stepped = copy.deepcopy(model)
     try:
         # parameters, not the module: build's hint about decay is a finding here
         stack = build(model.named_parameters(), text, total_steps=steps)
     except HyperparameterError as error:
         raise HyperparameterError(str(error).replace("total_steps", "--steps")) from None
-    explanation = explain(stack, model)
+    explanation = explain(stack, model, batch_size=batch_size)
     later = build(stepped.named_parameters(), text, total_steps=steps)
     try:
         _step_on_zeros(later, stepped)

@@ -1,0 +1,140 @@
+"""What a base does to gradients and weights, found by letting a scratch copy of it step, whatever its name."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from metaopt.composition import RUN_FLAGS
+from metaopt.lanes import Entry, Lane
+from metaopt.stack import Stack
+from metaopt.wrapper import Wrapper
+
+STEPS = 12
+SHAPE = (4, 3)
+# how far two updates may differ that count as the same
+SAME = 0.05
+FAR = 1e3
+# sizes of gradients at which a wrapper may begin to act
+SIZES = (1e-3, 1.0, 1e3, 1e6)
+
+
+@dataclass(frozen=True)
+class Character:
+    """What a base with the hyperparameters of one group does.
+
+    `ignores_scale`: gradients that are all as many times larger lead to the same updates (Adam). `ignores_each_scale`:
+    also where the factor changes from update to update (signs). `rescales_decay`: what its `weight_decay` takes from
+    the weights shrinks as gradients grow, so it is added to the gradient and divided with it (Adam, not AdamW).
+    """
+
+    ignores_scale: bool
+    ignores_each_scale: bool
+    rescales_decay: bool
+
+
+def character(lane: Lane, entry: Entry) -> Character | None:
+    """Return what the base of a lane does, or None where a scratch copy of it cannot be made or cannot step."""
+
+    def last_update(factors: Sequence[float], decay: float = 0.0) -> torch.Tensor:
+        optimizer, scratch = _scratch(lane, entry, decay)
+        return _last_update(optimizer, scratch, _gradients(factors))
+
+    try:
+        with _by_itself():
+            usual = last_update([1.0] * STEPS)
+            far = last_update([FAR] * STEPS)
+            mixed = last_update([1.0, FAR, 1.0 / FAR] * (STEPS // 3))
+            decayed = last_update([1.0] * STEPS, 0.1) - usual
+            far_decayed = last_update([FAR] * STEPS, 0.1) - far
+    except Exception:  # what a foreign class asks of its surroundings is not foreseeable; then nothing is said of it
+        return None
+    return Character(
+        ignores_scale=_same(far, usual),
+        ignores_each_scale=_same(far, usual) and _same(mixed, usual),
+        rescales_decay=bool(far_decayed.norm() < 0.5 * decayed.norm()),
+    )
+
+
+def acts_in_vain(lane: Lane, entry: Entry, wrapper: Wrapper) -> bool:
+    """Tell whether a wrapper that makes gradients smaller, all of them alike, leaves the base's updates as they are."""
+    try:
+        with _by_itself():
+            return any(_in_vain(lane, entry, wrapper, size) for size in SIZES)
+    except Exception:  # see above
+        return False
+
+
+def _in_vain(lane: Lane, entry: Entry, wrapper: Wrapper, size: float) -> bool:
+    alone, scratch = _scratch(lane, entry)
+    expected = _last_update(alone, scratch, _gradients([size] * STEPS))
+    base, scratch = _scratch(lane, entry, wrapper=wrapper)
+    left: list[float] = []
+    found = _last_update(Stack(base, [wrapper]), scratch, _gradients([size] * STEPS), left)
+    given = size * torch.Size(SHAPE).numel() ** 0.5
+    return max(left) < 0.9 * given and _same(found, expected)
+
+
+def _scratch(
+    lane: Lane, entry: Entry, decay: float = 0.0, wrapper: Wrapper | None = None
+) -> tuple[torch.optim.Optimizer, torch.Tensor]:
+    """Return a new base with a group's hyperparameters over a small matrix, and the matrix."""
+    kind = type(lane.base)
+    names = inspect.signature(kind).parameters.keys() - RUN_FLAGS
+    own = {key: _number(value) for key, value in entry.items() if key in names and key != "params"}
+    own |= {key: value for key, value in (("lr", 1e-3), ("weight_decay", decay)) if key in own}
+    scratch = torch.linspace(0.5, 1.5, torch.Size(SHAPE).numel(), dtype=torch.float64).reshape(SHAPE).requires_grad_()
+    wrappers = {} if wrapper is None else {k: v for k, v in entry.items() if k.startswith(f"{wrapper.label}.")}
+    return kind([{"params": [scratch], **wrappers}], **own), scratch
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+
+
+def _gradients(factors: Sequence[float]) -> Iterator[torch.Tensor]:
+    """Yield gradients of unrelated directions, each as long as a matrix of ones times its factor."""
+    generator = torch.Generator().manual_seed(0)
+    for factor in factors:
+        direction = torch.randn(SHAPE, generator=generator, dtype=torch.float64)
+        yield direction * (factor * direction.numel() ** 0.5 / direction.norm())
+
+
+def _last_update(
+    optimizer: torch.optim.Optimizer,
+    scratch: torch.Tensor,
+    gradients: Iterator[torch.Tensor],
+    left: list[float] | None = None,
+) -> torch.Tensor:
+    """Return the last of some updates; `left` receives the norm of each gradient as the update left it."""
+    before = scratch.detach().clone()
+    step = _without_hooks(optimizer)
+    for gradient in gradients:
+        before.copy_(scratch.detach())
+        scratch.grad = gradient
+        step()
+        if left is not None:
+            left.append(float(scratch.grad.norm()))
+    return scratch.detach() - before
+
+
+def _without_hooks(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    # hooks that a client put on every optimizer of the process are not meant for a scratch copy
+    step = type(optimizer).step
+    plain = getattr(step, "__wrapped__", step)
+    return lambda: plain(optimizer)
+
+
+def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool(expected.norm() > 0 and (found - expected).norm() <= SAME * expected.norm())
+
+
+@contextmanager
+def _by_itself() -> Iterator[None]:
+    """Leave the random numbers as they are, and compile nothing for a few steps of a few numbers."""
+    with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"), torch.enable_grad():
+        torch.manual_seed(0)
+        yield
