@@ -2,14 +2,13 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import metaopt
+from metaopt.cli import main
 
 
 def codes(optimizer: torch.optim.Optimizer, **more: int) -> set[str]:
@@ -288,11 +287,12 @@ def test_a_batch_size_is_a_number_of_examples(batch_size: object) -> None:
         metaopt.explain(stack("sgd(lr=0.1)"), batch_size=batch_size)
 
 
-def test_the_command_takes_the_batch_size_or_the_problem_s_own() -> None:
+def test_the_command_takes_the_batch_size_or_the_problem_s_own(capsys: pytest.CaptureFixture[str]) -> None:
     def told(*arguments: str) -> set[str]:
-        command = [sys.executable, "-m", "metaopt", "explain", "sgd(lr=0.1)", "--json", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return {finding["code"] for finding in json.loads(done.stdout)["findings"]}
+        with pytest.raises(SystemExit) as exit:
+            main(["explain", "sgd(lr=0.1)", "--json", *arguments])
+        assert not exit.value.code
+        return {finding["code"] for finding in json.loads(capsys.readouterr().out)["findings"]}
 
     assert told("--batch-size", "2048") == {"no-warm-up"}
-    assert told("--problem", "xor") == set()
+    assert "no-warm-up" not in told("--problem", "xor")
