@@ -19,6 +19,10 @@ INTERRUPTED = 130
 PIPE_CLOSED = 141  # what a shell reports for a program that SIGPIPE ended
 
 
+class Interrupted(Exception):
+    """The user's Ctrl-C in a command that can say what is kept and how to go on."""
+
+
 def load_plugins(names: list[str]) -> list[str]:
     """Import modules by name, also from the current folder, and register the parts that they offer."""
     if names:
@@ -90,6 +94,8 @@ def _run(arguments: list[str]) -> int:
         return returned if isinstance(returned, int) else 0
     except MetaoptError as error:
         return _fail(error)
+    except Interrupted as error:
+        return _fail(f"interrupted: {error}" if str(error) else "interrupted", INTERRUPTED)
     except _ArgumentError as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # it carries the help text, already printed by rich
             return 2

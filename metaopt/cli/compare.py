@@ -1,22 +1,34 @@
 """`metaopt compare`: which of these optimizers is better on this problem."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from metaopt.cli import Plugins
+from metaopt.cli import Interrupted, Plugins
+
+Progress = Callable[[int, int], None]
 
 
 def compare(
-    specs: Annotated[list[str] | None, typer.Option("-o", "--optimizer", metavar="SPEC", help="A contender.")] = None,
-    baseline: Annotated[str | None, typer.Option(help="The contender to compare with; the first by default.")] = None,
+    specs: Annotated[
+        list[str] | None, typer.Option("-o", "--optimizer", metavar="SPEC", help="A contender; give two or more.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="The contender to compare with; the first by default.")
+    ] = None,
     problem: Annotated[str, typer.Option(help="What is trained; see: metaopt list problems.")] = "digits",
     seeds: Annotated[int, typer.Option(help="Seeds of the final runs.")] = 10,
-    steps: Annotated[int | None, typer.Option(help="Updates per run; the problem's own by default.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Gradient evaluations per run; the problem's own number by default.")
+    ] = None,
     lrs: Annotated[int, typer.Option(help="Learning rates in the grid.")] = 5,
+    lr_min: Annotated[float, typer.Option(help="The grid's lowest rate.")] = 1e-3,
+    lr_max: Annotated[float, typer.Option(help="The grid's highest rate; those between are log-spaced.")] = 0.5,
     no_tune: Annotated[bool, typer.Option("--no-tune", help="Use the rates in the specs; names no winner.")] = False,
-    jobs: Annotated[int, typer.Option(help="Processes; times are printed with 1 alone.")] = 2,
+    jobs: Annotated[int, typer.Option(help="Processes, one thread each; times are shown with 1 alone.")] = 2,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     out: Annotated[Path, typer.Option(help="Where results go; an interrupted comparison continues there.")] = Path(
         "runs/compare"
@@ -24,61 +36,78 @@ def compare(
     plugin: Plugins = [],  # noqa: B006 - typer reads the default and never changes it
 ) -> None:
     """Compare optimizers: tune each on validation data, train the best rates with other seeds, test once."""
-    import importlib
-
-    from metaopt.errors import LogError, ProblemError
-
-    try:
-        figures = importlib.import_module("metaopt.lab.figures")
-        comparing = importlib.import_module("metaopt.lab.compare")
-        report = importlib.import_module("metaopt.lab.report")
-    except ImportError as error:
-        raise ProblemError(f"compare needs {error.name}: pip install 'metaopt-torch[lab]'") from None
-    plan = comparing.plan_comparison(
+    figures, comparing, planning, report = _lab()
+    plan = planning.plan_comparison(
         problem=problem,
         specs=specs or (),
         baseline=baseline,
         seeds=seeds,
         steps=steps,
         lrs=lrs,
+        lr_min=lr_min,
+        lr_max=lr_max,
         tune=not no_tune,
         device=device,
         out=out,
         jobs=jobs,
         plugins=plugin,
     )
+    with _progress(out) as progress:
+        contenders = comparing.run_comparison(plan, progress)
+        report.write_results(plan, contenders)
+        figures.draw_curves(plan, contenders)
+        if plan.tune:
+            figures.draw_sensitivity(plan, contenders)
+    print(report.headline(plan, contenders))
+    _print(report.rows(plan, contenders), report.remarks(plan, contenders))
+    pictures = "curves.png, sensitivity.png" if plan.tune else "curves.png"
+    print(f"Written to {out}: report.md, results.json, {pictures}; look at: tensorboard --logdir {out / 'tensorboard'}")
+
+
+def _lab() -> list[Any]:
+    """Return the modules that need the extra `lab`."""
+    from importlib import import_module
+
+    from metaopt.errors import ProblemError
+
     try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LogError(f"results cannot be written to {out}: {error.strerror}") from None
-    contenders = _with_progress(comparing, plan)
-    report.write_results(plan, contenders)
-    figures.draw_curves(plan, contenders)
-    if plan.tune:
-        figures.draw_sensitivity(plan, contenders)
-    _print(report.rows(plan, contenders), report.remarks(plan, contenders), out)
+        return [import_module(f"metaopt.lab.{name}") for name in ("figures", "compare", "plan", "report")]
+    except ImportError as error:
+        raise ProblemError(f"compare needs {error.name}: pip install 'metaopt-torch[lab]'") from None
 
 
-def _with_progress(comparing: Any, plan: Any) -> Any:
+@contextmanager
+def _progress(out: Path) -> Iterator[Progress]:
+    """Show a bar on a terminal; tell an interrupted user what is kept and how to go on."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        return comparing.run_comparison(plan)
     columns = (TextColumn("training runs"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
+    console = Console(stderr=True)
+    finished = (0, 0)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("runs", total=None)
-        return comparing.run_comparison(plan, lambda done, total: bar.update(task, completed=done, total=total))
+
+        def progress(done: int, total: int) -> None:
+            nonlocal finished
+            finished = done, total
+            bar.update(task, completed=done, total=total)
+
+        try:
+            yield progress
+        except KeyboardInterrupt:
+            kept = f"{finished[0]} of {finished[1]} training runs are done and kept in {out}" if finished[1] else ""
+            raise Interrupted(f"{kept}; the same command goes on from there" if kept else "") from None
 
 
-def _print(table: list[dict[str, str]], remarks: list[str], out: Path) -> None:
+def _print(table: list[dict[str, str]], remarks: list[str]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
     if console.is_terminal:
-        shown = Table(*table[0])
+        shown = Table(*table[0], box=box.SIMPLE_HEAD)
         for row in table:
             shown.add_row(*row.values())
         console.print(shown)
@@ -87,7 +116,6 @@ def _print(table: list[dict[str, str]], remarks: list[str], out: Path) -> None:
             print("; ".join(f"{name}: {value}" for name, value in row.items() if value))
     for remark in remarks:
         print(remark)
-    print(f"written to {out}: report.md, results.json, curves.png, sensitivity.png, tensorboard/")
 
 
 def register(app: typer.Typer) -> None:

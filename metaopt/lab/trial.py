@@ -1,104 +1,179 @@
-"""One training run of a comparison, in a process of its own where several run side by side."""
+"""One training run of a comparison, within a budget of gradient evaluations."""
 
-import hashlib
-import json
 import math
-import os
 import time
-from contextlib import nullcontext
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from metaopt.building import build
+from metaopt.errors import MetaoptError, ProblemError
+from metaopt.lab.circumstances import digest
+from metaopt.lab.weights import FAST, evaluated, shown
+from metaopt.metrics import HyperValue, Logger
+from metaopt.problem import Problem
 from metaopt.registry import registry
+from metaopt.stack import Stack
 
 POINTS = 20
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What is run: a problem, a spec with its learning rate, a seed, a length; `test` reads the test data once."""
+    """What is run: a problem, a spec with its learning rate, a seed, a budget of gradient evaluations.
+
+    `updates` is how many updates the budget pays for. A `final` run is looked at as it goes and reads the test data
+    once; one that only tunes is evaluated at its end, on validation data. `circumstances` is the rest, hashed.
+    """
 
     problem: str
     spec: str
     seed: int
-    steps: int
+    budget: int
+    updates: int
     device: str
-    test: bool = False
-    log: str | None = None
+    final: bool
+    circumstances: str
 
     def key(self) -> str:
         """Return a name for the result's file that changes with anything that is run."""
-        return hashlib.sha256(json.dumps({**asdict(self), "log": None}, sort_keys=True).encode()).hexdigest()[:24]
+        return digest(asdict(self))
 
 
-def run_trial(trial: Trial, folder: str, plugins: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Train and return the result; a result that lies in `folder` already is read, not made again."""
-    path = Path(folder) / f"{trial.key()}.json"
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
-    for plugin in plugins:
-        registry.load_plugin_module(plugin)
-    result = {**asdict(trial), **train_once(trial)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}.tmp")
-    scratch.write_text(json.dumps(result))
-    scratch.replace(path)
-    return result
+class Points(Logger):
+    """Keeps what a run logs, for its file of results."""
+
+    def __init__(self) -> None:
+        self.hparams: dict[str, HyperValue] = {}
+        self.values: dict[int, dict[str, float | None]] = {}
+
+    def open(self, *, step: int, tags: Sequence[str], spec: str, hparams: Mapping[str, HyperValue]) -> None:
+        self.hparams = dict(hparams)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self.values.setdefault(step, {}).update({tag: _finite(value) for tag, value in values.items()})
 
 
-def train_once(trial: Trial) -> dict[str, Any]:
-    """Train once; return the curve on validation data and the final losses of the fast and the averaged weights."""
-    problem = registry.find(trial.problem, "problem").target()
-    model = problem.model(trial.seed, trial.device)
-    opt = build(model, trial.spec, total_steps=trial.steps, log=trial.log)
-    batches = problem.batches(trial.seed, trial.device)
-    averages = any("averaged" in wrapper.acts_on() for wrapper in opt.wrappers)
-    evaluations, curve, began = 0, [], time.perf_counter()
+class _Run:
+    """A model, its stack and its batches, with the gradient evaluations counted."""
 
-    def closure() -> torch.Tensor:
-        nonlocal evaluations
-        evaluations += 1
-        opt.zero_grad()
-        loss: torch.Tensor = problem.loss(model, batch)
+    def __init__(self, problem: Problem, spec: str, seed: int, device: str, total_steps: int, **log: Any) -> None:
+        torch.manual_seed(seed)
+        self.problem = problem
+        self.model = problem.model(seed, device)
+        # parameters, not the module: nobody could follow build's hint about decay here
+        self.opt: Stack = build(self.model.named_parameters(), spec, total_steps=total_steps, **log)
+        self.evaluations = 0
+        self._batches = problem.batches(seed, device)
+        self._batch: Any = None
+
+    def update(self) -> Any:
+        """Make one update; return its loss."""
+        self._batch = next(self._batches)
+        return self.opt.step(self._closure)
+
+    def _closure(self) -> torch.Tensor:
+        self.evaluations += 1
+        self.opt.zero_grad()
+        loss = self.problem.loss(self.model, self._batch)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    every = max(1, trial.steps // POINTS)
-    reached: int | None = None
+
+def evaluations_per_update(problem: Problem, spec: str, device: str, budget: int) -> int:
+    """Return how many gradients an update takes, seen at a first one: 1 for most, 2 for SAM. Raises MetaoptError."""
+
+    def first() -> int:
+        run = _Run(problem, spec, 0, device, budget)
+        run.update()
+        return max(1, run.evaluations)
+
+    return _told(spec, type(problem).__name__.lower(), first)
+
+
+def run_trial(trial: Trial) -> dict[str, Any]:
+    """Train once; return the final losses of the fast and the evaluated weights, and the curve of a final run.
+
+    Raises MetaoptError, for whatever the optimizer or the problem raised.
+    """
+    return {**asdict(trial), **_told(trial.spec, f"{trial.problem}, seed {trial.seed}", lambda: _run(trial))}
+
+
+def _told(spec: str, where: str, work: Callable[[], Made]) -> Made:
+    try:
+        return work()
+    except MetaoptError:
+        raise
+    except Exception as error:  # an optimizer or a problem from elsewhere may raise anything
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ProblemError(f"{spec} cannot train {where}: {what} ({at.filename}, line {at.lineno})") from error
+
+
+def _run(trial: Trial) -> dict[str, Any]:
+    problem: Problem = registry.find(trial.problem, "problem").target()
+    points = Points()
+    every = max(1, trial.updates // POINTS)
+    log = {"log": points, "log_every": every} if trial.final else {}
+    run = _Run(problem, trial.spec, trial.seed, trial.device, trial.updates, **log)
+    per_update = max(1, trial.budget // trial.updates)
     metric, goal = next(iter(problem.targets.items()), ("loss", -math.inf))
-    for step in range(1, trial.steps + 1):
-        batch = next(batches)
-        opt.step(closure)
-        if step % every and step != trial.steps:
+    curve: list[tuple[int, float | None]] = []
+    reached: int | None = None
+    diverged = False
+    seconds, began = 0.0, time.perf_counter()
+    while run.evaluations + per_update <= trial.budget:
+        loss = run.update()
+        last = run.evaluations + per_update > trial.budget
+        if run.opt.updates % every and not last:
             continue
-        with opt.averaged() if averages else nullcontext():
-            measured = problem.evaluate(model, "validation")
-        curve.append((evaluations, _finite(measured["loss"])))
-        met = measured[metric] <= goal if metric == "loss" else measured[metric] >= goal
-        reached = evaluations if reached is None and met else reached
-        if not math.isfinite(measured["loss"]):
+        _settle(trial.device)
+        seconds += time.perf_counter() - began
+        if trial.final:
+            measured = _evaluate(run, "validation")
+            points.scalars(run.opt.updates, {f"validation/{name}": value for name, value in measured.items()})
+            curve.append((run.evaluations, _finite(measured["loss"])))
+            met = measured[metric] <= goal if metric == "loss" else measured[metric] >= goal
+            reached = run.evaluations if reached is None and met else reached
+            loss = torch.tensor(measured["loss"])
+        diverged = not bool(loss.isfinite())
+        if diverged:
             break
-    seconds = time.perf_counter() - began
-    split = "test" if trial.test else "validation"
-    fast = problem.evaluate(model, split)
-    with opt.averaged() if averages else nullcontext():
-        shown = problem.evaluate(model, split)
+        began = time.perf_counter()
+    split = "test" if trial.final else "validation"
+    fast = problem.evaluate(run.model, split)
+    measured = fast if evaluated(run.opt) == FAST else _evaluate(run, split)
+    diverged = diverged or not math.isfinite(measured["loss"])
     return {
         "curve": curve,
-        "fast": {k: _finite(v) for k, v in fast.items()},
-        "evaluated": {k: _finite(v) for k, v in shown.items()},
-        "weights": "averaged" if averages else "fast",
+        "points": sorted(points.values.items()),
+        "hparams": points.hparams,
+        "fast": {name: _finite(value) for name, value in fast.items()},
+        # a run that was stopped has no final loss, whatever its weights give
+        "evaluated": {name: None if diverged else _finite(value) for name, value in measured.items()},
+        "weights": evaluated(run.opt),
         "reached": reached,
-        "updates": opt.updates,
-        "evaluations": evaluations,
+        "updates": run.opt.updates,
+        "evaluations": run.evaluations,
         "seconds": seconds,
-        "diverged": not math.isfinite(shown["loss"]),
+        "diverged": diverged,
     }
+
+
+def _evaluate(run: _Run, split: str) -> dict[str, float]:
+    with shown(run.opt):
+        return run.problem.evaluate(run.model, split)
+
+
+def _settle(device: str) -> None:
+    """Wait for what was queued on an accelerator: its time belongs to the training, not to the evaluation."""
+    if not device.startswith("cpu"):
+        torch.accelerator.synchronize()
 
 
 def _finite(value: float) -> float | None:

@@ -1,0 +1,34 @@
+"""A folder that one process at a time writes into, cleared of what a killed one left half-written."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from metaopt.errors import LogError
+
+SCRATCH = ".tmp"
+
+
+@contextmanager
+def held(folder: Path, what: str) -> Iterator[None]:
+    """Make `folder` if need be and keep other processes out of it; the system lets go of it for a process that dies.
+
+    Files that end in `.tmp` are removed: nobody is writing them. `what` names the folder's use in errors.
+    Raises LogError where the folder cannot be written, or another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise LogError(f"another process is writing {what} into {folder}: wait for it, or choose another") from None
+    except OSError as error:
+        raise LogError(f"{what} cannot be written to {folder}: {error.strerror or error}") from None
+    try:
+        for scratch in folder.glob(f"*{SCRATCH}"):
+            scratch.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,134 @@
+"""Running trials, in this process or in others that end when it ends; each result is on disk before it counts."""
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metaopt.errors import LogError, ProblemError
+from metaopt.lab.circumstances import THREADS
+from metaopt.lab.trial import Trial, run_trial
+from metaopt.registry import registry
+
+Result = dict[str, Any]
+
+
+class Workers:
+    """Runs trials in this process, or in `jobs` others that start when there is something to do and end on leaving.
+
+    Left by an exception, a Ctrl-C among them, it ends at once what still runs.
+    """
+
+    def __init__(self, folder: Path, jobs: int, plugins: Sequence[str] = ()) -> None:
+        self.folder = folder
+        self.jobs = jobs
+        self.plugins = tuple(plugins)
+        self._pool: ProcessPoolExecutor | None = None
+        self._others: set[Any] = set()
+        self._threads = torch.get_num_threads()
+
+    def __enter__(self) -> "Workers":
+        if self.jobs == 1:
+            torch.set_num_threads(THREADS)
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        torch.set_num_threads(self._threads)
+        if self._pool is not None:
+            self._pool.shutdown(wait=kind is None, cancel_futures=True)
+            for worker in set(multiprocessing.active_children()) - self._others:
+                worker.kill()
+
+    def results(self, trials: Iterable[Trial]) -> Iterator[tuple[Trial, Result]]:
+        """Yield each trial with its result as it comes; one that lies in the folder is read, not made again.
+
+        Raises MetaoptError for a trial that cannot be run, and where a process was killed.
+        """
+        missing = []
+        for trial in trials:
+            found = stored(trial, self.folder)
+            if found is None:
+                missing.append(trial)
+            else:
+                yield trial, found
+        if self.jobs == 1:
+            for trial in missing:
+                yield trial, _run_and_store(trial, self.folder, 1)
+        elif missing:
+            yield from self._elsewhere(missing)
+
+    def _elsewhere(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, Result]]:
+        if self._pool is None:
+            self._others = set(multiprocessing.active_children())
+            self._pool = ProcessPoolExecutor(self.jobs, _context(), initializer=_begin, initargs=(self.plugins,))
+        try:
+            pending = {self._pool.submit(_run_and_store, trial, self.folder, self.jobs): trial for trial in trials}
+            for future in as_completed(pending):
+                yield pending[future], future.result()
+        except BrokenProcessPool:
+            raise ProblemError(
+                f"a training process was killed from outside, most likely for want of memory: "
+                f"give fewer --jobs than {self.jobs}; the same command goes on from what is done"
+            ) from None
+
+
+def stored(trial: Trial, folder: Path) -> dict[str, Any] | None:
+    """Return the result of a trial that was run before, or None."""
+    try:
+        found: dict[str, Any] = json.loads(_file(trial, folder).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return found
+
+
+def _file(trial: Trial, folder: Path) -> Path:
+    return folder / f"{trial.key()}.json"
+
+
+def _run_and_store(trial: Trial, folder: Path, jobs: int) -> dict[str, Any]:
+    # read back: the same types whether a result is new or old
+    result = json.dumps({**run_trial(trial), "jobs": jobs})
+    path = _file(trial, folder)
+    scratch = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        scratch.write_text(result)
+        scratch.replace(path)
+    except OSError as error:
+        raise LogError(f"a result cannot be written to {folder}: {error.strerror or error}") from None
+    found: dict[str, Any] = json.loads(result)
+    return found
+
+
+def _context() -> Any:
+    """Return how processes start: never by a fork of this one, whose threads they would inherit half."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # imported once for all; the first optimizer would import torch._dynamo in each
+    context.set_forkserver_preload([__name__, "torch._dynamo"])
+    return context
+
+
+def _begin(plugins: Sequence[str]) -> None:
+    """Make a worker ready: plugins, one thread, and an end with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone hears the keyboard, and ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(THREADS)
+    for plugin in plugins:
+        registry.load_plugin_module(plugin)
+
+
+def _end_with_parent() -> None:
+    # a parent that was killed cannot say goodbye; its end of a pipe closes all the same
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
