@@ -5,7 +5,7 @@ import sys
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,6 +13,7 @@ from metaopt.errors import LogError
 
 HyperValue = bool | int | float | str
 Value = torch.Tensor | float
+Reduce = Literal["mean", "norm"]
 
 # a window that grows beyond this many values is summed up: a 0-dim tensor holds a block of device memory
 _FOLD = 256
@@ -40,30 +41,29 @@ class Logger(ABC):
 class Metrics:
     """Collects measurements without waiting for a device, and writes a point every `every` updates.
 
-    A point is the mean of what was measured under its tag since the point before; `latest()` is of the last update.
-    `run` is what `describe` takes; `spec` and `hparams` may be callables, asked when the run opens: a checkpoint has
-    been loaded by then.
+    A point is the mean over the updates since the point before that measured its tag: the loss at every update, what
+    costs extra (a norm) at the update of the point alone. `latest()` is of the last update. The last, shorter window
+    is written by `close`, or when the program ends. `run` is what `describe` takes; `spec` and `hparams` may be
+    callables, asked when the run opens: a checkpoint has been loaded by then.
     """
 
     def __init__(self, logger: Logger | None = None, *, every: int = 50, **run: Any) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise LogError(f"log_every={every!r} is not a number of updates: give an integer from 1 up")
         self.every = every
-        self._logger = logger
         self.describe(**run)
-        self._now: dict[str, list[Value]] = {}  # of the update that is being made
-        self._window: dict[str, _Tally] = {}  # of the updates since the last point
-        self._last: dict[str, list[Value]] = {}  # of the last update that measured the tag
-        self._updates: int | None = None  # None: the logger has not been told of the run
+        self._now: dict[str, _Parts] = {}  # of the update that is being made
+        self._last: dict[str, Value] = {}  # of the last update that measured the tag
+        self._window: _Window | None = None  # of the updates since the last point
+        self.attach(logger)
 
     @property
     def logger(self) -> Logger | None:
-        return self._logger
+        return None if self._window is None else self._window.logger
 
     def attach(self, logger: Logger | None) -> None:
         """Write to `logger` from the next update on; None stops writing."""
-        self._logger, self._updates = logger, None
-        self._window.clear()
+        self._window = None if logger is None else _Window(logger)
 
     def describe(
         self,
@@ -82,9 +82,12 @@ class Metrics:
         """
         return -update % self.every < within
 
-    def measure(self, tag: str, value: Value) -> None:
-        """Keep one number under `tag`; a tensor is copied on its device and not read."""
-        self._now.setdefault(tag, []).append(_kept(tag, value))
+    def measure(self, tag: str, value: Value, reduce: Reduce = "mean") -> None:
+        """Keep one number under `tag`; a tensor is copied on its device and not read.
+
+        Several of one update are averaged; or they are norms of parts, and "norm" makes the norm of the whole of them.
+        """
+        self._now.setdefault(tag, _Parts(reduce)).values.append(_kept(tag, value))
 
     def drop_update(self) -> None:
         """Forget what was measured for an update that was then skipped."""
@@ -92,72 +95,124 @@ class Metrics:
 
     def end_update(self, update: int) -> None:
         """Close the update with this count; write a point where one is due. Raises LogError."""
-        if not self._now and self._logger is None:
+        if not self._now and self._window is None:
             return
-        now, self._now = self._now, {}
+        now = {tag: parts.whole() for tag, parts in self._now.items()}
+        self._now.clear()
         self._last.update(now)
-        if not self._writes():
+        if self._window is None or rank() != 0:
             return
-        if self._updates is None or update <= self._updates:  # a count that went back: a checkpoint was loaded
-            self._open(update - 1)
-        self._updates = update
-        for tag, values in now.items():
-            self._window.setdefault(tag, _Tally()).add(values)
+        if self._window.updates is None or update <= self._window.updates:
+            self._open(self._window, update - 1)  # for the first time, or the count went back: a checkpoint was loaded
+        self._window.add(update, now)
         if self.wanted(update):
-            self.flush()
+            self._window.flush()
 
     def flush(self) -> None:
         """Write what was measured since the last point: one synchronisation per device."""
-        window, self._window = self._window, {}
-        if not window or self._logger is None or self._updates is None:
-            return
-        sums = _read({tag: tally.values for tag, tally in window.items()})
-        means = {tag: sum(sums[tag]) / tally.count for tag, tally in window.items()}
-        try:
-            self._logger.scalars(self._updates, means)
-        except LogError:
-            raise
-        except OSError as error:
-            raise LogError(f"{type(self._logger).__name__} could not write update {self._updates}: {error}") from error
+        if self._window is not None:
+            self._window.flush()
 
     def latest(self) -> dict[str, float]:
-        """Return the last measured value of every tag, the mean where one update measured several."""
-        values = _read({**self._last, **self._now})
-        return {tag: sum(numbers) / len(numbers) for tag, numbers in values.items()}
+        """Return the last measured value of every tag; several of one update as `measure` says."""
+        now = {tag: parts.whole() for tag, parts in self._now.items()}
+        values = _read({tag: [value] for tag, value in {**self._last, **now}.items()})
+        return {tag: number for tag, (number,) in values.items()}
 
     def close(self) -> None:
         """Write the last, shorter window and close the logger; measuring goes on without one."""
-        if self._logger is None:
-            return
-        try:
-            self.flush()
-        finally:
-            logger, self._logger = self._logger, None
-            logger.close()
+        window, self._window = self._window, None
+        if window is not None:
+            window.close()
 
-    def _writes(self) -> bool:
-        return self._logger is not None and rank() == 0
-
-    def _open(self, step: int) -> None:
-        assert self._logger is not None
+    def _open(self, window: "_Window", step: int) -> None:
         spec = self._spec() if callable(self._spec) else self._spec
         hparams = self._hparams() if callable(self._hparams) else self._hparams
-        self._window.clear()
-        try:
-            self._logger.open(step=step, tags=self.tags, spec=spec, hparams=dict(hparams))
-        except LogError:
-            raise
-        except OSError as error:
-            raise LogError(f"{type(self._logger).__name__} could not be opened: {error}") from error
-        if self._updates is None:
-            # a program that just ends still closes its log; `close` is bound to the logger, never to self
-            weakref.finalize(self, self._logger.close)
+        first = window.updates is None
+        window.open(step, self.tags, spec, hparams)
+        if first:
+            # a program that just ends still writes and closes its log; nothing here is bound to self
+            weakref.finalize(self, window.close_at_end)
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy of a stack is another run: two must not write to one log
         state = dict(vars(self))
-        state.update(_logger=None, _spec="", _hparams={}, _now={}, _window={}, _last={}, _updates=None)
+        state.update(_spec="", _hparams={}, _now={}, _last={}, _window=None)
         return state
+
+
+class _Window:
+    """What was measured since the last point, and the logger that it goes to."""
+
+    def __init__(self, logger: Logger) -> None:
+        self.logger = logger
+        self.updates: int | None = None  # None: the logger has not been told of the run
+        self._tallies: dict[str, _Tally] = {}
+        self._closed = False
+
+    def open(self, step: int, tags: Sequence[str], spec: str, hparams: Mapping[str, HyperValue]) -> None:
+        self._tallies.clear()
+        self.updates = step
+        self._try("could not be opened", self.logger.open, step=step, tags=tags, spec=spec, hparams=dict(hparams))
+
+    def add(self, update: int, values: Mapping[str, Value]) -> None:
+        self.updates = update
+        for tag, value in values.items():
+            self._tallies.setdefault(tag, _Tally()).add(value)
+
+    def flush(self) -> None:
+        tallies, self._tallies = self._tallies, {}
+        if not tallies or self.updates is None:
+            return
+        sums = _read({tag: tally.values for tag, tally in tallies.items()})
+        means = {tag: sum(sums[tag]) / tally.count for tag, tally in tallies.items()}
+        self._try(f"could not write update {self.updates}", self.logger.scalars, self.updates, means)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.flush()
+        finally:
+            self.logger.close()
+
+    def close_at_end(self) -> None:
+        try:
+            self.close()
+        except OSError as error:  # nobody is left to catch it
+            print(f"metaopt: {error}", file=sys.stderr)
+
+    def _try(self, what: str, call: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        try:
+            call(*args, **kwargs)
+        except LogError:
+            raise
+        except OSError as error:
+            raise LogError(f"{type(self.logger).__name__} {what}: {error}") from error
+
+
+class _Parts:
+    """What one update measured under one tag: one number, or one for each piece of the parameters."""
+
+    def __init__(self, reduce: Reduce) -> None:
+        self.reduce = reduce
+        self.values: list[Value] = []
+
+    def whole(self) -> Value:
+        """Return the number of the whole update, without waiting for a device."""
+        if len(self.values) == 1:
+            return self.values[0]
+        devices = [value.device for value in self.values if isinstance(value, torch.Tensor)]
+        # toward an accelerator: the other way would wait for it
+        target = next((device for device in devices if device.type != "cpu"), None)
+        values = [
+            v if target is None or not isinstance(v, torch.Tensor) else v.to(target, non_blocking=True)
+            for v in self.values
+        ]
+        if self.reduce == "norm":
+            return sum(value**2 for value in values) ** 0.5
+        return sum(values) / len(values)
 
 
 class _Tally:
@@ -167,9 +222,9 @@ class _Tally:
         self.values: list[Value] = []
         self.count = 0
 
-    def add(self, values: list[Value]) -> None:
-        self.values += values
-        self.count += len(values)
+    def add(self, value: Value) -> None:
+        self.values.append(value)
+        self.count += 1
         if len(self.values) >= _FOLD:
             sums: dict[torch.device | None, Value] = {}
             for value in self.values:

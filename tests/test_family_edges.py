@@ -1,8 +1,9 @@
-"""The wrappers of the family where it is narrow: no gradient, extreme numbers, other signs."""
+"""The wrappers of the family in narrow places: no gradient, extreme numbers, other signs, groups, schedules, loads."""
 
 import math
 from collections.abc import Callable
 
+import pytest
 import torch
 
 import metaopt

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from metaopt.cli import Plugins
+from metaopt.cli import Interrupted, Plugins
 
 
 def register(app: typer.Typer) -> None:
@@ -34,18 +34,39 @@ def train(
 
     chosen = registry.find(problem, "problem").target()
     length = steps or chosen.default_steps
+    done = 0
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(f"training {problem}", total=length)
-        result = run(
-            chosen,
-            stack,
-            steps=length,
-            seed=seed,
-            device=device,
-            log=log,
-            checkpoint_every=checkpoint_every,
-            resume=resume,
-            progress=lambda step: bar.update(task, completed=step),
-        )
+
+        def progress(step: int) -> None:
+            nonlocal done
+            done = step
+            bar.update(task, completed=step)
+
+        try:
+            result = run(
+                chosen,
+                stack,
+                steps=length,
+                seed=seed,
+                device=device,
+                log=log,
+                checkpoint_every=checkpoint_every,
+                resume=resume,
+                progress=progress,
+            )
+        except KeyboardInterrupt:
+            raise Interrupted(_kept(done, log)) from None
     values = ", ".join(f"{name} {value:.6g}" for name, value in result.evaluation.items())
     print(f"{result.stack.updates} updates: validation {values} ({result.weights} weights)")
+
+
+def _kept(done: int, log: Path | None) -> str:
+    """Return what an interrupted user still has, and how to go on."""
+    from metaopt.lab import checkpoint
+
+    if log is None:
+        return f"{done} steps were made and nothing was saved: give --log to be able to continue a run"
+    if not checkpoint.found(log / "checkpoints"):
+        return f"{done} steps were made, none of them saved yet: --checkpoint-every says how often"
+    return f"{done} steps were made. {checkpoint.newest(log / 'checkpoints')}. The same command with --resume continues"

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ KEPT = 2
 
 
 def save(folder: Path, step: int, content: dict[str, Any]) -> Path:
-    """Write `step-<number>-<sha256>.pt` and keep the last two; a crash leaves the old ones. Raises CheckpointError."""
+    """Write `step-<number>-<sha256>.pt` and keep the last two; a crash leaves the old ones. Raises CheckpointError.
+
+    The folder must be there: one that disappeared during the run is not made anew, its older checkpoints are gone.
+    """
     buffer = io.BytesIO()
     torch.save(content, buffer)
     data = buffer.getvalue()
     path = folder / f"step-{step:09d}-{hashlib.sha256(data).hexdigest()}.pt"
     scratch = folder / f".step-{step:09d}.tmp"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with scratch.open("wb") as file:
             file.write(data)
             file.flush()
@@ -31,8 +34,10 @@ def save(folder: Path, step: int, content: dict[str, Any]) -> Path:
         for old in found(folder)[KEPT:]:
             old.unlink(missing_ok=True)
     except OSError as error:
+        with suppress(OSError):
+            scratch.unlink()  # half a checkpoint on a full disk is in everybody's way
         raise CheckpointError(
-            f"checkpoint {step} cannot be written to {folder}: {error.strerror or error}. {_newest(folder)}"
+            f"checkpoint {step} cannot be written to {folder}: {error.strerror or error}. {newest(folder)}"
         ) from None
     return path
 
@@ -43,7 +48,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     Raises CheckpointError, naming the newest whole checkpoint, where the file is damaged.
     """
     if not is_whole(path):
-        raise CheckpointError(f"the checkpoint {path} is damaged. {_newest(path.parent)}")
+        raise CheckpointError(f"the checkpoint {path} is damaged: delete it to continue without. {newest(path.parent)}")
     content: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     return content
 
@@ -61,9 +66,10 @@ def found(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"), reverse=True)
 
 
-def _newest(folder: Path) -> str:
-    whole = next((path for path in found(folder) if is_whole(path)), None)
-    return f"The newest whole one: {whole}" if whole else "There is no whole one"
+def newest(folder: Path | None) -> str:
+    """Return a sentence that names the newest whole checkpoint of a folder."""
+    whole = next((path for path in found(folder) if is_whole(path)), None) if folder is not None else None
+    return f"The newest whole checkpoint: {whole}" if whole else "There is no whole checkpoint"
 
 
 def _sync(folder: Path) -> None:

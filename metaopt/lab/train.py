@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ from metaopt.building import build
 from metaopt.errors import CheckpointError, ProblemError
 from metaopt.lab import checkpoint
 from metaopt.lab.device import usable_device
+from metaopt.lab.holding import held
+from metaopt.lab.telling import told
+from metaopt.lab.weights import evaluated, shown
 from metaopt.problem import Problem
 from metaopt.stack import Stack
 
@@ -41,32 +44,38 @@ def train(
 ) -> Result:
     """Train for `steps` steps; checkpoints lie in `log/checkpoints`. `resume` continues the newest, or the one named.
 
-    Raises CheckpointError, and ProblemError where the loss is not finite: the last checkpoint is then intact.
+    Raises MetaoptError, for a loss that is not finite and a full disk or memory too: the last checkpoint stays.
     """
-    model = problem.model(seed, usable_device(device))
-    opt = build(model, spec, total_steps=steps, log=log)
+    device = usable_device(device)
     folder = None if log is None else log / "checkpoints"
-    run = {"problem": repr((type(problem).__name__, problem.given)), "spec": str(opt.spec), "seed": seed}
-    run |= {"steps": steps, "data": problem.data_hash()}
-    torch.manual_seed(seed)
-    first = _resume(resume, folder, run, model, opt, device) if resume else 0
-    if not resume and folder is not None and checkpoint.found(folder):
-        raise CheckpointError(f"{folder} holds a run already: give --resume to continue it, or another --log")
-    batches = problem.batches(seed, device, start=first)
-    for step in range(first + 1, steps + 1):
-        loss = _step(problem, model, opt, next(batches))
-        if folder is not None and (step % checkpoint_every == 0 or step == steps):
-            # read here alone, so that no update in between waits for the device
-            _check_finite(loss, model, step, folder)
-            checkpoint.save(folder, step, _content(run, step, model, opt))
-        if progress is not None:
-            progress(step)
-    _check_finite(0.0, model, steps, folder)
-    averages = [wrapper.label for wrapper in opt.wrappers if "averaged" in wrapper.acts_on()]
-    # of several averages the outermost: it has seen the whole run
-    with opt.averaged(averages[-1]) if averages else nullcontext():
-        evaluation = problem.evaluate(model, "validation")
-    return Result(model, opt, evaluation, f"averaged ({averages[-1]})" if averages else "fast")
+    where = f"{spec} cannot train {type(problem).__name__.lower()}"
+    with told(where, lambda: "" if folder is None else checkpoint.newest(folder)), _owned(folder):
+        model = problem.model(seed, device)
+        # parameters, not the module: nobody could follow build's hint about decay here
+        opt = build(model.named_parameters(), spec, total_steps=steps, log=log)
+        run = {"problem": repr((type(problem).__name__, problem.given)), "spec": str(opt.spec), "seed": seed}
+        run |= {"steps": steps, "data": problem.data_hash()}
+        torch.manual_seed(seed)
+        first = _resume(resume, folder, run, model, opt, device) if resume else 0
+        if not resume and folder is not None and checkpoint.found(folder):
+            raise CheckpointError(f"{folder} holds a run already: give --resume to continue it, or another --log")
+        batches = problem.batches(seed, device, start=first)
+        for step in range(first + 1, steps + 1):
+            loss = _step(problem, model, opt, next(batches))
+            if folder is not None and (step % checkpoint_every == 0 or step == steps):
+                # read here alone, so that no update in between waits for the device
+                _check_finite(loss, model, step, folder)
+                checkpoint.save(folder, step, _content(run, step, model, opt))
+            if progress is not None:
+                progress(step)
+        _check_finite(0.0, model, steps, folder)
+        with shown(opt):
+            evaluation = problem.evaluate(model, "validation")
+    return Result(model, opt, evaluation, evaluated(opt))
+
+
+def _owned(folder: Path | None) -> AbstractContextManager[None]:
+    return nullcontext() if folder is None else held(folder, "checkpoints")
 
 
 def _step(problem: Problem, model: torch.nn.Module, opt: Stack, batch: Any) -> Any:
@@ -86,8 +95,7 @@ def _check_finite(loss: Any, model: torch.nn.Module, step: int, folder: Path | N
     if what is None and not all(bool(p.isfinite().all()) for p in model.parameters()):
         what = "a weight is not finite"
     if what is not None:
-        last = next(iter(checkpoint.found(folder)), None) if folder is not None else None
-        raise ProblemError(f"{what} at step {step}: lower lr or clip. Last checkpoint: {last or 'none was written'}")
+        raise ProblemError(f"{what} at step {step}: lower lr or clip. {checkpoint.newest(folder)}")
 
 
 def _content(run: dict[str, Any], step: int, model: torch.nn.Module, opt: Stack) -> dict[str, Any]:

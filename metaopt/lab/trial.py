@@ -2,16 +2,15 @@
 
 import math
 import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from metaopt.building import build
-from metaopt.errors import MetaoptError, ProblemError
 from metaopt.lab.circumstances import digest
+from metaopt.lab.telling import told
 from metaopt.lab.weights import FAST, evaluated, shown
 from metaopt.metrics import HyperValue, Logger
 from metaopt.problem import Problem
@@ -19,8 +18,6 @@ from metaopt.registry import registry
 from metaopt.stack import Stack
 
 POINTS = 20
-
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -88,12 +85,10 @@ class _Run:
 def evaluations_per_update(problem: Problem, spec: str, device: str, budget: int) -> int:
     """Return how many gradients an update takes, seen at a first one: 1 for most, 2 for SAM. Raises MetaoptError."""
 
-    def first() -> int:
+    with told(f"{spec} cannot train {type(problem).__name__.lower()}"):
         run = _Run(problem, spec, 0, device, budget)
         run.update()
-        return max(1, run.evaluations)
-
-    return _told(spec, type(problem).__name__.lower(), first)
+    return max(1, run.evaluations)
 
 
 def run_trial(trial: Trial) -> dict[str, Any]:
@@ -101,18 +96,8 @@ def run_trial(trial: Trial) -> dict[str, Any]:
 
     Raises MetaoptError, for whatever the optimizer or the problem raised.
     """
-    return {**asdict(trial), **_told(trial.spec, f"{trial.problem}, seed {trial.seed}", lambda: _run(trial))}
-
-
-def _told(spec: str, where: str, work: Callable[[], Made]) -> Made:
-    try:
-        return work()
-    except MetaoptError:
-        raise
-    except Exception as error:  # an optimizer or a problem from elsewhere may raise anything
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise ProblemError(f"{spec} cannot train {where}: {what} ({at.filename}, line {at.lineno})") from error
+    with told(f"{trial.spec} cannot train {trial.problem}, seed {trial.seed}"):
+        return {**asdict(trial), **_run(trial)}
 
 
 def _run(trial: Trial) -> dict[str, Any]:

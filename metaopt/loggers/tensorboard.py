@@ -1,9 +1,13 @@
 """TensorBoard: `tensorboard --logdir runs` shows what is written here."""
 
+import io
+import itertools
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +19,6 @@ if TYPE_CHECKING:
 # what the HParams page compares runs by
 METRIC = "train/loss"
 
-# every point is flushed as it is written; the writer's own timer has nothing to add
-_FLUSH_SECONDS = 24 * 3600
-
 
 class TensorBoard(Logger):
     """Writes TensorBoard event files: scalars, the spec as text and one HParams record, all in the run's directory.
@@ -28,9 +29,9 @@ class TensorBoard(Logger):
 
     def __init__(self, log: "str | os.PathLike[str] | SummaryWriter", metric: str = METRIC) -> None:
         self.metric = metric
+        self._file: _EventFile | None = None
         self._writer: Any = None
         self._described = False
-        self._owned = isinstance(log, str | os.PathLike)
         if isinstance(log, str | os.PathLike):
             self.directory = _writable(Path(log))
         else:
@@ -41,63 +42,127 @@ class TensorBoard(Logger):
         self, *, step: int, tags: Sequence[str], spec: str, hparams: Mapping[str, bool | int | float | str]
     ) -> None:
         """Begin the run, or go on after `step` updates; TensorBoard then shows no older point of a later step."""
-        earlier = self._open_own(step) if self._owned else False
+        earlier = False if self._writer is not None else self._open_own(step)
         if not self._described and not (earlier and step > 0):
             # once per run: what went on in the same directory has its record there already
-            self._describe(spec, hparams)
+            self._write(0, _described(spec, hparams, self.metric))
         self._described = True
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write one point per tag at x = `step`, to the disk."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        self._write(step, [Summary(value=[Summary.Value(tag=tag, simple_value=v)]) for tag, v in values.items()])
+
+    def close(self) -> None:
+        """Close the event file; a SummaryWriter that was given is only flushed."""
+        if self._writer is not None:
+            if self.directory.is_dir():
+                self._writer.flush()
+            return
+        file, self._file = self._file, None
+        if file is None or file.failed:
+            return
+        # only a run that was closed is shown as finished
+        file.write(0, [_records({}, {})[2]])
+        file.close()
+
+    def _write(self, step: int, summaries: Sequence[Any]) -> None:
+        if self._file is not None:
+            self._file.write(step, summaries)
+            return
         # the writer's thread would die of this with a traceback of its own, and a later write would only hint at it
         if not self.directory.is_dir():
             raise LogError(f"the log directory {self.directory} has disappeared: update {step} cannot be written there")
         try:
-            for tag, value in values.items():
-                self._writer.add_scalar(tag, value, step)
+            # opens a writer that its owner closed again, as its own add_scalar does
+            file = self._writer._get_file_writer()
+            for summary in summaries:
+                file.add_summary(summary, step)
             self._writer.flush()
         except OSError as error:
             raise LogError(f"cannot write update {step} to {self.directory}: {error}") from error
 
-    def close(self) -> None:
-        """Close the event file; a SummaryWriter that was given is only flushed."""
-        if self._writer is None or not self.directory.is_dir():
-            return
-        if not self._owned:
-            self._writer.flush()
-            return
-        from torch.utils.tensorboard.summary import hparams as records
-
-        # only a run that was closed is shown as finished
-        self._writer.file_writer.add_summary(records({}, {})[2], 0)  # type: ignore[no-untyped-call]
-        self._writer.close()
-        self._writer = None
-
     def _open_own(self, step: int) -> bool:
         """Open a new event file that hides what earlier ones hold after `step`; return whether there are any."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        if self._writer is not None:
-            self._writer.close()
-        try:
-            earlier = bool(_wait_for_a_later_name(_writable(self.directory)))
-            # also where nothing is earlier: TensorBoard takes the first such mark for the start and obeys the second
-            self._writer = SummaryWriter(str(self.directory), purge_step=step + 1, flush_secs=_FLUSH_SECONDS)
-        except OSError as error:
-            raise LogError(f"cannot write to the log directory {self.directory}: {error}") from error
+        if self._file is not None:
+            self._file.close()
+        earlier = bool(_wait_for_a_later_name(_writable(self.directory)))
+        self._file = _EventFile(self.directory)
+        # also where nothing is earlier: TensorBoard takes the first such mark for the start and obeys the second
+        self._file.begin(step + 1)
         return earlier
 
-    def _describe(self, spec: str, hparams: Mapping[str, bool | int | float | str]) -> None:
-        from torch.utils.tensorboard.summary import hparams as records
 
-        if spec:
-            self._writer.add_text("metaopt/spec", f"    {spec}", 0)
-        # not SummaryWriter.add_hparams: that puts the record into a run of its own, below this one
-        # with "stack" in every record: the page takes its columns from one run's record, whatever the others have
-        experiment, session, _ = records({"stack": spec, **hparams}, {self.metric: 0.0})  # type: ignore[no-untyped-call]
-        self._writer.file_writer.add_summary(experiment, 0)
-        self._writer.file_writer.add_summary(session, 0)
-        self._writer.flush()
+class _EventFile:
+    """One event file, written by the thread that logs: an error of the disk is raised there, and nowhere else."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, directory: Path) -> None:
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(self._numbers)}"
+        self._path = directory / name
+        self.failed = False
+        try:
+            self._file = self._path.open("xb")
+        except OSError as error:
+            raise LogError(f"cannot write to the log directory {directory}: {error.strerror or error}") from error
+
+    def begin(self, step: int) -> None:
+        """Mark a session that begins with `step`: points of it or later, in older files, are not shown."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        version = Event(wall_time=time.time(), file_version="brain.Event:2")
+        start = Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START))
+        self._append("the begin of the run", [version, start])
+
+    def write(self, step: int, summaries: Sequence[Any]) -> None:
+        """Append summaries at x = `step`. Raises LogError."""
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        now = time.time()
+        self._append(f"update {step}", [Event(wall_time=now, step=step, summary=summary) for summary in summaries])
+
+    def _append(self, what: str, events: Sequence[Any]) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        records = io.BytesIO()
+        writer = RecordWriter(records)
+        for event in events:
+            writer.write(event.SerializeToString())
+        try:
+            # a file that was deleted can still be written to, and nobody would ever read it
+            if os.fstat(self._file.fileno()).st_nlink == 0:
+                raise FileNotFoundError(0, "the directory has disappeared")
+            self._file.write(records.getvalue())
+            self._file.flush()
+        except OSError as error:
+            self.failed = True
+            self.close()
+            raise LogError(f"cannot write {what} to {self._path.parent}: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        """Let the file go; what could not be written before is not tried again."""
+        with suppress(OSError):
+            self._file.close()
+
+
+def _described(spec: str, hparams: Mapping[str, bool | int | float | str], metric: str) -> list[Any]:
+    """Return the records that tell what the run is: its spec as text, its hyperparameters and its metric."""
+    from torch.utils.tensorboard.summary import text
+
+    # not SummaryWriter.add_hparams: that puts the record into a run of its own, below this one
+    # with "stack" in every record: the page takes its columns from one run's record, whatever the others have
+    experiment, session, _ = _records({"stack": spec, **hparams}, {metric: 0.0})
+    described = [text("metaopt/spec", f"    {spec}")] if spec else []  # type: ignore[no-untyped-call]
+    return [*described, experiment, session]
+
+
+def _records(hparams: Mapping[str, Any], metrics: Mapping[str, float]) -> tuple[Any, Any, Any]:
+    from torch.utils.tensorboard.summary import hparams as records
+
+    made: tuple[Any, Any, Any] = records(dict(hparams), dict(metrics))  # type: ignore[no-untyped-call]
+    return made
 
 
 def _writable(directory: Path) -> Path:
