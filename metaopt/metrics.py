@@ -180,7 +180,7 @@ class _Window:
     def close_at_end(self) -> None:
         try:
             self.close()
-        except OSError as error:  # nobody is left to catch it
+        except Exception as error:  # whatever it is, nobody is left to catch it
             print(f"metaopt: {error}", file=sys.stderr)
 
     def _try(self, what: str, call: Callable[..., None], *args: Any, **kwargs: Any) -> None:

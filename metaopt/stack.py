@@ -19,7 +19,7 @@ from metaopt.sharing import made_for_a_share
 from metaopt.timetable import Timetable
 from metaopt.updating import Phases
 from metaopt.watching import watched
-from metaopt.wrapper import Closure, Wrapper
+from metaopt.wrapper import Closure, Reduce, Wrapper
 
 
 class Stack(torch.optim.Optimizer):
@@ -172,9 +172,13 @@ class Stack(torch.optim.Optimizer):
         """Return the latest measurements as `{tag: float}`; waits for the device once."""
         return self.metrics_of_run.latest()
 
-    def measure(self, tag: str, value: torch.Tensor | float) -> None:
+    def close(self) -> None:
+        """Write the last measurements and close the log; training may go on without one. Raises LogError."""
+        self.metrics_of_run.close()
+
+    def measure(self, tag: str, value: torch.Tensor | float, reduce: Reduce = "mean") -> None:
         """Take one measurement under its whole tag, without waiting for the device."""
-        self.metrics_of_run.measure(tag, value)
+        self.metrics_of_run.measure(tag, value, reduce)
 
     def point_within(self, updates: int) -> bool:
         """Tell whether a point is logged after this update or before the one that follows `updates` later."""

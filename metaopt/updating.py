@@ -119,7 +119,7 @@ def finish(stack: "Stack", loss: Any) -> None:
                 _call(wrapper.after_update, stack, entry, wrapper, updated(stack, entry, wrapper))
     finally:
         _end(stack)
-    if stack.measuring:
+    if loss is not None or stack.measuring:
         _measure(stack, loss)
     if stack.scheduled:
         for timetable, entry in zip(stack.timetables, groups, strict=True):
@@ -156,8 +156,11 @@ def _end(stack: "Stack") -> None:
 
 
 def _measure(stack: "Stack", loss: Any) -> None:
-    if isinstance(loss, torch.Tensor | float):
+    if isinstance(loss, float) or (isinstance(loss, torch.Tensor) and loss.numel() == 1 and not loss.is_complex()):
+        # at every update, as a loss that is recorded: a point is the mean of both kinds over the same updates
         stack.measure("train/loss", loss)
+    if not stack.measuring:
+        return
     for tag, entry in zip(rate_tags(stack), stack.param_groups, strict=True):
         if "lr" in entry:
             stack.measure(tag, entry["lr"])

@@ -9,7 +9,7 @@ from metaopt.errors import StepError
 from metaopt.lanes import Lane
 from metaopt.scaling import apply_scale
 from metaopt.shards import all_local, dense, local, mean_over_shards, norm_over_shards
-from metaopt.wrapper import Group, Wrapper
+from metaopt.wrapper import Group, Reduce, Wrapper
 
 if TYPE_CHECKING:
     from metaopt.stack import Stack
@@ -162,8 +162,8 @@ class Piece(Group):
             else self._stack.point_within(int(self._entry[f"{self._wrapper.label}.{every}"]))
         )
 
-    def measure(self, name: str, value: torch.Tensor | float) -> None:
-        self._stack.measure(f"{self._wrapper.label}/{name}", value)
+    def measure(self, name: str, value: torch.Tensor | float, reduce: Reduce = "mean") -> None:
+        self._stack.measure(f"{self._wrapper.label}/{name}", value, reduce)
 
 
 def _like(owner: torch.Tensor, lent: torch.Tensor) -> torch.Tensor:

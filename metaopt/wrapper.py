@@ -14,6 +14,7 @@ from metaopt.schedule import Schedule
 CONTRACT_VERSION = 1
 
 Closure = Callable[[], Any]
+Reduce = Literal["mean", "norm"]
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,12 @@ class Group(ABC):
         """Forget the base's state of these parameters: its next update starts as if it were its first."""
 
     @abstractmethod
-    def measure(self, name: str, value: torch.Tensor | float) -> None:
-        """Log `value` as `<label>/<name>`; never waits for the device."""
+    def measure(self, name: str, value: torch.Tensor | float, reduce: Reduce = "mean") -> None:
+        """Log `value` as `<label>/<name>`; never waits for the device.
+
+        A group is one of several: what all of them measure in one update is averaged, or with "norm" is the norm of
+        the whole that their norms belong to.
+        """
 
     @property
     @abstractmethod

@@ -1,12 +1,14 @@
 """Metrics: what is measured stays on its device; a point is the mean since the point before."""
 
 import copy
+import gc
 import math
 import pickle
 
 import pytest
 import torch
 
+import metaopt
 from metaopt import LogError, Logger
 from metaopt.metrics import Metrics, as_logger
 
@@ -37,7 +39,8 @@ def train(metrics, losses, first=1):
 
 def test_a_point_is_the_mean_since_the_point_before():
     log = Memory()
-    train(Metrics(log, every=2), [1.0, 3.0, 5.0, 9.0, 100.0])
+    metrics = Metrics(log, every=2)
+    train(metrics, [1.0, 3.0, 5.0, 9.0, 100.0])
     assert log.points == [(2, {"train/loss": 2.0}), (4, {"train/loss": 7.0})]
 
 
@@ -215,4 +218,125 @@ def _two_ranks(rank, folder):
     if log.points or log.opened:
         with open(f"{folder}/wrote-{rank}", "w"):
             pass
+    torch.distributed.barrier()  # a rank that leaves while the other still connects breaks it
     torch.distributed.destroy_process_group()
+
+
+def test_norms_of_parts_become_the_norm_of_the_whole_before_they_are_averaged():
+    log = Memory()
+    metrics = Metrics(log, every=2)
+    for update, parts in enumerate([(3.0, 4.0), (6.0, 8.0)], 1):
+        for part in parts:
+            metrics.measure("lookahead/distance", torch.tensor(part), reduce="norm")
+        metrics.end_update(update)
+    assert metrics.latest() == {"lookahead/distance": 10.0}
+    assert log.points == [(2, {"lookahead/distance": 7.5})]
+
+
+def test_every_update_weighs_the_same_however_often_it_measured():
+    log = Memory()
+    metrics = Metrics(log, every=2)
+    for value in (1.0, 3.0, 8.0):
+        metrics.measure("train/loss", value)
+    metrics.end_update(1)
+    metrics.measure("train/loss", 2.0)
+    metrics.end_update(2)
+    assert log.points == [(2, {"train/loss": 3.0})]
+
+
+def test_a_log_that_nobody_closes_is_written_to_its_end():
+    log = Memory()
+    metrics = Metrics(log, every=10)
+    train(metrics, [1.0, 3.0])
+    assert log.points == []
+    del metrics
+    gc.collect()
+    assert (log.points, log.closed) == ([(2, {"train/loss": 2.0})], 1)
+
+
+def test_a_log_that_cannot_be_written_at_the_end_is_told_in_one_line(capsys):
+    class Full(Memory):
+        def scalars(self, step, values):
+            raise OSError(28, "No space left on device")
+
+    metrics = Metrics(Full(), every=10)
+    train(metrics, [1.0])
+    del metrics
+    gc.collect()
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == 1 and "No space left" in told
+
+
+def stack_with(log, spec="sgd(lr=0.1)", **options):
+    x = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    return x, metaopt.build([x], spec, log=log, **options)
+
+
+def quadratic(x, opt, scale):
+    def closure():
+        opt.zero_grad()
+        loss = scale * x.square().sum()
+        loss.backward()
+        return loss
+
+    return closure
+
+
+@pytest.mark.parametrize("way", ["closure", "record"])
+def test_the_loss_of_a_point_is_the_mean_over_its_updates_however_it_is_given(way):
+    log = Memory()
+    x, opt = stack_with(log, log_every=3)
+    losses = []
+    for _ in range(6):
+        closure = quadratic(x, opt, 1.0)
+        if way == "closure":
+            losses.append(opt.step(closure).item())
+        else:
+            losses.append(closure())
+            opt.record(loss=losses[-1])
+            opt.step()
+            losses[-1] = losses[-1].item()
+    points = [values["train/loss"] for _, values in log.points]
+    assert points == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 3])
+    assert opt.metrics()["train/loss"] == pytest.approx(losses[-1])
+
+
+def test_a_closure_that_returns_several_numbers_trains_all_the_same():
+    x, opt = stack_with(Memory(), log_every=1)
+
+    def closure():
+        opt.zero_grad()
+        losses = x.square()
+        losses.sum().backward()
+        return losses
+
+    opt.step(closure)
+    assert "train/loss" not in opt.metrics()
+
+
+def test_closing_a_stack_writes_what_is_left_and_training_goes_on():
+    log = Memory()
+    x, opt = stack_with(log, log_every=10)
+    loss = opt.step(quadratic(x, opt, 1.0)).item()
+    opt.close()
+    assert log.closed == 1
+    assert log.points[-1][0] == 1 and log.points[-1][1]["train/loss"] == pytest.approx(loss)
+    opt.step(quadratic(x, opt, 1.0))
+    opt.close()
+    assert (opt.updates, log.closed) == (2, 1)
+
+
+def test_the_distance_of_lookahead_is_one_norm_over_all_its_pieces():
+    # two groups and two dtypes: four pieces
+    parameters = [torch.nn.Parameter(torch.full((n,), float(n), dtype=dtype)) for n, dtype in enumerate(
+        [torch.float32, torch.float64, torch.float32, torch.float64], start=1
+    )]  # fmt: skip
+    log = Memory()
+    opt = metaopt.build(
+        [{"params": parameters[:2]}, {"params": parameters[2:]}], "sgd(lr=0.1) | lookahead(k=1)", log=log, log_every=1
+    )
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    moved = 0.1 * math.sqrt(sum(p.numel() for p in parameters))
+    assert log.points[0][1]["lookahead/distance"] == pytest.approx(moved)

@@ -46,7 +46,7 @@ class Lookahead(Wrapper, every="k", each="element"):
 
     def after_update(self, group: Group) -> None:
         if group.measured:
-            group.measure("distance", _distance(group))
+            group.measure("distance", _distance(group), reduce="norm")
         slow = group.slow
         _lerp(slow, group.params, group.alpha)
         group.move_to(slow)
