@@ -243,7 +243,8 @@ def _kept(tag: str, value: Value) -> Value:
         )
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     # a copy: the caller may write over its tensor before the point is written
-    return value.detach().reshape(()).to(dtype, copy=True)
+    value = value.detach() if value.requires_grad else value
+    return (value.reshape(()) if value.dim() else value).to(dtype, copy=True)
 
 
 def _read(values: Mapping[str, list[Value]]) -> dict[str, list[float]]:
