@@ -13,8 +13,8 @@ from metaopt.lab.bench import contenders as contenders_module
 from metaopt.lab.bench import measure as measure_module
 from metaopt.lab.bench.by_hand import Update
 from metaopt.lab.bench.clock import Sample, sample
-from metaopt.lab.bench.contenders import chosen_baseline, contenders_of, equals_by_hand, stack_contender
-from metaopt.lab.bench.measure import least_bytes, measure, runner_of
+from metaopt.lab.bench.contenders import Contender, chosen_baseline, contenders_of, equals_by_hand, stack_contender
+from metaopt.lab.bench.measure import least_bytes, measure, race, runner_of
 from metaopt.lab.bench.rounds import Runner, interleave, ratios, spread
 from metaopt.lab.bench.shapes import shapes_of, tensor_set
 from metaopt.lab.bench.targets import Settings, check_targets, wrappers_alone
@@ -149,6 +149,18 @@ def test_rounds_are_interleaved_and_every_update_gets_the_same_gradients(tiny):
     assert len(set(blocks)) == 2
     for runner in runners:
         assert all(torch.equal(s, g) for s, g in zip(runner.update.seen, tiny.gradients, strict=True))
+
+
+def test_small_tensors_are_made_anew_on_the_way_and_every_round_counts(tiny):
+    made = []
+
+    def make(parameters):
+        made.append(parameters)
+        return Recorded("a", parameters, [])
+
+    runners, _ = race(tiny, [Contender("a", "a", "adamw", make), stack_contender("adamw")], rounds=6)
+    assert len(made) == 4
+    assert [len(runner.samples) for runner in runners.values()] == [6, 6]
 
 
 def test_a_ratio_is_taken_inside_each_round():

@@ -1,6 +1,6 @@
 """One shape set measured: every contender's time, memory and bytes, side by side."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,10 @@ from metaopt.lab.bench.memory import held_bytes, watch_cycle
 from metaopt.lab.bench.rounds import Runner, Spread, interleave, ratios, spread
 from metaopt.lab.bench.shapes import TensorSet
 from metaopt.lab.bench.traffic import Traffic
+
+# how often small tensors are made anew, and below how many bytes of parameters tensors are small
+HEATS = 4
+SMALL = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -72,24 +76,50 @@ def measure(
         inspected[contender.key] = _inspect(tensors, contender)
         if contender.equal not in traffic:
             traffic[contender.equal] = sum(least_bytes(tensors, contender.equal).values())
-    runners = [runner_of(tensors, contender, inspected[contender.key].cycle) for contender in contenders]
     done = iter(range(1, rounds + 1))
-    bandwidths = interleave(
+    runners, bandwidths = race(
         tensors,
-        runners,
+        contenders,
         rounds,
+        {key: found.cycle for key, found in inspected.items()},
         Probe(tensors.weights[0].device),
         lambda: say(f"{tensors.name}: round {next(done)} of {rounds}"),
     )
-    base = next(runner for runner in runners if runner.key == baseline)
+    base = runners[baseline]
     bandwidth = spread(bandwidths)
     rows = [
         _row(contender, runner, base, inspected[contender.key], traffic[contender.equal], bandwidth.median)
-        for contender, runner in zip(contenders, runners, strict=True)
+        for contender, runner in zip(contenders, runners.values(), strict=True)
     ]
     return SetResult(
         tensors.name, len(tensors.names), tensors.elements, tensors.bytes, rounds, baseline, bandwidth, rows
     )
+
+
+def race(
+    tensors: TensorSet,
+    contenders: Sequence[Contender],
+    rounds: int,
+    cycles: Mapping[str, int] | None = None,
+    probe: Probe | None = None,
+    progress: Callable[[], None] | None = None,
+) -> tuple[dict[str, Runner], list[float]]:
+    """Time the contenders side by side; return them by key, with their samples, and the bandwidths measured between.
+
+    Small tensors are made anew several times on the way: where an allocator happens to put them changes the time of
+    one and the same contender by more than the contenders differ.
+    """
+    heats = min(rounds, HEATS if tensors.bytes < SMALL else 1)
+    runners: dict[str, Runner] = {}
+    bandwidths: list[float] = []
+    for heat in range(heats):
+        made = {c.key: runner_of(tensors, c, (cycles or {}).get(c.key)) for c in contenders}
+        for key, runner in made.items():
+            runner.samples = runners[key].samples if heat else []
+        runners = made
+        rounds_now = rounds * (heat + 1) // heats - rounds * heat // heats
+        bandwidths += interleave(tensors, list(made.values()), rounds_now, probe, progress, seed=heat)
+    return runners, bandwidths
 
 
 def runner_of(tensors: TensorSet, contender: Contender, cycle: int | None = None) -> Runner:

@@ -58,12 +58,13 @@ def interleave(
     rounds: int,
     probe: Probe | None = None,
     progress: Callable[[], None] | None = None,
+    seed: int = 0,
 ) -> list[float]:
     """Measure every runner in every round, in an order that changes; return the bandwidth of each round."""
     device = tensors.weights[0].device
     for runner in runners:
         _warm_up(tensors, runner, device)
-    order, shuffled, bandwidths = list(runners), random.Random(0), []
+    order, shuffled, bandwidths = list(runners), random.Random(seed), []
     for _ in range(rounds):
         if probe is not None:
             bandwidths.append(probe.measure())

@@ -13,8 +13,8 @@ from metaopt.errors import MetaoptError
 from metaopt.lab.bench import processes
 from metaopt.lab.bench.bandwidth import Probe
 from metaopt.lab.bench.contenders import Contender, equals_by_hand, stack_contender
-from metaopt.lab.bench.measure import check_memory, least_bytes, runner_of
-from metaopt.lab.bench.rounds import Runner, interleave
+from metaopt.lab.bench.measure import check_memory, least_bytes, race
+from metaopt.lab.bench.rounds import Runner
 from metaopt.lab.bench.shapes import TensorSet, tensor_set
 from metaopt.registry import registry
 from metaopt.spec import part
@@ -102,12 +102,10 @@ def check_targets(settings: Settings) -> Iterator[Verdict]:
         yield from _starting(settings)
 
 
-def _run(settings: Settings, tensors: TensorSet, contenders: Sequence[Contender], rounds: int) -> dict[str, Runner]:
+def _run(settings: Settings, tensors: TensorSet, contenders: Sequence[Contender]) -> dict[str, Runner]:
     check_memory(tensors, len(contenders))
     settings.progress(f"{tensors.name}: {', '.join(contender.key for contender in contenders)}")
-    runners = {contender.key: runner_of(tensors, contender) for contender in contenders}
-    interleave(tensors, list(runners.values()), rounds)
-    return runners
+    return race(tensors, contenders, settings.rounds)[0]
 
 
 def _ratio(runners: dict[str, Runner], a: str, b: str) -> float:
@@ -118,7 +116,7 @@ def _whole_stack(settings: Settings, tensors: TensorSet) -> Iterator[Verdict]:
     by_hand, notes = equals_by_hand(WHOLE, settings.device, settings.dtype)
     rivals = [(t, key) for t, _, key, _ in _AGAINST_HAND if t in settings.only]
     present = [contender for contender in by_hand if contender.key in {key for _, key in rivals}]
-    runners = _run(settings, tensors, [stack_contender(WHOLE), *present], settings.rounds)
+    runners = _run(settings, tensors, [stack_contender(WHOLE), *present])
     for target, against, key, limits in _AGAINST_HAND:
         if target not in settings.only:
             continue
@@ -134,7 +132,7 @@ def _base_alone(settings: Settings, tensors: TensorSet) -> Iterator[Verdict]:
     by_hand, _ = equals_by_hand("adamw", settings.device, settings.dtype)
     fused = [contender for contender in by_hand if contender.key == "torch-fused"]
     stacks = [stack_contender(spec, spec) for t, spec, _, _ in _AGAINST_FUSED if t in settings.only]
-    runners = _run(settings, tensors, [*fused, *stacks], settings.rounds)
+    runners = _run(settings, tensors, [*fused, *stacks])
     for target, spec, against, limits in _AGAINST_FUSED:
         if target in settings.only and fused:
             measured = _ratio(runners, spec, "torch-fused")
@@ -156,9 +154,8 @@ def _each_wrapper(settings: Settings, tensors: TensorSet) -> Iterator[Verdict]:
         contenders = [stack_contender("adamw", "adamw"), stack_contender(text, text)]
         check_memory(tensors, len(contenders))
         settings.progress(f"{tensors.name}: what {name} adds")
-        bare, wrapped = (runner_of(tensors, contender) for contender in contenders)
-        bandwidths = interleave(tensors, [bare, wrapped], settings.rounds, Probe(settings.device))
-        added = median(a - b for a, b in zip(wrapped.seconds(), bare.seconds(), strict=True))
+        runners, bandwidths = race(tensors, contenders, settings.rounds, probe=Probe(settings.device))
+        added = median(a - b for a, b in zip(runners[text].seconds(), runners["adamw"].seconds(), strict=True))
         must = sum(moved for label, moved in bytes_by_part.items() if label) / median(bandwidths)
         if must == 0.0:
             yield Verdict("5", text, tensors.name, None, limit, "times its bytes", None, "it moves no bytes of its own")
@@ -192,9 +189,9 @@ def _logging(settings: Settings, tensors: TensorSet) -> Verdict:
         contenders = [stack_contender(WHOLE, "unlogged"), logged]
         check_memory(tensors, len(contenders))
         settings.progress(f"{tensors.name}: with and without a log")
-        runners = {c.key: runner_of(tensors, c, LOG_EVERY) for c in contenders}
         # a sample is fifty updates long: fewer rounds say as much
-        interleave(tensors, list(runners.values()), max(3, settings.rounds // 4))
+        windows = dict.fromkeys(("unlogged", "logged"), LOG_EVERY)
+        runners, _ = race(tensors, contenders, max(3, settings.rounds // 4), windows)
         measured = _ratio(runners, "logged", "unlogged")
     return _at_most("6", f"{WHOLE} with log_every={LOG_EVERY} against the same without", tensors.name, measured, 1.02)
 
