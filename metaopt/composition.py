@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from metaopt.begun_anew import counts_in_groups
 from metaopt.errors import HyperparameterError, SpecError, did_you_mean
 from metaopt.lanes import Entry, Lane
 from metaopt.schedule import Schedule
@@ -36,6 +37,7 @@ def check(stack: "Stack") -> None:
             wrapper.check()
             _check_evaluation(lane, wrapper)
         _check_moments(lane)
+        _check_resets(stack, lane)
 
 
 def _check_base(base: torch.optim.Optimizer) -> None:
@@ -83,6 +85,17 @@ def _check_moments(lane: Lane) -> None:
                 f"only the innermost may"
             )
         inner.setdefault(type(wrapper), wrapper)
+
+
+def _check_resets(stack: "Stack", lane: Lane) -> None:
+    entry = next((e for e in stack.param_groups if lane.holds(e) and e["params"]), None)
+    counted = counts_in_groups(lane, entry) if lane.resets and entry is not None else []
+    if counted:
+        raise SpecError(
+            f"{lane.resets[0].label} makes the base begin anew, but {type(lane.base).__name__} counts its updates in "
+            f"its groups ({', '.join(counted)}), which goes on: bias correction would be that of a late update; "
+            f"use pullback_momentum='none'"
+        )
 
 
 def check_labels(wrappers: Iterable[Wrapper]) -> None:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from metaopt.begun_anew import of_wrappers
 from metaopt.errors import StepError
 from metaopt.fusing import refuses_shards
-from metaopt.lanes import Entry, Lane
+from metaopt.lanes import ANEW, Entry, Lane
 from metaopt.views import is_moment
 from metaopt.wrapper import Slot
 
@@ -39,7 +40,7 @@ def take_copies(stack: "Stack") -> Copies:
         for p in entry["params"]:
             if p.grad is None:
                 continue
-            held = stack.state.get(p) or {}
+            held = of_wrappers(lane, stack.state.get(p) or {})
             if of_template:
                 held = {key: value for key, value in held.items() if key in lane.early_keys}
             missing = _missing(lane, p, held)
@@ -78,7 +79,7 @@ def make_way(stack: "Stack", copies: Copies) -> Copies:
             if p not in copies:
                 continue
             held = stack.state.get(p)
-            if held and any(lane.is_base_key(key) for key in held):
+            if held and not held.get(ANEW) and any(lane.is_base_key(key) for key in held):
                 continue
             begun_before = stack.state.pop(p, None)
             if begun_before:
@@ -109,6 +110,8 @@ def store_copies(stack: "Stack", copies: Copies) -> None:
             continue  # neither base nor wrapper keeps anything: no state at all, as for the bare base
         held = stack.state[p]
         held.update(entries)
+        if lanes[p].resets:
+            held.setdefault(ANEW, 0.0)
         for key, _ in lanes[p].moment_slots:
             _store_moments(lanes[p], p, held, key)
 
@@ -134,10 +137,10 @@ def _lacks_moments(lane: Lane, held: dict[str, Any]) -> bool:
 def _store_moments(lane: Lane, p: torch.Tensor, held: dict[str, Any], key: str) -> None:
     own = [(k, v) for k, v in held.items() if lane.is_base_key(k)]
     for base_key, value in own:
-        if isinstance(value, list):
+        if isinstance(value, list | dict):
             raise StepError(
                 f"{key.split('.')[0]} cannot act on the moments of {type(lane.base).__name__}: "
-                f"its state holds lists ({base_key}); use pullback_momentum='none'"
+                f"its state holds lists or dicts ({base_key}); use pullback_momentum='none'"
             )
         if is_moment(value, base_key, p):
             held.setdefault(f"{key}.{base_key}", torch.zeros_like(value))

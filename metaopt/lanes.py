@@ -13,6 +13,8 @@ from metaopt.schedule import Schedule
 from metaopt.wrapper import Slot, Wrapper
 
 Entry = dict[str, Any]
+# state[p][ANEW]: 1 where the base's entries are fillings of a checkpoint; see begun_anew
+ANEW = "metaopt.anew"
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,16 @@ class Lane:
         self.early_keys = frozenset(key for key, _, slot in self.slots if slot.early)
         self.hyperparameter_keys = {f"{w.label}.{name}": (w, name) for w in self.chain for name in w.hyperparameters}
         self.counter_keys = [f"{w.label}.{name}" for w in self.chain for name in w.counters]
-        self._prefixes = tuple(f"{label}." for label in self.labelled)
+        self.resets = [w for w in self.chain if w.resets_base()]
+        self._prefixes = ("metaopt.", *(f"{label}." for label in self.labelled))
         step = type(self.base).step
         # torch wraps the class's step to fire hooks; the stack's own step fires them already
         self._step: Callable[..., Any] = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
         self._eager_step = _without_grad_mode(self._step)
         closure = inspect.signature(self._step).parameters.get("closure")
         self.needs_closure = closure is not None and closure.default is inspect.Parameter.empty
+        # of what stands in a group the base's constructor takes these; the rest belongs to clients and wrappers
+        self.constructor_names = frozenset(inspect.signature(type(self.base)).parameters) - {"params"}
         self.pending_scale: torch.Tensor | None = None
 
     def step(self, *closure: Callable[[], Any]) -> None:

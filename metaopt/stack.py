@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from metaopt import averaging, compiling, composition, first_update, loading, resetting, updating
+from metaopt import averaging, begun_anew, compiling, composition, first_update, loading, resetting, updating
 from metaopt.dividing import Divided, step_bases
 from metaopt.errors import StepError
 from metaopt.handing_over import HOOKS, of_users, own_hooks_alone, share_hooks
@@ -274,6 +274,7 @@ class Stack(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that matters to the next update, in torch's form."""
+        begun_anew.fill_in(self)
         for pre_hook in of_users(self._optimizer_state_dict_pre_hooks, self.base):
             pre_hook(self)
         # through the base: some write more than torch does

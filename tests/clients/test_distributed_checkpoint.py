@@ -27,7 +27,8 @@ SPECS = (
     SPEC,
     "adagrad(lr=0.05) | lookahead(k=3, pullback_momentum='pullback')",
     "sgd(lr=0.05) | lookahead(k=3, slow_dtype='float32') | lookahead(k=6, label='outer')",
-    #    "adamw(lr=0.05) | lookahead(k=2, pullback_momentum='reset')",
+    # at update 4 the base has just been made to begin anew
+    "adamw(lr=0.05) | lookahead(k=2, pullback_momentum='reset')",
 )
 # torch cannot load the fourth, whole and flattened, into any optimizer
 OPTIONS = [

@@ -189,3 +189,19 @@ def test_a_checkpoint_s_bytes_reach_no_base_that_would_unpickle_them() -> None:
     crafted["heavyball"]["precond_schedule"] = b"no pickle"  # heavyball alone would fail on it, or run what it says
     opt.load_state_dict(crafted)
     assert opt.updates == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["schedulefree.AdamWScheduleFree", "heavyball.AdamW", "pytorch_optimizer.ADOPT"],
+)
+def test_a_reset_is_refused_where_the_base_counts_in_its_groups(name: str) -> None:
+    with pytest.raises(metaopt.SpecError, match="counts its updates in its groups"):
+        stack(name, small_model(), "lookahead(k=3, pullback_momentum='reset')")
+
+
+def test_a_pullback_is_refused_where_the_base_keeps_dicts() -> None:
+    model = small_model()
+    opt = stack("heavyball.AdamW", model, "lookahead(k=3, pullback_momentum='pullback')")
+    with pytest.raises(metaopt.StepError, match="holds lists or dicts"):
+        train("heavyball.AdamW", model, opt, 0, 1)
