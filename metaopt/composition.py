@@ -153,7 +153,7 @@ def complete(stack: "Stack", entry: Entry) -> None:
     entry.setdefault("metaopt.updates", 0)
     entry.setdefault("metaopt.total_steps", stack.total_steps)
     entry.setdefault("metaopt.swapped", "")
-    entry.setdefault("metaopt.template", False)
+    entry.setdefault("metaopt.template", "")
     scale = float(entry.pop("lr_scale", 1.0))
     if "metaopt.lr_scale" not in entry:
         entry["metaopt.lr_scale"] = scale

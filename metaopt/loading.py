@@ -140,7 +140,7 @@ def _merge_groups(stack: "Stack", saved: list[dict[str, Any]], report: LoadRepor
                 kept.pop(key, None)
         kept.setdefault("metaopt.updates", 0)
         kept.setdefault("metaopt.swapped", "")
-        kept.setdefault("metaopt.template", False)
+        kept.setdefault("metaopt.template", "")
         kept.setdefault("metaopt.lr_scale", 1.0)
         kept["metaopt.total_steps"] = entry["metaopt.total_steps"]
         merged.append(kept)

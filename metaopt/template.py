@@ -4,6 +4,8 @@ Distributed checkpoint makes one, and the engine does for wrappers that need sta
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,23 +33,43 @@ def is_template_step(stack: "Stack") -> bool:
 
 def make_state(stack: "Stack") -> None:
     """Let the base and the wrappers make their state; counters, schedules and parameters stay as they are."""
-    kept = [{k: _kept(v) for k, v in entry.items() if k != "params"} for entry in stack.param_groups]
-    set_aside = {p: copy.deepcopy(held) for p, held in stack.set_aside.items()}
+    known = [set(entry) for entry in stack.param_groups]
     copies = first_update.take_copies(stack)
+    with _undone(stack):
+        try:
+            first_update.make_way(stack, copies)
+            step_bases(stack, *((lambda: torch.zeros(())),) if stack.needs_closure else ())
+            first_update.store_copies(stack, copies)
+        except BaseException:
+            stack.state.clear()
+            raise
+    # entries that the base added stay until the first update: a flattened checkpoint is read by the keys of the groups
+    for entry, before in zip(stack.param_groups, known, strict=True):
+        entry["metaopt.template"] = " ".join(["made", *(key for key in entry if key not in before)])
+
+
+@contextmanager
+def _undone(stack: "Stack") -> Iterator[None]:
+    """Undo what a base does in a step besides making its state: some count in groups or attributes, some move weights.
+
+    Rates of 0 and gradients of 0 make a few bases divide by 0.
+    """
+    entries = [{k: _kept(v) for k, v in entry.items() if k != "params"} for entry in stack.param_groups]
+    set_aside = {p: copy.deepcopy(held) for p, held in stack.set_aside.items()}
+    attributes = [_plain(vars(lane.base)) for lane in stack.lanes]
+    members = [p for entry in stack.param_groups for p in entry["params"]]
+    weights = [p.detach().clone() for p in members]
     try:
-        first_update.make_way(stack, copies)
-        step_bases(stack, *((lambda: torch.zeros(())),) if stack.needs_closure else ())
-        first_update.store_copies(stack, copies)
-    except BaseException:
-        stack.state.clear()
-        raise
+        with torch.random.fork_rng({p.device for p in members if p.device.type == "cuda"}):
+            yield
     finally:
         stack.set_aside = set_aside
-        # a base may count in its groups (schedule-free ones do): that count is undone with the rest
-        for entry, before in zip(stack.param_groups, kept, strict=True):
-            entry.update(before)
-    for entry in stack.param_groups:
-        entry["metaopt.template"] = True
+        for entry, held in zip(stack.param_groups, entries, strict=True):
+            entry.update(held)
+        for lane, held in zip(stack.lanes, attributes, strict=True):
+            vars(lane.base).update(held)
+        for p, before in zip(members, weights, strict=True):
+            p.copy_(before)
 
 
 def make_early_state(stack: "Stack") -> None:
@@ -71,7 +93,6 @@ def make_early_state(stack: "Stack") -> None:
     rates = [entry.get("lr") for entry in stack.param_groups]
     members = [p for entry in stack.param_groups for p in entry["params"]]
     gradients = [p.grad for p in members]
-    before = [p.detach().clone() for p in members]
     stack.state.clear()
     try:
         for p in members:
@@ -81,9 +102,8 @@ def make_early_state(stack: "Stack") -> None:
                 entry["lr"] = torch.zeros_like(entry["lr"]) if isinstance(entry["lr"], torch.Tensor) else 0.0
         make_state(stack)
     finally:
-        for p, gradient, weights in zip(members, gradients, before, strict=True):
+        for p, gradient in zip(members, gradients, strict=True):
             p.grad = gradient
-            p.copy_(weights)
         for entry, rate in zip(stack.param_groups, rates, strict=True):
             if rate is not None:
                 entry["lr"] = rate
@@ -97,13 +117,26 @@ def leave(stack: "Stack") -> None:
     for entry in stack.param_groups:
         if not entry["metaopt.template"]:
             continue
-        entry["metaopt.template"] = False
+        for added in entry["metaopt.template"].split()[1:]:
+            entry.pop(added, None)
+        entry["metaopt.template"] = ""
         early = stack.lane_of(entry).early_keys
         for p in entry["params"]:
             held = {key: value for key, value in stack.state.pop(p, {}).items() if key in early}
             if held:
                 stack.state[p] = held
     stack.look_again()
+
+
+def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Return copies of the attributes in which a base may count beside state and groups: numbers, and dicts of them."""
+    numbers = (bool, int, float, str, type(None))
+    return {
+        name: copy.copy(value)
+        for name, value in attributes.items()
+        if isinstance(value, numbers)
+        or (type(value) is dict and all(isinstance(held, numbers) for held in value.values()))
+    }
 
 
 def _kept(value: Any) -> Any:
