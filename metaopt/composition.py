@@ -21,10 +21,6 @@ RUN_FLAGS = frozenset({"foreach", "fused", "capturable", "differentiable"})
 
 def check(stack: "Stack") -> None:
     """Raise SpecError or HyperparameterError for parts that cannot work together."""
-    if any(entry.get("differentiable") for entry in stack.param_groups):
-        raise HyperparameterError(
-            "differentiable=True: a stack updates in place and cannot be differentiated through; leave it out"
-        )
     for lane in stack.lanes:
         if lane.name and lane.needs_closure:
             raise SpecError(
@@ -121,6 +117,10 @@ def check_group(stack: "Stack", group: Entry, position: int, *, built: bool = Fa
     lane = stack.lane_of(group)
     known = lane.hyperparameter_keys
     schedules = stack.schedules_of(group)
+    if group.get("differentiable"):
+        raise HyperparameterError(
+            f"{where}: differentiable=True: a stack updates in place and cannot be differentiated through; leave it out"
+        )
     for key, value in group.items():
         if key in schedules and not (built and key not in known):
             raise HyperparameterError(

@@ -74,7 +74,7 @@ def make_way(stack: "Stack", copies: Copies) -> Copies:
         return lifted
     for entry in stack.param_groups:
         lane = stack.lane_of(entry)
-        _leave_fused_if_refused(stack, lane, entry)
+        _leave_fused_if_refused(stack, lane, entry, copies)
         for p in entry["params"]:
             if p not in copies:
                 continue
@@ -146,12 +146,18 @@ def _store_moments(lane: Lane, p: torch.Tensor, held: dict[str, Any], key: str) 
             held.setdefault(f"{key}.{base_key}", torch.zeros_like(value))
 
 
-def _leave_fused_if_refused(stack: "Stack", lane: Lane, entry: Entry) -> None:
-    """Turn the fused kernel off for a group whose tensors it refuses, where it was our choice and no state exists.
+def _leave_fused_if_refused(stack: "Stack", lane: Lane, entry: Entry, copies: Copies) -> None:
+    """Turn the fused kernel off for a group whose tensors it refuses, where it was our choice.
 
-    Gradients may turn out sparse, and a client may have put DTensors in the parameters' places since construction.
+    Gradients may turn out sparse, a client may have put DTensors in the parameters' places since construction, and
+    a parameter may have its first gradient when others of its group had theirs long ago.
     """
-    if not (lane.fused_by_default and entry.get("fused")) or any(stack.state.get(p) for p in entry["params"]):
+    if not (lane.fused_by_default and entry.get("fused")):
+        return
+    begun = {p: any(lane.is_base_key(key) for key in stack.state.get(p, ())) for p in entry["params"]}
+    if any(begun.values()):
+        if stack.awaits_latecomers and any(p in copies for p, has_begun in begun.items() if not has_begun):
+            entry["fused"] = None
         return
     sparse = any(p.grad is not None and p.grad.is_sparse for p in entry["params"])
     if sparse or refuses_shards(type(lane.base), taken_by_constructor(lane.base), entry["params"]):

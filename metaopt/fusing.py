@@ -51,3 +51,20 @@ def _agree(
         ends.append(probe.detach().float())
     found, expected = ends
     return torch.allclose(found, expected, rtol=0.05, atol=0.02)
+
+
+def refuses_latecomers(kind: type[torch.optim.Optimizer], given: Mapping[str, Any]) -> bool:
+    """Tell whether `kind(..., fused=True)` cannot update a parameter for the first time beside one that it has before.
+
+    The fused SGD of torch 2.13 cannot with momentum: a parameter that was frozen, or whose gradient comes late.
+    """
+    first, late = (torch.zeros(1).requires_grad_() for _ in range(2))
+    opt = kind([first, late], **{**given, "fused": True})
+    try:
+        for members in ((first,), (first, late)):
+            for p in members:
+                p.grad = torch.zeros_like(p)
+            opt.step()
+    except (TypeError, RuntimeError):
+        return True
+    return False

@@ -101,7 +101,6 @@ def gradient_norm(stack: "Stack", lanes: tuple[Lane, ...], norm_type: float = 2.
             apply_scale(stack, lane)
         factor = None
     entries = stack.param_groups if len(lanes) == len(stack.lanes) else lanes[0].entries(stack.param_groups)
-    # of a sparse gradient each stored value counts once: duplicates are summed
     gradients = [dense(g) if g.is_sparse else g for e in entries for p in e["params"] if (g := p.grad) is not None]
     total = total_norm(gradients, norm_type)
     return total if factor is None else total * factor.abs().to(total.device)
@@ -112,6 +111,7 @@ def filter_gradients(stack: "Stack") -> None:
     stack.held_back = None
     for lane in stack.lanes:
         lane.pending_scale = None
+    _sum_duplicates(stack)
     if stack.measuring and not stack.holds_share:
         stack.measure("train/grad_norm", gradient_norm(stack, stack.lanes))
     for wrapper, own in stack.phases.on_gradients:
@@ -120,3 +120,11 @@ def filter_gradients(stack: "Stack") -> None:
         wrapper.on_gradients(AllGradients(stack, wrapper, own))
         if stack.held_back is not None:
             return
+
+
+def _sum_duplicates(stack: "Stack") -> None:
+    """Sum what a sparse gradient stores twice: an embedding leaves the rows that it looked up twice so."""
+    for entry in stack.base.param_groups:
+        for p in entry["params"]:
+            if p.grad is not None and p.grad.is_sparse and not p.grad.is_coalesced():
+                p.grad = p.grad.coalesce()

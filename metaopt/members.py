@@ -30,5 +30,10 @@ def updated(stack: "Stack", entry: Entry, wrapper: Wrapper) -> Members:
     if not seat.keys:
         return [p for p in entry["params"] if p in state or p.grad is not None]
     first, *others = seat.keys
-    found = [p for p in entry["params"] if p in state and first in state[p]]
-    return [p for p in found if all(key in state[p] for key in others)] if others else found
+    begun = [p for p in entry["params"] if p in state]
+    found = [p for p in begun if first in state[p]]
+    if others:
+        found = [p for p in found if all(key in state[p] for key in others)]
+    if len(found) < len(begun):  # a client has written state of the base alone since: it becomes whole at the next
+        stack.look_again()
+    return found

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from metaopt import averaging, begun_anew, compiling, composition, first_update, loading, resetting, updating
 from metaopt.dividing import Divided, step_bases
 from metaopt.errors import StepError
+from metaopt.fusing import refuses_latecomers
 from metaopt.handing_over import HOOKS, of_users, own_hooks_alone, share_hooks
 from metaopt.lanes import Entry, Lane, bare, revived
 from metaopt.metrics import Metrics
@@ -75,6 +76,10 @@ class Stack(torch.optim.Optimizer):
         self.phases = Phases(self.wrappers, self.lanes)
         self._traced_step = compiling.TracedStep()
         self.needs_closure = any(lane.needs_closure for lane in self.lanes)
+        self.awaits_latecomers = any(
+            lane.fused_by_default and refuses_latecomers(type(lane.base), first_update.taken_by_constructor(lane.base))
+            for lane in self.lanes
+        )
         self.measuring = False
         self.inside_averaged = False
         self.held_back: str | None = None

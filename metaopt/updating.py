@@ -62,7 +62,7 @@ def begin(stack: "Stack", closure: Closure | None) -> tuple[Any, Evaluation | No
     try:
         if phases.gather_early:
             template.make_early_state(stack)
-        if phases.stateful or stack.set_aside or not stack.base.state:
+        if phases.stateful or stack.set_aside or stack.awaits_latecomers or not stack.base.state:
             stack.copies = _copies_before_update(stack)
         if phases.on_gradients or stack.measuring:
             filter_gradients(stack)
@@ -135,7 +135,8 @@ def skip(stack: "Stack", reason: str, loss: Any) -> tuple[Any, None, bool]:
 
 
 def abandon(stack: "Stack") -> None:
-    """Leave an update that failed: nothing of the wrappers' state is lost."""
+    """Leave an update that failed: nothing of the wrappers' state is lost, nothing that it measured counts."""
+    stack.metrics_of_run.drop_update()
     first_update.put_back(stack, stack.copies, stack.lifted)
     stack.look_again()
     _end(stack)
