@@ -160,6 +160,8 @@ def complete(stack: "Stack", entry: Entry) -> None:
         if scale != 1.0 and "lr" not in stack.schedules_of(entry):
             entry["lr"] = entry["lr"] * scale
     lane = stack.lane_of(entry)
+    # a part without hyperparameters has no other entry in a group: its state is known as a part's by this one
+    entry["metaopt.labels"] = ",".join(lane.labelled)
     for key, (wrapper, name) in lane.hyperparameter_keys.items():
         value = getattr(wrapper, name)
         entry.setdefault(key, 0.0 if isinstance(value, Schedule) else value)

@@ -74,7 +74,6 @@ def make_way(stack: "Stack", copies: Copies) -> Copies:
         return lifted
     for entry in stack.param_groups:
         lane = stack.lane_of(entry)
-        _leave_fused_if_refused(stack, lane, entry, copies)
         for p in entry["params"]:
             if p not in copies:
                 continue
@@ -146,22 +145,31 @@ def _store_moments(lane: Lane, p: torch.Tensor, held: dict[str, Any], key: str) 
             held.setdefault(f"{key}.{base_key}", torch.zeros_like(value))
 
 
-def _leave_fused_if_refused(stack: "Stack", lane: Lane, entry: Entry, copies: Copies) -> None:
-    """Turn the fused kernel off for a group whose tensors it refuses, where it was our choice.
+def leave_refused_kernels(stack: "Stack", copies: Copies) -> None:
+    """Turn the fused kernel off for groups whose tensors it refuses, where it was our choice.
 
-    Gradients may turn out sparse, a client may have put DTensors in the parameters' places since construction, and
-    a parameter may have its first gradient when others of its group had theirs long ago.
+    Gradients may turn out sparse, and a client may have put DTensors in the parameters' places since construction.
+    For one update alone where a parameter has its first gradient when others of its group had theirs before: the
+    resumed run, which knows no more of it, is to take the same kernel as this one.
     """
-    if not (lane.fused_by_default and entry.get("fused")):
-        return
-    begun = {p: any(lane.is_base_key(key) for key in stack.state.get(p, ())) for p in entry["params"]}
-    if any(begun.values()):
-        if stack.awaits_latecomers and any(p in copies for p, has_begun in begun.items() if not has_begun):
+    stack.kernels_settled = True
+    for entry in stack.base.param_groups:
+        lane = stack.lane_of(entry)
+        if not (lane.fused_by_default and entry.get("fused")):
+            continue
+        sparse = any(p.grad is not None and p.grad.is_sparse for p in entry["params"])
+        if sparse or refuses_shards(type(lane.base), taken_by_constructor(lane.base), entry["params"]):
             entry["fused"] = None
-        return
-    sparse = any(p.grad is not None and p.grad.is_sparse for p in entry["params"])
-    if sparse or refuses_shards(type(lane.base), taken_by_constructor(lane.base), entry["params"]):
-        entry["fused"] = None
+        elif stack.awaits_latecomers and _mixes(stack, lane, entry, copies):
+            entry["fused"] = None
+            stack.unfused.append(entry)
+
+
+def _mixes(stack: "Stack", lane: Lane, entry: Entry, copies: Copies) -> bool:
+    """Tell whether some parameters of a group are updated for the first time and others are not."""
+    begun = [any(lane.is_base_key(key) for key in stack.state.get(p, ())) for p in entry["params"]]
+    late = [p in copies and not has_begun for p, has_begun in zip(entry["params"], begun, strict=True)]
+    return any(begun) and any(late)
 
 
 def set_constructor_state_aside(base: torch.optim.Optimizer) -> Copies:

@@ -104,15 +104,18 @@ def _belongs(key: Any, prefixes: tuple[str, ...]) -> bool:
 
 
 def _report(stack: "Stack", groups: list[dict[str, Any]]) -> LoadReport:
-    saved = list(dict.fromkeys(k.split(".")[0] for g in groups for k in g if "." in k and not k.startswith("metaopt.")))
+    saved = list(dict.fromkeys(label for group in groups for label in _saved_labels(group)))
     own = _labels(stack)
-    entries = {key.split(".")[0] for lane in stack.lanes for key in (*lane.hyperparameter_keys, *lane.counter_keys)}
-    keyed = [label for label in own if label in entries]
     return LoadReport(
-        taken=["base", *(label for label in keyed if label in saved)],
-        fresh=[label for label in keyed if label not in saved],
+        taken=["base", *(label for label in own if label in saved)],
+        fresh=[label for label in own if label not in saved],
         dropped=[label for label in saved if label not in own],
     )
+
+
+def _saved_labels(group: dict[str, Any]) -> list[str]:
+    named = [label for label in str(group.get("metaopt.labels", "")).split(",") if label]
+    return named + [key.split(".")[0] for key in group if "." in key and not key.startswith("metaopt.")]
 
 
 def _merge_groups(stack: "Stack", saved: list[dict[str, Any]], report: LoadReport) -> list[dict[str, Any]]:
@@ -143,6 +146,7 @@ def _merge_groups(stack: "Stack", saved: list[dict[str, Any]], report: LoadRepor
         kept.setdefault("metaopt.template", "")
         kept.setdefault("metaopt.lr_scale", 1.0)
         kept["metaopt.total_steps"] = entry["metaopt.total_steps"]
+        kept["metaopt.labels"] = entry["metaopt.labels"]
         merged.append(kept)
     return merged
 

@@ -88,11 +88,13 @@ class Stack(torch.optim.Optimizer):
         self.copies: first_update.Copies = {}
         self.lifted: first_update.Copies = {}
         self.moved: dict[int, list[torch.Tensor]] = {}
+        self.unfused: list[Entry] = []
         self.look_again()
 
     def look_again(self) -> None:
         """Look at every parameter's state at the next update: something may have changed it."""
         self.found_whole = -1  # how many parameters were found whole at the last look
+        self.kernels_settled = False
 
     def _fix_timetables(self) -> None:
         """Write the value of every schedule for the update that comes next."""

@@ -37,11 +37,13 @@ def make_state(stack: "Stack") -> None:
     copies = first_update.take_copies(stack)
     with _undone(stack):
         try:
+            first_update.leave_refused_kernels(stack, copies)
             first_update.make_way(stack, copies)
             step_bases(stack, *((lambda: torch.zeros(())),) if stack.needs_closure else ())
             first_update.store_copies(stack, copies)
         except BaseException:
-            stack.state.clear()
+            for p in copies:
+                stack.state.pop(p, None)
             raise
     # entries that the base added stay until the first update: a flattened checkpoint is read by the keys of the groups
     for entry, before in zip(stack.param_groups, known, strict=True):
@@ -58,7 +60,10 @@ def _undone(stack: "Stack") -> Iterator[None]:
     set_aside = {p: copy.deepcopy(held) for p, held in stack.set_aside.items()}
     attributes = [_plain(vars(lane.base)) for lane in stack.lanes]
     members = [p for entry in stack.param_groups for p in entry["params"]]
-    weights = [p.detach().clone() for p in members]
+    # torch's own leave the weights alone at a rate of 0: no copies of large models for them
+    foreign = {lane.name for lane in stack.lanes if not type(lane.base).__module__.startswith("torch.optim.")}
+    moved = [p for entry in stack.param_groups if stack.lane_of(entry).name in foreign for p in entry["params"]]
+    weights = [p.detach().clone() for p in moved]
     try:
         with torch.random.fork_rng({p.device for p in members if p.device.type == "cuda"}):
             yield
@@ -68,7 +73,7 @@ def _undone(stack: "Stack") -> Iterator[None]:
             entry.update(held)
         for lane, held in zip(stack.lanes, attributes, strict=True):
             vars(lane.base).update(held)
-        for p, before in zip(members, weights, strict=True):
+        for p, before in zip(moved, weights, strict=True):
             p.copy_(before)
 
 
@@ -93,10 +98,13 @@ def make_early_state(stack: "Stack") -> None:
     rates = [entry.get("lr") for entry in stack.param_groups]
     members = [p for entry in stack.param_groups for p in entry["params"]]
     gradients = [p.grad for p in members]
-    stack.state.clear()
     try:
+        # of the others there is state already, with what was gathered in it
         for p in members:
-            p.grad = None if p.grad is None else torch.zeros_like(p)
+            p.grad = None
+        for p in lacking:
+            p.grad = torch.zeros_like(p)
+            stack.state.pop(p, None)
         for entry in stack.param_groups:
             if "lr" in entry:
                 entry["lr"] = torch.zeros_like(entry["lr"]) if isinstance(entry["lr"], torch.Tensor) else 0.0

@@ -69,6 +69,8 @@ def begin(stack: "Stack", closure: Closure | None) -> tuple[Any, Evaluation | No
             if stack.held_back is not None:
                 _end(stack)
                 return skip(stack, stack.held_back, loss)
+            if stack.borrowers:  # some had no gradient before
+                stack.copies = {**_copies_before_update(stack), **stack.copies}
         _make_ready(stack)
     except BaseException:
         abandon(stack)
@@ -88,7 +90,8 @@ def _make_ready(stack: "Stack") -> None:
     phases = stack.phases
     if stack.base.param_groups[0]["metaopt.template"]:
         template.leave(stack)
-    if stack.copies:
+    if stack.copies or not stack.kernels_settled:
+        first_update.leave_refused_kernels(stack, stack.copies)
         stack.lifted = first_update.make_way(stack, stack.copies)
     for wrapper, lane in phases.before_update:
         for entry in _due(stack, wrapper, lane, update_in_progress=True):
@@ -150,6 +153,9 @@ def _end(stack: "Stack") -> None:
         lane.base.__dict__.pop("grad_scale", None)
         # a factor that a skipped update never used must not meet the gradients of the next evaluation
         lane.pending_scale = None
+    for entry in stack.unfused:
+        entry["fused"] = True
+    stack.unfused.clear()
     if stack.borrowers:
         for p in stack.borrowers:
             p.grad = None

@@ -144,6 +144,37 @@ def test_a_label_carries_a_part_to_another_place_in_the_stack() -> None:
         assert_same(swapped.state[q]["outer.slow"], opt.state[p]["outer.slow"])
 
 
+class Counts(metaopt.Wrapper):
+    """Counts a parameter's updates; a part without any hyperparameter."""
+
+    seen = metaopt.zeros()
+
+    def after_update(self, group: metaopt.Group) -> None:
+        torch._foreach_add_(group.seen, 1.0)
+
+
+def test_a_part_without_hyperparameters_is_taken_dropped_and_started_fresh_like_any_other() -> None:
+    def counting() -> tuple[torch.nn.Module, metaopt.Stack]:
+        model = small_model()
+        return model, metaopt.build(model.named_parameters(), metaopt.adamw(lr=0.01) | Counts())
+
+    model, opt = counting()
+    train(model, opt, range(3))
+    saved = copy.deepcopy(opt.state_dict())
+    twin, again = counting()
+    again.load_state_dict(saved)
+    assert again.load_report.taken == ["base", "counts"]
+    train(twin, again, range(3, 4))
+    assert again.state[next(twin.parameters())]["counts.seen"].unique().tolist() == [4.0]
+    _, without = stack_of(BASE)
+    with pytest.warns(UserWarning, match="dropped: counts"):
+        without.load_state_dict(saved)
+    assert not any(key.startswith("counts.") for held in without.state.values() for key in held)
+    _, fresh = counting()
+    with pytest.warns(UserWarning, match="started fresh: counts"):
+        fresh.load_state_dict(without.state_dict())
+
+
 def test_constants_come_from_the_checkpoint_and_how_to_run_from_the_live_stack() -> None:
     model = small_model()
     opt = metaopt.wrap(torch.optim.AdamW(model.parameters(), lr=0.03, betas=(0.8, 0.9)), "lookahead(k=7, alpha=0.8)")

@@ -163,6 +163,26 @@ def test_sparse_gradients_train_as_without_a_stack(spec: str, built: bool) -> No
     assert_same_weights(model, twin)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize("spec", ["sgd(lr=0.1, momentum=0.9)", "adagrad(lr=0.1)", "adagrad(lr=0.1) | lookahead(k=2)"])
+def test_a_run_with_sparse_gradients_resumes_bit_for_bit(spec: str) -> None:
+    def step_of(model: torch.nn.Embedding, opt: metaopt.Stack, step: int) -> None:
+        opt.zero_grad()
+        model(torch.tensor([step % 6, 2, 2])).square().sum().backward()
+        opt.step()
+
+    torch.manual_seed(0)
+    model = torch.nn.Embedding(6, 3, sparse=True)
+    opt = metaopt.build(model, spec)
+    for step in range(6):
+        twin = copy.deepcopy(model)
+        again = metaopt.build(twin, spec)
+        again.load_state_dict(copy.deepcopy(opt.state_dict()))
+        step_of(model, opt, step)
+        step_of(twin, again, step)
+        assert_same_weights(twin, model)
+
+
 def test_a_sparse_gradient_counts_in_the_norm_and_is_clipped_with_the_others() -> None:
     torch.manual_seed(0)
     sparse, dense = torch.nn.Embedding(6, 3, sparse=True), torch.nn.Linear(3, 1)
