@@ -99,9 +99,30 @@ class Stack(torch.optim.Optimizer):
     def _fix_timetables(self) -> None:
         """Write the value of every schedule for the update that comes next."""
         self.timetables = [Timetable(self.schedules_of(entry), self.total_steps) for entry in self.param_groups]
+        self.settled_groups = self.base.param_groups, len(self.base.param_groups)
         self.scheduled = any(timetable.schedules for timetable in self.timetables)
         for timetable, entry in zip(self.timetables, self.param_groups, strict=True):
             timetable.write(entry)
+
+    def settle_groups(self) -> None:
+        """Complete the groups that a client has put here, into `param_groups` or through the base's own methods."""
+        groups, (known, number) = self.base.param_groups, self.settled_groups
+        if groups is known and len(groups) == number:
+            return
+        incomplete = [entry for entry in groups if "metaopt.updates" not in entry]
+        count = next((entry["metaopt.updates"] for entry in groups if "metaopt.updates" in entry), 0)
+        for position, entry in enumerate(groups):
+            if "metaopt.updates" in entry:
+                continue
+            if isinstance(self.base, Divided):
+                entry["metaopt.part"] = self.base.lane_for(entry).name
+            composition.check_group(self, entry, position, built=True)
+            entry["metaopt.updates"] = count
+            composition.complete(self, entry)
+        if incomplete or len(groups) != len(self.timetables):
+            self._fix_timetables()
+        self.look_again()
+        self.settled_groups = groups, len(groups)
 
     def lane_of(self, entry: Entry) -> Lane:
         """Return the lane that a group belongs to."""
@@ -131,7 +152,7 @@ class Stack(torch.optim.Optimizer):
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self.base.param_groups = groups
-        self.look_again()
+        self.settle_groups()
 
     @property
     def state(self) -> defaultdict[torch.Tensor, Any]:
@@ -157,7 +178,7 @@ class Stack(torch.optim.Optimizer):
     @property
     def updates(self) -> int:
         """How many updates were applied: skipped steps do not count."""
-        return int(self.param_groups[0]["metaopt.updates"])
+        return int(self.param_groups[0].get("metaopt.updates", 0))
 
     @property
     def spec(self) -> Any:
@@ -197,6 +218,7 @@ class Stack(torch.optim.Optimizer):
         With several averages in the stack, `label` chooses. Before the first update the current weights stay.
         Raises StepError where the stack keeps no average or the choice is open.
         """
+        self.settle_groups()
         return averaging.swapped(self, label)
 
     def reset_state(self, *names: str) -> None:
@@ -281,6 +303,7 @@ class Stack(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that matters to the next update, in torch's form."""
+        self.settle_groups()
         begun_anew.fill_in(self)
         for pre_hook in of_users(self._optimizer_state_dict_pre_hooks, self.base):
             pre_hook(self)
@@ -296,6 +319,7 @@ class Stack(torch.optim.Optimizer):
 
         Raises CheckpointError, before anything changes, for another base, other groups, shapes or total steps.
         """
+        self.settle_groups()
         loading.load(self, state_dict)
         self._fix_timetables()
         self.look_again()
@@ -331,6 +355,7 @@ _DERIVED = frozenset(
         "phases",
         "_traced_step",
         "timetables",
+        "settled_groups",
         *HOOKS,
     ]
 )

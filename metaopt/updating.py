@@ -43,7 +43,9 @@ def begin(stack: "Stack", closure: Closure | None) -> tuple[Any, Evaluation | No
     What is not asked for costs one look at a flag: a stack of a base alone is to cost what the base costs.
     """
     stack.skipped = None
-    groups, phases, first = stack.base.param_groups, stack.phases, stack.base.param_groups[0]
+    groups, phases = stack.base.param_groups, stack.phases
+    stack.settle_groups()
+    first = groups[0]
     if first["metaopt.swapped"]:
         averaging.before_step(stack)
     if not stack.base.state and closure is None and template.is_template_step(stack):

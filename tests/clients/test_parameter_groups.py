@@ -259,3 +259,49 @@ def test_state_of_the_base_alone_that_a_client_writes_gets_the_wrappers_entries(
     train(model, opt, [9])
     for p, before in zip(model.parameters(), start, strict=True):
         assert_same(opt.state[p]["lookahead.slow"], before)
+
+
+@pytest.mark.parametrize("spec", ["clip_grad_norm(0.5) | lookahead(k=3)", []])
+def test_a_group_added_through_the_base_belongs_to_the_stack(spec: Any) -> None:
+    model, twin = small_model(), small_model()
+    first, second = halves(model)
+    base = torch.optim.AdamW(first, lr=0.01)
+    opt = metaopt.wrap(base, spec)
+    train(model, opt, range(4))
+    base.add_param_group({"params": second})
+    plain_first, plain_second = halves(twin)
+    plain = metaopt.wrap(torch.optim.AdamW(plain_first, lr=0.01), spec)
+    train(twin, plain, range(4))
+    plain.add_param_group({"params": plain_second})
+    train(model, opt, range(4, 9))
+    train(twin, plain, range(4, 9))
+    assert_same_weights(model, twin)
+    assert_same(opt.state_dict(), plain.state_dict())
+
+
+def test_what_is_loaded_into_the_base_alone_is_a_bare_checkpoint() -> None:
+    model, twin = small_model(), small_model()
+    base, bare = torch.optim.AdamW(model.parameters(), lr=0.01), torch.optim.AdamW(twin.parameters(), lr=0.5)
+    opt = metaopt.wrap(base, "lookahead(k=100)")
+    train(model, opt, range(4))
+    train(twin, bare, range(4))
+    base.load_state_dict(copy.deepcopy(bare.state_dict()))
+    model.load_state_dict(twin.state_dict())
+    assert opt.updates == 0
+    with opt.averaged():
+        pass
+    train(model, opt, range(4, 9))
+    train(twin, bare, range(4, 9))
+    assert_same_weights(model, twin)
+    assert opt.updates == 5
+
+
+def test_groups_may_be_split_under_a_schedule() -> None:
+    model, twin = small_model(), small_model()
+    opt, plain = (metaopt.build(m, "sgd(lr=cosine(0.1)) | lookahead(k=3)", total_steps=10) for m in (model, twin))
+    train(model, opt, range(4))
+    (entry,) = opt.param_groups
+    opt.param_groups = [{**entry, "params": entry["params"][:2]}, {**entry, "params": entry["params"][2:]}]
+    train(model, opt, range(4, 9))
+    train(twin, plain, range(9))
+    assert_same_weights(model, twin)
