@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # elements exchanged at a time, so that the temporary stays small
 PIECE = 1 << 20
+# a parameter, the part of it that this process holds, and its average
+Shown = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @contextmanager
@@ -26,8 +28,8 @@ def swapped(stack: "Stack", label: str | None) -> Iterator[None]:
     label = _choose(stack, label)
     if stack.param_groups[0]["metaopt.swapped"]:
         raise StepError(f"averaged() inside averaged({stack.param_groups[0]['metaopt.swapped']}): leave that one first")
-    _mark(stack, label)
     swap_in(stack, label)
+    _mark(stack, label)
     _tell_shards(stack)
     stack.inside_averaged = True
     try:
@@ -98,26 +100,51 @@ def _tell_shards(stack: "Stack") -> None:
 
 @torch.no_grad()
 def swap_in(stack: "Stack", label: str) -> None:
-    """Exchange parameters and average; where dtypes differ keep the parameter beside it, unrounded."""
-    for piece, averages in _averages(stack, label):
-        for owner, parameter, average in zip(piece.owners, piece.params, averages, strict=True):
-            if average.dtype == parameter.dtype:
+    """Exchange parameters and averages, all or none.
+
+    Where dtypes differ, or where an average is worked out and not kept, the parameter is kept beside it, unrounded.
+    """
+    done: list[Shown] = []
+    try:
+        for owner, parameter, average in _shown(stack, label):
+            if average.dtype == parameter.dtype and _is_kept(stack, owner, label, average):
                 exchange(parameter, average)
             else:
                 stack.state[owner][f"{label}.fast"] = owner.detach().clone()
                 parameter.copy_(average)
+            done.append((owner, parameter, average))
+    except BaseException:
+        for shown in reversed(done):
+            _take_back(stack, label, *shown)
+        raise
 
 
 @torch.no_grad()
 def swap_out(stack: "Stack", label: str) -> None:
     """Undo `swap_in` exactly."""
+    for shown in _shown(stack, label):
+        _take_back(stack, label, *shown)
+
+
+def _take_back(stack: "Stack", label: str, owner: torch.Tensor, parameter: torch.Tensor, average: torch.Tensor) -> None:
+    fast = stack.state[owner].pop(f"{label}.fast", None)
+    if fast is None:
+        exchange(parameter, average)
+    else:
+        parameter.copy_(local(fast))
+
+
+def _is_kept(stack: "Stack", owner: torch.Tensor, label: str, average: torch.Tensor) -> bool:
+    """Tell whether an average is the wrapper's own state, not something worked out from it."""
+    held = stack.state[owner].items()
+    kept = [local(value) for key, value in held if key.startswith(f"{label}.") and isinstance(value, torch.Tensor)]
+    return any(value.data_ptr() == average.data_ptr() and value.shape == average.shape for value in kept)
+
+
+def _shown(stack: "Stack", label: str) -> Iterator[Shown]:
+    """Yield each parameter that has an average, its local part, and the average."""
     for piece, averages in _averages(stack, label):
-        for owner, parameter, average in zip(piece.owners, piece.params, averages, strict=True):
-            fast = stack.state[owner].pop(f"{label}.fast", None)
-            if fast is None:
-                exchange(parameter, average)
-            else:
-                parameter.copy_(local(fast))
+        yield from zip(piece.owners, piece.params, averages, strict=True)
 
 
 def _averages(stack: "Stack", label: str) -> Iterator[tuple[Piece, list[torch.Tensor]]]:

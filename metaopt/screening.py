@@ -28,9 +28,6 @@ def check_form(state_dict: Any) -> None:
     for position, group in enumerate(groups):
         if not isinstance(group, Mapping) or "params" not in group:
             raise CheckpointError(f"the checkpoint's group {position} has no 'params': {form}")
-    for i, held in state.items():
-        if not isinstance(held, Mapping):
-            raise CheckpointError(f"the checkpoint's state of parameter {i} is a {type(held).__name__}, not a dict")
 
 
 def check_fit(stack: "Stack", groups: list[Entry], state: Mapping[Any, Any]) -> None:
@@ -49,7 +46,10 @@ def check_fit(stack: "Stack", groups: list[Entry], state: Mapping[Any, Any]) -> 
     ids = chain.from_iterable(g["params"] for g in groups)
     owners = ((p, stack.lane_of(entry)) for entry in live for p in entry["params"])
     for i, (p, lane) in zip(ids, owners, strict=True):
-        _check_entries(stack, lane, i, p, state.get(i, {}))
+        held = state.get(i, {})
+        if not isinstance(held, Mapping):
+            raise CheckpointError(f"the checkpoint's state of parameter {i} is a {type(held).__name__}, not a dict")
+        _check_entries(stack, lane, i, p, held)
 
 
 def _check_base_keys(lane: Lane, group: Entry, entry: Entry, position: int) -> None:

@@ -122,13 +122,14 @@ def finish(stack: "Stack", loss: Any) -> None:
         for wrapper, lane in stack.phases.after_update:
             for entry in _due(stack, wrapper, lane):
                 _call(wrapper.after_update, stack, entry, wrapper, updated(stack, entry, wrapper))
+        if loss is not None or stack.measuring:
+            _measure(stack, loss)
     finally:
         _end(stack)
-    if loss is not None or stack.measuring:
-        _measure(stack, loss)
-    if stack.scheduled:
-        for timetable, entry in zip(stack.timetables, groups, strict=True):
-            timetable.write(entry)
+        # the update was made, also where a wrapper behind it raised
+        if stack.scheduled:
+            for timetable, entry in zip(stack.timetables, groups, strict=True):
+                timetable.write(entry)
     stack.metrics_of_run.end_update(groups[0]["metaopt.updates"])
 
 

@@ -120,3 +120,25 @@ def test_a_wrapper_that_raises_before_the_update_loses_no_slow_weights() -> None
         train(model, opt, [at])
     train(twin, plain, range(5))
     assert_same_weights(model, twin)
+
+
+def test_a_wrapper_that_raises_behind_the_update_leaves_count_and_schedule_together() -> None:
+    class RaisesOnce(metaopt.Wrapper):
+        """Raises behind the third update."""
+
+        def after_update(self, group: metaopt.Group) -> None:
+            if group.updates == 3:
+                raise ArithmeticError("behind the third update")
+
+    model = small_model()
+    parts = metaopt.sgd(lr=metaopt.cosine(0.1)) | RaisesOnce()
+    opt = metaopt.build(model.named_parameters(), parts, total_steps=10)
+    twin = small_model()
+    plain = metaopt.build(twin.named_parameters(), "sgd(lr=cosine(0.1))", total_steps=10)
+    train(model, opt, range(2))
+    with pytest.raises(ArithmeticError):
+        train(model, opt, [2])
+    train(model, opt, range(3, 8))
+    train(twin, plain, range(8))
+    assert opt.updates == 8
+    assert_same_weights(model, twin)

@@ -204,6 +204,62 @@ def test_a_checkpoint_loaded_inside_averaged_is_what_the_run_goes_on_from() -> N
     assert_same_weights(model, twin)
 
 
+class Debiased(metaopt.Wrapper):
+    """average <- 0.9 average + 0.1 w from zero; what is shown is worked out: average / (1 - 0.9^t)."""
+
+    sum = metaopt.zeros()
+
+    def after_update(self, group: metaopt.Group) -> None:
+        torch._foreach_lerp_(group.sum, group.params, 0.1)
+
+    def averaged(self, group: metaopt.Group) -> list[torch.Tensor]:
+        return list(torch._foreach_div(group.sum, 1.0 - 0.9**group.updates))
+
+
+def test_an_average_that_is_worked_out_is_shown_and_the_fast_weights_come_back() -> None:
+    def debiased() -> tuple[torch.nn.Module, metaopt.Stack]:
+        model = small_model()
+        return model, metaopt.build(model.named_parameters(), metaopt.adamw(lr=0.01) | Debiased())
+
+    model, opt = debiased()
+    train(model, opt, range(3))
+    fast, sums = weights(model), [opt.state[p]["debiased.sum"].clone() for p in model.parameters()]
+    with opt.averaged():
+        torch.testing.assert_close(weights(model), [s / (1.0 - 0.9**3) for s in sums])
+        saved = through_a_file({"model": model.state_dict(), "opt": opt.state_dict()})
+    assert_same(weights(model), fast)
+    assert_same([opt.state[p]["debiased.sum"] for p in model.parameters()], sums)
+    assert not any(key.endswith(".fast") for held in opt.state.values() for key in held)
+    twin, again = debiased()
+    twin.load_state_dict(saved["model"])
+    again.load_state_dict(saved["opt"])
+    train(model, opt, range(3, 6))
+    train(twin, again, range(3, 6))
+    assert_same_weights(twin, model)
+
+
+def test_an_average_that_cannot_be_shown_whole_is_not_shown_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, opt = made("adamw(lr=0.01) | lookahead(k=5)")
+    train(model, opt, range(3))
+    fast, state = weights(model), copy.deepcopy(opt.state_dict())
+    exchanged = []
+
+    def out_of_memory_at_the_third(a: torch.Tensor, b: torch.Tensor) -> None:
+        exchanged.append(a)
+        if len(exchanged) == 3:
+            raise MemoryError
+        exchange(a, b)
+
+    exchange = metaopt.averaging.exchange
+    monkeypatch.setattr(metaopt.averaging, "exchange", out_of_memory_at_the_third)
+    with pytest.raises(MemoryError), opt.averaged():
+        raise AssertionError("the context is not entered")
+    assert_same(weights(model), fast)
+    assert_same(opt.state_dict(), state)
+    monkeypatch.undo()
+    train(model, opt, range(3, 5))
+
+
 @pytest.mark.parametrize("other", [torch.float64, torch.bfloat16])
 def test_another_dtype_takes_the_state_along(other: torch.dtype) -> None:
     model, opt = made("adamw(lr=0.01) | lookahead(k=3)")
