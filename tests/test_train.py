@@ -1,40 +1,40 @@
+"""`metaopt train`: never lost, never half. The command is the real one, in a process of its own."""
+
+import os
 import random
-import subprocess
-import sys
+import shutil
+import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import warm
 
 from metaopt import CheckpointError, ProblemError
 from metaopt.lab import checkpoint
+from metaopt.lab.holding import held
 from metaopt.lab.train import train
 from metaopt.registry import registry
 
 SPEC = "clip_grad_norm(1.0) | adamw(lr=0.003) | lookahead(k=5)"
 
 
-def xor():
-    return registry.find("xor", "problem").target()
+def problem(name="xor"):
+    return registry.find(name, "problem").target()
 
 
-def last(folder):
-    return checkpoint.load(checkpoint.found(folder / "checkpoints")[0])
+def command(log, *, steps, every=3, spec=SPEC, more=()):
+    asked = ["train", "--problem=xor", f"--stack={spec}", f"--steps={steps}", f"--log={log}"]
+    return [*asked, f"--checkpoint-every={every}", *more]
 
 
-def test_damaged_checkpoint_is_refused_and_the_newest_whole_one_named(tmp_path):
-    train(xor(), SPEC, steps=20, log=tmp_path, checkpoint_every=10)
-    newest, older = checkpoint.found(tmp_path / "checkpoints")
-    newest.write_bytes(newest.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=older.name):
-        train(xor(), SPEC, steps=20, log=tmp_path, resume=True)
+def checkpoints(log):
+    return checkpoint.found(log / "checkpoints")
 
 
-def test_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path):
-    with pytest.raises(ProblemError, match="lower lr"):
-        problem = registry.find("rosenbrock", "problem").target()
-        train(problem, "sgd(lr=10.0)", steps=50, log=tmp_path, checkpoint_every=1)
-    assert all(checkpoint.is_whole(path) for path in checkpoint.found(tmp_path / "checkpoints"))
+def last(log):
+    return checkpoint.load(checkpoints(log)[0])
 
 
 def equal(a, b):
@@ -47,36 +47,284 @@ def equal(a, b):
     return a == b
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_a_run_killed_at_random_moments_ends_where_the_uninterrupted_one_ends(tmp_path, part):
-    steps, every = 1000, 3
-    train(xor(), SPEC, steps=steps, log=tmp_path / "whole", checkpoint_every=every)
+def until(question, seconds=60.0):
+    patience = time.monotonic() + seconds
+    while not question():
+        assert time.monotonic() < patience, "nothing happened"
+        time.sleep(0.002)
+
+
+def one_line(errors):
+    assert len(errors.splitlines()) == 1, errors
+    assert "Traceback" not in errors
+    return errors
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Where a run of 300 steps ends that nothing happened to."""
+    log = tmp_path_factory.mktemp("whole")
+    train(problem(), SPEC, steps=300, log=log, checkpoint_every=3)
+    return last(log)
+
+
+# ---- a run that was stopped goes on bit for bit
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_a_run_killed_at_ten_random_moments_ends_where_the_uninterrupted_one_ends(tmp_path, part, uninterrupted):
     log = tmp_path / "killed"
-    command = [sys.executable, "-m", "metaopt", "train", "--problem=xor", f"--stack={SPEC}", f"--steps={steps}"]
-    command += [f"--log={log}", f"--checkpoint-every={every}", "--resume"]
     moments = random.Random(part)
 
     def newest():
-        return [path.name for path in checkpoint.found(log / "checkpoints")][:1]
+        return [path.name for path in checkpoints(log)][:1]
 
-    for _ in range(5):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        before, patience = newest(), time.monotonic() + 60
+    for _ in range(10):
+        before = newest()
+        run = warm.Command(command(log, steps=300, more=["--resume"]), tmp_path)
         # a kill counts once the process has gone on from where the last one stopped
-        while newest() == before and process.poll() is None and time.monotonic() < patience:
-            time.sleep(0.002)
-        time.sleep(moments.uniform(0, 0.2))
-        process.kill()
-        process.wait()
-    subprocess.run(command, check=True, capture_output=True)
-    assert equal(last(tmp_path / "whole"), last(log))
+        until(lambda before=before, run=run: newest() != before or not run.running())
+        time.sleep(moments.uniform(0, 0.05))
+        run.kill()
+    status, _, errors = warm.run(command(log, steps=300, more=["--resume"]), tmp_path)
+    assert (status, errors) == (0, "")
+    assert equal(last(log), uninterrupted)
 
 
-def test_a_device_that_does_not_exist_is_one_clear_sentence(tmp_path):
-    with pytest.raises(ProblemError, match="present: cpu"):
-        train(xor(), SPEC, steps=2, device="nosuch")
+def test_what_a_killed_run_left_half_written_is_removed_at_the_next_start(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / ".step-000000100.tmp").write_bytes(b"half a checkpoint")
+    train(problem(), SPEC, steps=5, log=tmp_path, resume=True)
+    assert [path.name for path in folder.glob("*.tmp")] == []
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path, uninterrupted):
+    log = tmp_path / "run"
+    run = warm.Command(command(log, steps=300), tmp_path)
+    until(lambda: len(checkpoints(log)) == 2)
+    run.kill(signal.SIGINT)
+    status, _, errors = run.end()
+    told = one_line(errors)
+    assert status == 130
+    assert "interrupted" in told and "--resume" in told and checkpoints(log)[0].name in told
+    assert warm.run(command(log, steps=300, more=["--resume"]), tmp_path)[0] == 0
+    assert equal(last(log), uninterrupted)
+
+
+BEGINNING = """
+import pathlib
+from metaopt import hookimpl
+from metaopt.problems.classification import Xor
+
+class Beginning(Xor):
+    '''Leaves a file when its training has begun.'''
+
+    def loss(self, model, batch):
+        pathlib.Path("began").touch()
+        return super().loss(model, batch)
+
+@hookimpl
+def metaopt_problems():
+    return {"beginning": Beginning}
+"""
+
+
+def test_an_interrupted_run_without_a_log_says_that_nothing_was_saved(tmp_path):
+    (tmp_path / "beginning.py").write_text(BEGINNING)
+    run = warm.Command(["train", "--plugin=beginning", "--problem=beginning", "--steps=1000000"], tmp_path)
+    until((tmp_path / "began").exists)
+    run.kill(signal.SIGINT)
+    status, _, errors = run.end()
+    assert status == 130
+    assert "nothing was saved: give --log" in one_line(errors)
+
+
+def test_two_processes_do_not_train_into_one_folder(tmp_path):
+    log = tmp_path / "run"
+    with held(log / "checkpoints", "checkpoints"):
+        status, _, errors = warm.run(command(log, steps=6), tmp_path)
+    assert status == 2
+    assert "another process" in one_line(errors)
+
+
+# ---- what goes wrong is told in one line, and the last checkpoint is whole
+
+
+def stopped(log, tmp_path, *, told, more=(), largest_file=None):
+    """Train to step 60, then on to 90 under some evil; return what was told. The checkpoint of step 60 is left."""
+    before = checkpoints(log)[0]
+    status, out, errors = warm.run(command(log, steps=90, more=more), tmp_path, largest_file=largest_file)
+    assert (status, out) == (2, "")
+    assert told in one_line(errors)
+    assert before in checkpoints(log) and checkpoint.is_whole(before)
+    return errors
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A run of 90 steps that was killed after the checkpoint of step 60."""
+    log = tmp_path / "begun"
+    run = warm.Command(command(log, steps=90), tmp_path)
+    until(lambda: any("step-000000060" in path.name for path in checkpoints(log)))
+    run.kill()
+    for path in checkpoints(log):
+        if int(path.name.split("-")[1]) > 60:
+            path.unlink()
+    return log
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(tmp_path, begun):
+    whole = tmp_path / "whole"
+    train(problem(), SPEC, steps=90, log=whole, checkpoint_every=3)
+    size = checkpoints(begun)[0].stat().st_size
+    errors = stopped(begun, tmp_path, told="File too large", more=["--resume"], largest_file=size - 100)
+    assert "The newest whole checkpoint" in errors and checkpoints(begun)[0].name in errors
+    assert not list((begun / "checkpoints").glob("*.tmp")), "half a checkpoint stayed on the full disk"
+    assert warm.run(command(begun, steps=90, more=["--resume"]), tmp_path)[0] == 0
+    assert equal(last(begun), last(whole))
+
+
+def test_a_disk_too_full_for_the_log_is_one_line(tmp_path, begun):
+    stopped(begun, tmp_path, told=str(begun), more=["--resume"], largest_file=1)
+
+
+def test_a_log_directory_that_disappears_is_one_line(tmp_path):
+    log = tmp_path / "run"
+    run = warm.Command(command(log, steps=1_000_000), tmp_path)
+    until(lambda: checkpoints(log))
+    until(lambda: shutil.rmtree(log, ignore_errors=True) or not run.running())
+    status, _, errors = run.end()
+    assert status == 2
+    assert str(log) in one_line(errors)
+    assert not checkpoints(log)
+
+
+def test_a_directory_that_cannot_be_written_is_one_line(tmp_path):
+    readonly = tmp_path / "readonly"
+    readonly.mkdir(mode=0o555)
+    if os.geteuid() == 0:  # whom no mode keeps out; the kernel's own tree does
+        readonly = Path("/sys/kernel")
+    status, _, errors = warm.run(command(readonly / "run", steps=6), tmp_path)
+    assert status == 2
+    assert str(readonly / "run") in one_line(errors)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path):
+    log = tmp_path / "run"
+    asked = ["train", "--problem=rosenbrock", "--stack=sgd(lr=10.0)", "--steps=50", f"--log={log}"]
+    status, _, errors = warm.run([*asked, "--checkpoint-every=1"], tmp_path)
+    assert status == 2
+    assert "lower lr" in one_line(errors) and checkpoints(log)[0].name in errors
+    assert all(checkpoint.is_whole(path) for path in checkpoints(log))
 
 
 def test_weights_that_are_not_finite_are_found_without_a_log():
     with pytest.raises(ProblemError, match="not finite"):
-        train(registry.find("rosenbrock", "problem").target(), "sgd(lr=10.0)", steps=50)
+        train(problem("rosenbrock"), "sgd(lr=10.0)", steps=50)
+
+
+HUNGRY = """
+import torch
+from metaopt import hookimpl
+from metaopt.problems.classification import Xor
+
+class Hungry(Xor):
+    '''Wants more memory than there is from its seventh loss on.'''
+    losses = 0
+
+    def loss(self, model, batch):
+        self.losses += 1
+        if self.losses == 7:
+            {}
+        return super().loss(model, batch)
+
+@hookimpl
+def metaopt_problems():
+    return {{"hungry": Hungry}}
+"""
+
+
+@pytest.mark.parametrize("want", ["torch.empty(10**15)", "bytearray(10**17)"])
+def test_memory_that_runs_out_is_one_line_and_names_the_last_checkpoint(tmp_path, want):
+    (tmp_path / "hungry.py").write_text(HUNGRY.format(want))
+    log = tmp_path / "run"
+    asked = ["train", "--plugin=hungry", "--problem=hungry", "--steps=50", f"--log={log}", "--checkpoint-every=3"]
+    status, _, errors = warm.run(asked, tmp_path)
+    assert status == 2
+    assert "out of memory" in one_line(errors)
+    assert "step-000000006" in errors and checkpoint.is_whole(checkpoints(log)[0])
+
+
+def test_what_an_optimizer_of_its_own_raises_is_one_line(tmp_path):
+    status, _, errors = warm.run(["train", "--problem=xor", "--stack=sparse_adam", "--steps=5"], tmp_path)
+    assert status == 2
+    assert "sparse_adam cannot train xor: RuntimeError" in one_line(errors)
+
+
+# ---- checkpoints
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_newest_whole_one_named(tmp_path):
+    train(problem(), SPEC, steps=20, log=tmp_path, checkpoint_every=10)
+    newest, older = checkpoints(tmp_path)
+    newest.write_bytes(newest.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=older.name) as caught:
+        train(problem(), SPEC, steps=20, log=tmp_path, resume=True)
+    assert f"{newest} is damaged: delete it" in str(caught.value)
+    newest.unlink()
+    assert train(problem(), SPEC, steps=20, log=tmp_path, resume=True).stack.updates == 20
+
+
+class Dangerous:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_nothing_in_a_crafted_checkpoint_is_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    path = checkpoint.save(folder, 7, {"run": {}, "step": 7, "model": Dangerous()})
+    assert checkpoint.is_whole(path)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        train(problem(), SPEC, steps=20, log=tmp_path / "run", resume=True)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [{"step": 3}, [1, 2], {"run": 5, "step": "x", "model": {}, "stack": {}, "random": {}}]
+)
+def test_a_file_that_is_no_checkpoint_of_a_run_is_refused(tmp_path, content):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    checkpoint.save(folder, 3, content)
+    with pytest.raises(CheckpointError):
+        train(problem(), SPEC, steps=20, log=tmp_path, resume=True)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    train(problem(), SPEC, steps=4, log=tmp_path)
+    for changed in ({"seed": 1}, {"steps": 5}):
+        with pytest.raises(CheckpointError, match=f"another run: {next(iter(changed))}"):
+            train(problem(), SPEC, **{"steps": 4, "log": tmp_path, "resume": True, **changed})
+    with pytest.raises(CheckpointError, match="holds a run already: give --resume"):
+        train(problem(), SPEC, steps=4, log=tmp_path)
+
+
+# ---- devices
+
+
+def test_a_run_trains_and_resumes_on_every_device(tmp_path, device):
+    whole = train(problem(), SPEC, steps=12, device=str(device), log=tmp_path / "whole", checkpoint_every=6)
+    first = checkpoints(tmp_path / "whole")[1]
+    resumed = train(problem(), SPEC, steps=12, device=str(device), log=tmp_path / "again", resume=first)
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert one.device.type == device.type
+        assert torch.equal(one, other)
+
+
+def test_a_device_that_does_not_exist_is_one_clear_sentence(tmp_path):
+    status, _, errors = warm.run(["train", "--problem=xor", "--device=nosuch"], tmp_path)
+    assert status == 2
+    assert "present: cpu" in one_line(errors)

@@ -1,8 +1,8 @@
 """One training run with checkpoints; a run that was killed goes on bit for bit."""
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from metaopt.lab.telling import told
 from metaopt.lab.weights import evaluated, shown
 from metaopt.problem import Problem
 from metaopt.stack import Stack
+
+CONTENT = {"run", "step", "model", "stack", "random"}
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,16 @@ def train(
         first = _resume(resume, folder, run, model, opt, device) if resume else 0
         if not resume and folder is not None and checkpoint.found(folder):
             raise CheckpointError(f"{folder} holds a run already: give --resume to continue it, or another --log")
-        batches = problem.batches(seed, device, start=first)
-        for step in range(first + 1, steps + 1):
-            loss = _step(problem, model, opt, next(batches))
-            if folder is not None and (step % checkpoint_every == 0 or step == steps):
-                # read here alone, so that no update in between waits for the device
-                _check_finite(loss, model, step, folder)
-                checkpoint.save(folder, step, _content(run, step, model, opt))
-            if progress is not None:
-                progress(step)
+        with _closed(opt):
+            batches = problem.batches(seed, device, start=first)
+            for step in range(first + 1, steps + 1):
+                loss = _step(problem, model, opt, next(batches))
+                if folder is not None and (step % checkpoint_every == 0 or step == steps):
+                    # read here alone, so that no update in between waits for the device
+                    _check_finite(loss, model, step, folder)
+                    checkpoint.save(folder, step, _content(run, step, model, opt))
+                if progress is not None:
+                    progress(step)
         _check_finite(0.0, model, steps, folder)
         with shown(opt):
             evaluation = problem.evaluate(model, "validation")
@@ -76,6 +79,18 @@ def train(
 
 def _owned(folder: Path | None) -> AbstractContextManager[None]:
     return nullcontext() if folder is None else held(folder, "checkpoints")
+
+
+@contextmanager
+def _closed(opt: Stack) -> Iterator[None]:
+    """Close the log behind a run; behind one that failed quietly, for its failure is what is to be told."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            opt.close()
+        raise
+    opt.close()
 
 
 def _step(problem: Problem, model: torch.nn.Module, opt: Stack, batch: Any) -> Any:
@@ -114,11 +129,11 @@ def _resume(
     if not paths:
         return 0  # killed before its first checkpoint: the run starts again, and ends the same
     content = checkpoint.load(paths[0])
+    if not isinstance(content, dict) or content.keys() != CONTENT or not isinstance(content["run"], dict):
+        raise CheckpointError(f"{paths[0]} is no checkpoint of `metaopt train`: it has not what such a one holds")
     for key, value in run.items():
-        if content["run"][key] != value:
-            raise CheckpointError(
-                f"{paths[0]} is of another run: {key} is {content['run'][key]!r} there, {value!r} here"
-            )
+        if (there := content["run"].get(key)) != value:
+            raise CheckpointError(f"{paths[0]} is of another run: {key} is {there!r} there, {value!r} here")
     model.load_state_dict(content["model"])
     opt.load_state_dict(content["stack"])
     torch.set_rng_state(content["random"]["cpu"])

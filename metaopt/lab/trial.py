@@ -130,6 +130,7 @@ def _run(trial: Trial) -> dict[str, Any]:
         if diverged:
             break
         began = time.perf_counter()
+    run.opt.close()
     split = "test" if trial.final else "validation"
     fast = problem.evaluate(run.model, split)
     measured = fast if evaluated(run.opt) == FAST else _evaluate(run, split)

@@ -1,0 +1,81 @@
+"""The real command line in processes that start warm: one server imports torch, every command is a fork of it."""
+
+import contextlib
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import pytest
+
+with contextlib.suppress(ImportError):
+    import resource  # not on every system
+
+
+class Command:
+    """`metaopt <arguments>`, running in a folder; `largest_file` bounds its files, as a full disk does."""
+
+    def __init__(self, arguments: Sequence[str], folder: Path, *, largest_file: int | None = None) -> None:
+        context = _warm()
+        self._printed = [context.Pipe(duplex=False) for _ in range(2)]
+        ends = [writing for _, writing in self._printed]
+        self.process = context.Process(target=_run, args=(list(arguments), str(folder), largest_file, *ends))
+        self.process.start()
+        for writing in ends:
+            writing.close()
+
+    def running(self) -> bool:
+        """Tell whether the process has not ended yet."""
+        return self.process.is_alive()
+
+    def kill(self, signal: int | None = None) -> None:
+        """Send a signal, by default the one that cannot be caught, and wait for that one's effect."""
+        if signal is None:
+            self.process.kill()
+            self.process.join()
+        else:
+            os.kill(self.process.pid or 0, signal)
+
+    def end(self) -> tuple[int, str, str]:
+        """Wait for the end; return the exit status, the output and the errors."""
+        self.process.join(240)
+        assert self.process.exitcode is not None, "the command did not end"
+        out, errors = (_all(reading) for reading, _ in self._printed)
+        return self.process.exitcode, out, errors
+
+
+def run(arguments: Sequence[str], folder: Path, *, largest_file: int | None = None) -> tuple[int, str, str]:
+    """Run a command to its end; return its exit status, its output and its errors."""
+    return Command(arguments, folder, largest_file=largest_file).end()
+
+
+def _warm() -> ForkServerContext:
+    """Return how processes start, after the server has imported all that they need: it looks for modules of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["warmed"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
+    return context
+
+
+def _all(reading: Connection) -> str:
+    with os.fdopen(os.dup(reading.fileno()), "rb") as file:
+        return file.read().decode()
+
+
+def _run(arguments: list[str], folder: str, largest_file: int | None, out: Connection, errors: Connection) -> None:
+    os.chdir(folder)
+    os.dup2(out.fileno(), 1)
+    os.dup2(errors.fileno(), 2)
+    # the server's own streams remember where its output went
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+    from metaopt.cli import main
+
+    main(arguments)
