@@ -211,3 +211,18 @@ def test_every_weight_moves_whatever_kernel_is_chosen(base: str, dtype: torch.dt
     x.grad = torch.ones_like(x)
     opt.step()
     assert (x < 1).all()
+
+
+def test_a_cautious_update_of_complex_weights_goes_by_their_direction() -> None:
+    x = torch.nn.Parameter(torch.zeros(4, dtype=torch.complex64))
+    opt = metaopt.build([x], "sgd(lr=0.1, momentum=0.9) | cautious")
+    first = torch.tensor([1 + 1j, 1 + 1j, 1 + 1j, 1 + 1j])
+    second = torch.tensor([1 + 1j, -0.1 + 2j, -0.5 - 0.5j, -0.1 - 0.2j])
+    opt.step(closure_of(x, lambda w: first.clone()))
+    before = x.detach().clone()
+    opt.step(closure_of(x, lambda w: second.clone()))
+    update = -0.1 * (0.9 * first + second)
+    # by more than a right angle away from its gradient
+    agrees = (update * second.conj()).real < 0
+    assert agrees.tolist() == [True, True, False, False]
+    torch.testing.assert_close(x.detach() - before, update * agrees / 0.5)

@@ -19,13 +19,20 @@ class Cautious(Wrapper, each="tensor"):
     def after_update(self, group: Group) -> None:
         updates = torch._foreach_sub(group.params, group.before)
         wanted = 1 if group.maximizes else -1
-        # signs, not the product: that of two small numbers is zero in 16 bits
-        agrees = [(u.sign() * g.sign() == wanted).to(u.dtype) for u, g in zip(updates, group.grads, strict=True)]
-        shares = [mean.clamp(min=1e-3) for mean in group.means(agrees)]
+        agrees = [_points(u, g, wanted).to(u.dtype) for u, g in zip(updates, group.grads, strict=True)]
+        shares = [mean.real.clamp(min=1e-3) for mean in group.means(agrees)]
         torch._foreach_mul_(updates, agrees)
         torch._foreach_div_(updates, shares)
         torch._foreach_add_(updates, group.before)
         group.move_to(list(updates))
+
+
+def _points(update: torch.Tensor, gradient: torch.Tensor, way: int) -> torch.Tensor:
+    """Tell for each component whether it points along the gradient (1) or against it (-1), complex ones by their angle.
+
+    By signs, not by the product: that of two small numbers is zero in 16 bits.
+    """
+    return (update.sgn() * gradient.sgn().conj()).real * way > 0
 
 
 @hookimpl
