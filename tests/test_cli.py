@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from metaopt.cli import main
+from metaopt.registry import registry
 
 
 def run(*arguments: str, cwd: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -55,6 +56,21 @@ def test_show_tells_defaults_bounds_formula_paper_and_other_names(capsys):
     _, out, _ = called(capsys, "show", "lookahead")
     for told in ("arXiv:1907.08610", "alpha", "> 0", "sync_period", "slow: a copy"):
         assert told in out
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in registry.entries() if entry.origin == "metaopt"])
+def test_every_part_is_shown_with_what_it_keeps(capsys, name):
+    status, out, err = called(capsys, "show", name)
+    assert (status, err) == (0, "")
+    target = registry.find(name).target
+    told = [*getattr(target, "hyperparameters", ()), *getattr(target, "slots", ()), *getattr(target, "counters", ())]
+    assert all(word in out for word in told) and "(no description)" not in out
+
+
+def test_show_tells_what_is_kept_and_counted(capsys):
+    _, out, _ = called(capsys, "show", "accumulate")
+    assert "sum: shaped like the parameter, zero at first; there before the first update" in out
+    assert "seen: how many gradients the sum holds" in out
 
 
 def test_show_draws_the_curve_of_a_schedule(capsys):

@@ -57,6 +57,8 @@ def _description(entry: "Entry") -> list[str]:
     if entry.kind == "wrapper" and isinstance(state, Mapping):
         lines += ["", "state per parameter"]
         lines += [f"  {slot}: {_slot(declared)}" for slot, declared in state.items()] or ["  none"]
+        counters = [f"  {name}: {counted.doc}" for name, counted in entry.target.counters.items()]
+        lines += ["", "counted in every group", *counters] if counters else []
     others = tuple(getattr(entry.target, "known_as", ()))
     if others:
         lines += ["", f"elsewhere called {', '.join(others)}"]
@@ -69,9 +71,11 @@ def _slot(declared: Any) -> str:
         "start": "a copy of the parameter from right before its first update; never follows",
         "zeros": "shaped like the parameter, zero at first",
         "moments": "zeros for each moment of the base, where a hyperparameter asks for them",
+        "previous": "a copy of the parameter from right before its latest update",
     }
     dtype = f"; dtype: {declared.dtype}" if declared.dtype else ""
-    return meanings[declared.kind] + dtype
+    early = "; there before the first update" if declared.early else ""
+    return meanings[declared.kind] + early + dtype
 
 
 def _table(hyperparameters: Mapping[str, Any]) -> list[str]:
