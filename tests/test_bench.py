@@ -15,6 +15,7 @@ from metaopt.lab.bench.by_hand import Update
 from metaopt.lab.bench.clock import Sample, sample
 from metaopt.lab.bench.contenders import Contender, chosen_baseline, contenders_of, equals_by_hand, stack_contender
 from metaopt.lab.bench.measure import least_bytes, measure, race, runner_of
+from metaopt.lab.bench.processes import help_imports_torch, median_difference, process_seconds
 from metaopt.lab.bench.rounds import Runner, interleave, ratios, spread
 from metaopt.lab.bench.shapes import shapes_of, tensor_set
 from metaopt.lab.bench.targets import Settings, check_targets, wrappers_alone
@@ -231,6 +232,14 @@ def test_every_wrapper_that_has_an_update_of_its_own_is_among_the_targets():
     assert found["lookahead"] == "adamw | lookahead"
     assert found["clip_grad_norm"] == "clip_grad_norm(max_norm=0.1) | adamw"
     assert found["clip_grad_value"] == "clip_grad_value(clip_value=0.1) | adamw"
+
+
+def test_processes_are_timed_in_turn_and_an_import_of_torch_is_found_out():
+    found = process_seconds({"short": ["-c", ""], "long": ["-c", "import time; time.sleep(0.5)"]}, rounds=2)
+    assert {name: len(seconds) for name, seconds in found.items()} == {"short": 2, "long": 2}
+    assert median_difference(found, "long", "short") > 0.1
+    assert not help_imports_torch(["bench", "--help"])
+    assert help_imports_torch(["list", "wrappers"])
 
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path):

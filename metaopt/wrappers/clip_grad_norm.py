@@ -19,7 +19,8 @@ class ClipGradNorm(Wrapper):
     def on_gradients(self, groups: Gradients) -> None:
         norm = groups.norm(groups.norm_type)
         # as in torch: an infinite norm scales to zero or NaN, it is not hidden
-        factor = (groups.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        # max_norm / (norm + 1e-6), in place: over small tensors arithmetic on one number costs as much as the norm
+        factor = (norm + 1e-6).reciprocal_().mul_(groups.max_norm).clamp_(max=1.0)
         groups.scale(factor)
         if groups.logged or groups.measured:
             groups.measure("clipped_fraction", factor < 1.0)
