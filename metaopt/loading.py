@@ -124,12 +124,14 @@ def _merge_groups(stack: "Stack", saved: list[dict[str, Any]], report: LoadRepor
     merged = []
     for group, entry in zip(saved, stack.param_groups, strict=True):
         lane = stack.lane_of(entry)
+        scheduled = stack.schedules_of(entry)
         kept = {k: v for k, v in group.items() if not _belongs(k, dropped)}
         for key in lane.counter_keys:
             kept.setdefault(key, 0)
         for key, (wrapper, name) in lane.hyperparameter_keys.items():
             declared = wrapper.hyperparameters[name]
-            if wrapper.label in report.fresh or key not in kept:
+            # a scheduled value is worked out anew; a warm-up may well begin where a constant must not stand
+            if wrapper.label in report.fresh or key not in kept or key in scheduled:
                 kept[key] = entry[key]
             elif declared.structural:
                 _note_kept(report, key, saved=kept[key], live=entry[key])

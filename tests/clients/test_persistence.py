@@ -23,6 +23,7 @@ SPECS = [
     "adagrad(lr=0.1) | lookahead(k=2, pullback_momentum='reset')",
     "adamw(lr=0.01) | ema(0.9)",
     "accumulate(2) | adamw(lr=0.01) | outer(k=2)",
+    "sgd(lr=0.1) | lookahead(k=2, alpha=warmup(constant(0.5), 4))",
     "lbfgs(lr=0.1, max_iter=2) | lookahead(k=2)",
 ]
 
