@@ -37,8 +37,8 @@ def cycle_matrix(eigenvalue: float, spec: str, period: int) -> torch.Tensor:
     x, opt, update = quadratic_stack(eigenvalue, spec)
     for _ in range(period):  # until every entry of the state is there
         update()
+    keys = list(held(x, opt))  # after "reset" without the base's own, which a checkpoint holds as they begin
     saved = opt.state_dict()
-    keys = list(held(x, opt))
     columns = []
     for key in keys:
         x, opt, update = quadratic_stack(eigenvalue, spec)
