@@ -88,6 +88,8 @@ def test_the_shape_sets_are_those_that_the_targets_name():
         # every fifth update reads and writes weights and slow weights
         ("adamw | lookahead(k=5)", 7.8),
         (WHOLE, 8.8),
+        # the outer one overwrites the inner slow weights, which it need not read: 4 words of the inner, 5 of the outer
+        ("adamw | lookahead(k=1) | lookahead(k=1, label='outer')", 16.0),
         ("clip_grad_value(1.0) | sgd(lr=0.1)", 5.0),
         ("sgd(lr=0.1, momentum=0.9)", 5.0),
     ],
