@@ -2,10 +2,13 @@
 
 import json
 import re
+import runpy
 import shlex
 
 import pytest
 from documents import ROOT, blocks, python
+
+from metaopt.spec import parse
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in blocks("README.md", "sh") for line in block.splitlines()]
@@ -58,6 +61,16 @@ def test_the_command_runs(line, tmp_path):
     if arguments[0] == "compare":  # shorter: what is tested is that the line is understood and works
         arguments = ["5" if word == "100" else word for word in arguments] + ["--seeds", "2", "--lrs", "2"]
     assert python("-m", "metaopt", *arguments, folder=tmp_path).strip()
+
+
+def test_the_measured_comparison_is_the_example_s():
+    found = runpy.run_path(str(ROOT / "examples" / "compare_charlm.py"), run_name="read")
+    rows = [line for line in README.splitlines() if line.startswith("| adamw")]
+    assert [row.removeprefix("| ").partition(" | ")[0].replace("\\|", "|") for row in rows] == [
+        str(parse(spec)) for spec in found["CONTENDERS"]
+    ]
+    budget, seeds = re.search(r"--steps (\d+) --seeds (\d+)", found["FULL"]).groups()
+    assert f"{budget} gradient evaluations per run" in README and seeds == "10"
 
 
 def test_the_name_on_the_index_is_explained():
