@@ -36,6 +36,7 @@ def take_copies(stack: "Stack") -> Copies:
     copies: Copies = {}
     for entry in stack.param_groups:
         lane = stack.lane_of(entry)
+        _check_members(entry)
         of_template = entry["metaopt.template"]
         for p in entry["params"]:
             if p.grad is None:
@@ -49,6 +50,16 @@ def take_copies(stack: "Stack") -> Copies:
             elif missing or _lacks_moments(lane, held):
                 copies[p] = missing
     return copies
+
+
+def _check_members(entry: Entry) -> None:
+    names, members = entry.get("param_names"), entry["params"]
+    if names is not None and len(names) != len(members):
+        raise StepError(
+            f"a group of {len(names)} parameters ({', '.join(names[:3])}, ...) holds {len(members)} now: a client has "
+            f"put others in their places. DeepSpeed's ZeRO does so: each rank gets a flat share, of which norms, shapes "
+            f"and names are not the model's. Shard with FSDP2 (fully_shard) instead"
+        )
 
 
 def all_whole(stack: "Stack") -> bool:

@@ -115,3 +115,17 @@ def test_post_local_sgd_averages_the_weights_of_stacks() -> None:
     assert saved["step"] == 4
     opt.load_state_dict(saved)
     assert stack.updates == 4
+
+
+def test_a_flat_share_in_the_place_of_the_parameters_is_refused() -> None:
+    # what DeepSpeed's ZeRO does to an optimizer that it is told to take untested
+    model = small_model()
+    opt = stack_over(model)
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    flat.grad = torch.ones_like(flat)
+    opt.param_groups[0]["params"] = [flat]
+    before = flat.detach().clone()
+    with pytest.raises(metaopt.StepError, match=r"holds 1 now.*DeepSpeed's ZeRO.*FSDP2"):
+        opt.step()
+    assert_same([flat.detach()], [before])
+    assert opt.updates == 0
