@@ -79,3 +79,11 @@ def test_the_name_on_the_index_is_explained():
 
 def test_the_plugin_has_no_more_than_fifteen_lines():
     assert len([line for line in PLUGIN.splitlines() if line.strip()]) <= 15
+
+
+def test_every_client_in_the_table_is_shown_by_a_test():
+    header, *rows = [line for line in README.splitlines() if line.startswith("| ")]
+    assert header.startswith("| client, and the test that shows it | the line it needs |")
+    shown = [re.search(r"\]\((tests/[^)]+)\)", row) for row in rows]
+    assert len(rows) > 10 and all(shown)
+    assert all("\ndef test_" in (ROOT / link[1]).read_text(encoding="utf-8") for link in shown)

@@ -81,6 +81,20 @@ def test_averaged_shows_the_unsharded_average_and_training_goes_on_as_if_nothing
 
 
 @on_two_ranks
+def test_parameters_that_a_client_replaces_by_their_shards_are_trained() -> None:
+    # as Accelerate does under FSDP2: the stack is built first, its groups are given the shards afterwards
+    for base in ("sgd(lr=0.05, momentum=0.9)", "adamw(lr=0.05)"):
+        model, twin = small_model(), small_model()
+        spec = f"clip_grad_norm(0.5) | {base} | lookahead(k=3)"
+        opt, plain = metaopt.build(model, spec), metaopt.build(twin, spec)
+        sharded(model)
+        opt.param_groups[0]["params"] = list(model.parameters())
+        train(model, opt, 0, 7)
+        train(twin, plain, 0, 7)
+        torch.testing.assert_close(weights(model), weights(twin))
+
+
+@on_two_ranks
 def test_the_state_is_sharded_as_its_parameter_is() -> None:
     model, opt, *_ = pair(SPEC)
     train(model, opt, 0, 1)
