@@ -57,7 +57,7 @@ def _check_members(entry: Entry) -> None:
     if names is not None and len(names) != len(members):
         raise StepError(
             f"a group of {len(names)} parameters ({', '.join(names[:3])}, ...) holds {len(members)} now: a client has "
-            f"put others in their places. DeepSpeed's ZeRO does so: each rank gets a flat share, of which norms, shapes "
+            f"put others in their places. DeepSpeed's ZeRO does so: a rank gets a flat share, of which norms, shapes "
             f"and names are not the model's. Shard with FSDP2 (fully_shard) instead"
         )
 
