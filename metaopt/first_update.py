@@ -185,7 +185,9 @@ def _mixes(stack: "Stack", lane: Lane, entry: Entry, copies: Copies) -> bool:
 
 def set_constructor_state_aside(base: torch.optim.Optimizer) -> Copies:
     """Take out what a base such as Adagrad puts into `state` at construction; a base that has stepped keeps its own."""
-    unstepped = [p for p, held in base.state.items() if "step" in held and not bool(held["step"])]
+    # a base may keep numbers of its own beside the parameters' state
+    kept = {p: held for p, held in base.state.items() if isinstance(p, torch.Tensor) and isinstance(held, dict)}
+    unstepped = [p for p, held in kept.items() if "step" in held and not bool(held["step"])]
     return {p: base.state.pop(p) for p in unstepped}
 
 

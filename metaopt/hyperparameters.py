@@ -1,7 +1,6 @@
 """How a hyperparameter is declared once, and checked wherever it is given."""
 
 import inspect
-import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -84,7 +83,7 @@ class Hyperparameter:
         if not allowed or Any in allowed:
             return value
         if float in allowed and isinstance(value, int) and not isinstance(value, bool) and int not in allowed:
-            return float(value)
+            return self._as_float(value, where)
         plain = tuple(typing.get_origin(kind) or kind for kind in allowed)
         if isinstance(value, bool) and bool not in plain:
             fits = False
@@ -97,9 +96,15 @@ class Hyperparameter:
             raise HyperparameterError(f"{where}: {self.name}={value!r} is no {names.replace('NoneType', 'None')}")
         return value
 
+    def _as_float(self, number: int, where: str) -> float:
+        try:
+            return float(number)
+        except OverflowError:  # python's integers have no end, its floats have
+            raise HyperparameterError(f"{where}: {self.name} is an integer beyond every float") from None
+
     def _within_bounds(self, number: float, where: str) -> None:
         outside = (
-            math.isnan(number)
+            number != number  # not a number; math.isnan would make a float of any integer
             or (self.min is not None and number < self.min)
             or (self.max is not None and number > self.max)
             or (self.above is not None and number <= self.above)

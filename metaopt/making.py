@@ -67,8 +67,9 @@ def make_base(
     fused = _fuse(groups, base, given)
     try:
         return base.target(groups, **given), fused
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise HyperparameterError(f"{base.name}: {error}") from error
+    except Exception as error:  # what a class from elsewhere raises for what it refuses is its own choice
+        reason = str(error) if isinstance(error, TypeError | ValueError | RuntimeError) else repr(error)
+        raise HyperparameterError(f"{base.name}: {reason}") from error
 
 
 def make_divided(groups: list[Group], divides: Part, total_steps: int | None) -> Divided:
@@ -150,7 +151,7 @@ def _fuse(groups: list[Group], base: Part, given: dict[str, Any]) -> bool:
         return False
     try:
         base.target([torch.zeros(1, requires_grad=True)], **given, fused=True)
-    except (RuntimeError, TypeError, ValueError):  # this class, or this choice of hyperparameters, has no fused kernel
+    except Exception:  # this class, or this choice of hyperparameters, has no fused kernel
         return False
     members = [p for group in groups for p in group["params"]]
     if refuses_shards(base.target, given, members) or computes_otherwise(base.target, given, members):

@@ -10,6 +10,9 @@ from metaopt.hyperparameters import Hyperparameter, bind, declared
 
 Curve = Callable[[float], float]
 
+# no run has more updates, and no float counts further one by one
+LONGEST = 2**53
+
 
 class Schedule(ABC):
     """A closed form: value from update count, nothing stored. Subclasses declare hyperparameters with `hyper`.
@@ -65,8 +68,11 @@ class Schedule(ABC):
             if run is None:
                 raise HyperparameterError(f"{where}: steps={steps} is a fraction of the run: give total_steps as well")
             return max(1, round(steps * run))
-        if steps != int(steps) or steps < 1:
-            raise HyperparameterError(f"{where}: steps={steps!r} is no number of updates: an integer or a fraction")
+        whole = isinstance(steps, int) or (isinstance(steps, float) and steps.is_integer())
+        if not whole or isinstance(steps, bool) or not 1 <= steps <= LONGEST:
+            raise HyperparameterError(
+                f"{where}: steps={steps!r:.60} is no number of updates: give an integer, or a fraction below 1"
+            )
         return int(steps)
 
     def __call__(self, t: float, total_steps: int | None = None) -> float:

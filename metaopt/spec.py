@@ -15,10 +15,8 @@ from metaopt.errors import MetaoptError, SpecError
 from metaopt.hyperparameters import Hyperparameter, bind, from_signature
 from metaopt.registry import Entry, registry
 from metaopt.schedule import Schedule
+from metaopt.syntax import Source
 from metaopt.wrapper import Wrapper, check_value
-
-LONGEST = 64 * 1024
-DEEPEST = 200
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,8 @@ class Part:
             if label is not None:
                 raise SpecError(f"{self.name}: a {self.kind} takes no label")
             return self.target(*args, **kwargs)
+        if label is not None and not isinstance(label, str):
+            raise SpecError(f"{self.name}: label={label!r:.60} is no text")
         if label is not None and self.kind == "optimizer":
             raise SpecError(f"{self.name}: the base takes no label: its entries keep their bare names")
         given = dict(self.given)
@@ -158,51 +158,25 @@ def as_pipeline(parts: Any) -> Pipeline:
 
 
 def parse(text: str) -> Pipeline:
-    """Read a pipeline from text; nothing in it is evaluated. Raises SpecError, UnknownPart, HyperparameterError."""
+    """Read a pipeline from text; nothing in it is evaluated. Raises SpecError, UnknownPart, HyperparameterError.
+
+    An error's notes hold the text with a caret under the fault, where it is one line.
+    """
+    source = Source(text)
     try:
-        return _pipeline(_tree(text), text)
+        return _pipeline(source.tree(), source)
     except RecursionError:
         raise SpecError("the spec is nested too deeply") from None
 
 
-def _tree(text: str) -> ast.expr:
-    if len(text.encode(errors="surrogatepass")) > LONGEST:
-        raise SpecError(f"the spec is longer than {LONGEST // 1024} KiB")
-    depth = deepest = 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        deepest = max(deepest, depth)
-    if deepest > DEEPEST:
-        raise SpecError(f"the spec's brackets are {deepest} deep; at most {DEEPEST} are allowed")
-    # python's own parser recurses for chains of operators too, and aborts on very long ones
-    if text.count("|") > DEEPEST or text.count("-") > LONGEST // 64:
-        raise SpecError(f"the spec has more than {DEEPEST} parts")
-    if not text.strip():
-        raise SpecError("the spec is empty; write for instance: clip_grad_norm(1.0) | adamw(lr=3e-4) | lookahead(k=5)")
-    try:
-        return ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, MemoryError, OverflowError) as error:
-        column = getattr(error, "offset", None)
-        at = f" at column {column}" if column else ""
-        raise SpecError(f"the spec {text.strip()!r:.120} cannot be read{at}: {getattr(error, 'msg', error)}") from None
-
-
-def _refuse(node: ast.AST, text: str) -> SpecError:
-    source = ast.get_source_segment(text.strip(), node) or type(node).__name__
-    column = getattr(node, "col_offset", 0) + 1
-    return SpecError(
-        f"the spec does not allow {source!r:.60} (column {column}): a pipeline is names, calls, literals, "
-        f"tuples, lists, schedules and `|`"
-    )
-
-
-def _pipeline(node: ast.expr, text: str) -> Pipeline:
+def _pipeline(node: ast.expr, source: Source) -> Pipeline:
     parts: list[Part] = []
     for member in _piped(node):
-        value = _value(member, text)
+        value = _value(member, source)
         if not isinstance(value, Part):
-            raise _refuse(member, text)
-        parts.extend(as_pipeline(value).parts)
+            raise source.refused(member)
+        with source.pointing_at(member):
+            parts.extend(as_pipeline(value).parts)
     return Pipeline(tuple(parts))
 
 
@@ -218,60 +192,82 @@ def _piped(node: ast.expr) -> list[ast.expr]:
     return members[::-1]
 
 
-def _value(node: ast.expr, text: str) -> Any:
+def _value(node: ast.expr, source: Source) -> Any:
     if isinstance(node, ast.Constant):
         if node.value is None or isinstance(node.value, bool | int | float | str):
             return node.value
     elif isinstance(node, ast.Name):
-        return math.inf if node.id == "inf" else part(node.id)
+        with source.pointing_at(node):
+            return math.inf if node.id == "inf" else part(node.id)
     elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-        return part(f"{node.value.id}.{node.attr}")
+        with source.pointing_at(node):
+            return part(f"{node.value.id}.{node.attr}")
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        number = _value(node.operand, text)
+        number = _value(node.operand, source)
         if isinstance(number, int | float) and not isinstance(number, bool):
             return -number
     elif isinstance(node, ast.Tuple):
-        return tuple(_value(item, text) for item in node.elts)
+        return tuple(_value(item, source) for item in node.elts)
     elif isinstance(node, ast.List):
-        return [_value(item, text) for item in node.elts]
+        return [_value(item, source) for item in node.elts]
     elif isinstance(node, ast.Call):
-        return _called(node, text)
-    raise _refuse(node, text)
+        return _called(node, source)
+    raise source.refused(node)
 
 
-def _called(node: ast.Call, text: str) -> Any:
-    called = _value(node.func, text) if isinstance(node.func, ast.Name | ast.Attribute) else None
+def _called(node: ast.Call, source: Source) -> Any:
+    called = _value(node.func, source) if isinstance(node.func, ast.Name | ast.Attribute) else None
     if not isinstance(called, Part) or called.kind in ("logger", "problem"):
-        raise _refuse(node.func, text)
+        raise source.refused(node.func)
     if any(keyword.arg is None for keyword in node.keywords):
-        raise _refuse(node, text)
-    read = _value_or_parts if called.divides else _value
-    args = [read(item, text) for item in node.args]
-    kwargs = {str(keyword.arg): read(keyword.value, text) for keyword in node.keywords}
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Part):
+        raise source.refused(node)
+    args = [_argument(item, called, source) for item in node.args]
+    kwargs = {}
+    for keyword in node.keywords:
+        kwargs[str(keyword.arg)] = _argument(keyword.value, called, source)
+        with source.pointing_at(keyword):
+            _check_alone(called, str(keyword.arg), kwargs[str(keyword.arg)])
+    with source.pointing_at(node):
+        try:
+            return called(*args, **kwargs)
+        except MetaoptError:
+            raise
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise SpecError(f"{called.name}: {error}") from error
+
+
+def _argument(node: ast.expr, called: Part, source: Source) -> Any:
+    value = (_value_or_parts if called.divides else _value)(node, source)
+    if isinstance(value, Part):
+        with source.pointing_at(node):
             raise SpecError(
                 f"{called.name}: {value.name} is a {value.kind} and no value; a schedule needs its brackets"
             )
-    try:
-        return called(*args, **kwargs)
-    except MetaoptError:
-        raise
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise SpecError(f"{called.name}: {error}") from error
+    return value
 
 
-def _value_or_parts(node: ast.expr, text: str) -> Any:
+def _check_alone(called: Part, name: str, value: Any) -> None:
+    """Raise for one keyword what the call would raise, so that the error points at the keyword."""
+    known = called.hyperparameters
+    if name in known and called.kind == "schedule":
+        known[name].check(value, where=called.name)  # a schedule of schedules says where it takes them
+    elif name in known:
+        check_value(known[name], value, called.name)
+    elif known and name != "label":
+        bind(known, called.name, (), {name: value})
+
+
+def _value_or_parts(node: ast.expr, source: Source) -> Any:
     """Read the dict of pipelines that a dividing part takes; anywhere else a dict is refused."""
     if not isinstance(node, ast.Dict):
-        return _value(node, text)
+        return _value(node, source)
     parts = {}
     for key, pipeline in zip(node.keys, node.values, strict=True):
         if not isinstance(key, ast.Constant) or not isinstance(key.value, str):
-            raise _refuse(node if key is None else key, text)
+            raise source.refused(node if key is None else key)
         if key.value in parts:
-            raise SpecError(f"the part {key.value!r} is given twice (column {key.col_offset + 1})")
-        parts[key.value] = _pipeline(pipeline, text)
+            raise source.refused(key, f"the part {key.value!r} is given twice")
+        parts[key.value] = _pipeline(pipeline, source)
     return parts
 
 

@@ -113,6 +113,19 @@ def test_a_mistake_is_one_line_on_standard_error_and_status_2(capsys, arguments,
     assert told in err
 
 
+def test_a_terminal_also_shows_where_in_the_text_the_fault_is(monkeypatch):
+    reading, writing = os.openpty()
+    with os.fdopen(writing, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with pytest.raises(SystemExit):
+            main(["explain", "adamw | lookahed(k=5)"])
+        terminal.flush()
+        told, text, carets = os.read(reading, 4096).decode().splitlines()
+    os.close(reading)
+    assert told.startswith("metaopt: no part is called 'lookahed'")
+    assert text[carets.index("^") : carets.rindex("^") + 1] == "lookahed"
+
+
 def test_a_plugin_module_of_the_current_folder_is_listed(tmp_path):
     (tmp_path / "pull_here.py").write_text(
         "from metaopt import Wrapper, hookimpl\n"

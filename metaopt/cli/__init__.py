@@ -115,4 +115,7 @@ def _fail(what: object, status: int = 2) -> int:
     """Print one line on standard error and return the exit status."""
     line = " ".join(str(what).split())
     print(f"metaopt: {line}", file=sys.stderr)
+    if sys.stderr.isatty():  # in a terminal also the text, with a caret under the fault
+        for note in getattr(what, "__notes__", ()):
+            print(note, file=sys.stderr)
     return status
