@@ -68,10 +68,12 @@ class Schedule(ABC):
             if run is None:
                 raise HyperparameterError(f"{where}: steps={steps} is a fraction of the run: give total_steps as well")
             return max(1, round(steps * run))
-        whole = isinstance(steps, int) or (isinstance(steps, float) and steps.is_integer())
+        # 1.0 may mean one update or the whole run: nobody should have to guess
+        whole = isinstance(steps, int) or (isinstance(steps, float) and steps.is_integer() and steps != 1.0)
         if not whole or isinstance(steps, bool) or not 1 <= steps <= LONGEST:
             raise HyperparameterError(
-                f"{where}: steps={steps!r:.60} is no number of updates: give an integer, or a fraction below 1"
+                f"{where}: steps={steps!r:.60} is no number of updates: give an integer, a fraction below 1 of the "
+                f"run, or None for all that is left of it"
             )
         return int(steps)
 

@@ -58,6 +58,81 @@ PAIRS = [
             o, [lr_scheduler.LinearLR(o, 0.1, 1.0, 50), lr_scheduler.CosineAnnealingLR(o, 200)], [50]
         ),
     ),
+    (
+        "sequence(linear(0.02, 0.1, steps=60), 60, exponential(0.1, gamma=0.98), 100, step_decay(0.1, step_size=20))",
+        lambda o: lr_scheduler.SequentialLR(
+            o,
+            [
+                lr_scheduler.LinearLR(o, 0.2, 1.0, 60),
+                lr_scheduler.ExponentialLR(o, 0.98),
+                lr_scheduler.StepLR(o, 20),
+            ],
+            [60, 160],
+        ),
+    ),
+]
+
+# the rules as optax documents them, v(t) with t the number of updates done
+OPTAX: list[tuple[str, str, Callable[[int], float]]] = [
+    ("constant_schedule", "constant(0.3)", lambda t: 0.3),
+    ("linear_schedule", "linear(0.3, 0.01, steps=200)", lambda t: 0.3 + (0.01 - 0.3) * min(t, 200) / 200),
+    (
+        "polynomial_schedule",
+        "polynomial(0.3, 0.01, power=1.7, steps=200)",
+        lambda t: (0.3 - 0.01) * (1 - min(t, 200) / 200) ** 1.7 + 0.01,
+    ),
+    ("exponential_decay", "exponential(0.3, gamma=0.99)", lambda t: 0.3 * 0.99**t),
+    ("exponential_decay, staircase", "step_decay(0.3, step_size=40, gamma=0.5)", lambda t: 0.3 * 0.5 ** (t // 40)),
+    (
+        "piecewise_constant_schedule",
+        "step_decay(0.3, step_size=100, gamma=0.2)",
+        lambda t: 0.3 * math.prod(0.2 for boundary in (100, 200) if t >= boundary),
+    ),
+    (
+        "cosine_decay_schedule",
+        "cosine(0.3, end=0.03, steps=200)",
+        lambda t: 0.3 * (0.9 * 0.5 * (1 + math.cos(math.pi * min(t, 200) / 200)) + 0.1),
+    ),
+    ("warmup_constant_schedule", "warmup(0.3, 50, start=0.1)", lambda t: 0.1 + (0.3 - 0.1) * min(t, 50) / 50),
+    (
+        "warmup_cosine_decay_schedule",
+        "warmup(cosine(0.3, end=0.03, steps=150), 50, start=0.1)",
+        lambda t: (
+            0.1 + 0.2 * t / 50 if t < 50 else 0.3 * (0.9 * 0.5 * (1 + math.cos(math.pi * min(t - 50, 150) / 150)) + 0.1)
+        ),
+    ),
+    (
+        "join_schedules",
+        "sequence(constant(0.1), 20, linear(0.2, 0.1, steps=100), 130, 0.05)",
+        lambda t: 0.1 if t < 20 else 0.2 - 0.1 * min(t - 20, 100) / 100 if t < 150 else 0.05,
+    ),
+    (
+        "sgdr_schedule",
+        "sequence(warmup(cosine(0.3, steps=80), 20), 100, warmup(cosine(0.2, steps=180), 20))",
+        lambda t: (
+            (0.3 if t < 100 else 0.2)
+            * (
+                (t % 100 if t < 100 else t - 100) / 20
+                if (t if t < 100 else t - 100) < 20
+                else 0.5 * (1 + math.cos(math.pi * ((t - 20) / 80 if t < 100 else (t - 120) / 180)))
+            )
+        ),
+    ),
+    # optax counts 100 updates to the peak and 300 to the end, torch and we one less: 0.335 of 301 less one is 100
+    (
+        "cosine_onecycle_schedule",
+        f"one_cycle(0.3, pct_start={101 / 301!r}, div_factor=25.0, final_div_factor=100.0, steps=301)",
+        lambda t: (
+            0.3 / 25 + (0.3 - 0.3 / 25) * (1 - math.cos(math.pi * t / 100)) / 2
+            if t <= 100
+            else 0.3 + (0.3 / 2500 - 0.3) * (1 - math.cos(math.pi * (t - 100) / 200)) / 2
+        ),
+    ),
+    (
+        "linear_onecycle_schedule",
+        f"one_cycle(0.3, pct_start={101 / 301!r}, final_div_factor=100.0, steps=301, anneal='linear')",
+        lambda t: 0.3 / 25 + (0.3 - 0.3 / 25) * t / 100 if t <= 100 else 0.3 + (0.3 / 2500 - 0.3) * (t - 100) / 200,
+    ),
 ]
 
 
@@ -72,11 +147,81 @@ def test_equals_torch_over_300_steps(
     assert found == pytest.approx(from_torch(make)[:until], rel=1e-12, abs=1e-12)
 
 
+@pytest.mark.parametrize(("name", "text", "rule"), OPTAX, ids=[name for name, _, _ in OPTAX])
+def test_equals_the_rule_of_optax_over_300_steps(name: str, text: str, rule: Callable[[int], float]) -> None:
+    ours = schedule(text)
+    assert [ours(t) for t in range(STEPS)] == pytest.approx([rule(t) for t in range(STEPS)], rel=1e-12, abs=1e-12)
+
+
 def test_noam_peaks_at_the_end_of_its_warm_up() -> None:
     noam = schedule("noam(d_model=512, warmup=4000)")
     values = [noam(t) for t in range(8000)]
     assert values.index(max(values)) == 4000 - 1  # the 4000th update
     assert max(values) == pytest.approx(6.98771242969e-4, rel=1e-11)
+    # the paper's rule, whose steps are counted from 1
+    paper = [512**-0.5 * min(step**-0.5, step * 4000**-1.5) for step in range(1, 8001)]
+    assert values == pytest.approx(paper, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("text", "length"),
+    [
+        ("linear(0.1, 0.0)", 100),
+        ("cosine(0.1, steps=0.25)", 25),
+        ("wsd(0.1)", 100),
+        ("warmup(0.1, 20)", 20),
+        ("warmup(cosine(0.1, steps=30), 20)", 50),
+        ("warmup(cosine(0.1), 0.2)", 100),
+        ("sequence(linear(0.0, 0.1, steps=10), 10, linear(0.1, 0.0, steps=30), 40, 0.05)", 50),
+        ("sequence(0.1, 10, 0.2, 0.3, linear(0.2, 0.0, steps=15))", 55),
+        ("sequence(0.1, 10, 0.2, 20, cosine(0.2))", 100),
+        ("sequence(0.1, 10, 0.2, 20, warmup(0.3, 5))", 35),
+    ],
+)
+def test_a_schedule_reaches_its_last_value_after_its_length(text: str, length: int) -> None:
+    ours = schedule(text)
+    assert ours.length(100, 100) == length
+    values = [ours(t, 100) for t in range(200)]
+    assert values[length - 1] != values[length]
+    assert set(values[length:]) == {values[length]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["constant(0.1)", "exponential(0.1, gamma=0.9)", "noam", "cyclic(0.0, 0.1)", "sequence(0.1, 9, 0.2, 9, noam)"],
+)
+def test_a_schedule_without_an_end_has_no_length(text: str) -> None:
+    assert schedule(text.replace("noam", "noam(64)")).length(100, 100) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "warmup(cosine(0.1), 100)",
+        "warmup(0.1, 250)",
+        "sequence(0.1, 60, 0.2, 40, cosine(0.1))",
+        "sequence(0.1, 60, warmup(cosine(0.1), 10), 10, warmup(0.2, 30))",
+        "sequence(warmup(cosine(0.1), 50), 50, 0.1)",
+        "wsd(0.1, warmup=60, decay=60)",
+    ],
+)
+def test_what_a_run_ends_before_is_refused(text: str) -> None:
+    with pytest.raises(metaopt.HyperparameterError, match=r"end before|exceed"):
+        metaopt.build([torch.nn.Parameter(torch.zeros(1))], f"sgd(lr={text})", total_steps=100)
+
+
+@pytest.mark.parametrize(
+    "text", ["cosine(0.1, steps=250)", "warmup(cosine(0.1, steps=250), 99)", "noam(64, warmup=400)"]
+)
+def test_a_curve_that_a_run_cuts_short_is_a_choice(text: str) -> None:
+    opt = metaopt.build([torch.nn.Parameter(torch.zeros(1))], f"sgd(lr={text})", total_steps=100)
+    assert opt.schedules["lr"](50, 100) == opt.schedules["lr"](50, 1000)
+
+
+@pytest.mark.parametrize("steps", ["0", "-5", "1.0", "2.5", "True", "1e300", "inf", "'all'"])
+def test_a_length_that_is_no_number_of_updates_is_refused(steps: str) -> None:
+    with pytest.raises(metaopt.HyperparameterError, match="steps"):
+        metaopt.build([torch.nn.Parameter(torch.zeros(1))], f"sgd(lr=linear(0.1, 0.0, steps={steps}))", total_steps=100)
 
 
 def test_wsd_rises_stays_and_falls_as_three_joined_lines() -> None:

@@ -28,6 +28,7 @@ VALID = [
 OWN = {kind: [e.name for e in registry.entries(kind) if e.origin == "metaopt"] for kind in ("optimizer", "wrapper")}
 SCHEDULES = registry.names("schedule")
 MODEL = list(torch.nn.Linear(3, 2).named_parameters())
+metaopt.build(MODEL, "adamw")  # the first one imports much of torch, which is not the time of a text
 
 many = settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 

@@ -16,6 +16,7 @@ class Warmup(Schedule):
 
     def over(self, run: int | None, span: int | None) -> Callable[[float], float]:
         steps = self.resolve_steps(self.steps, run, span)
+        _check_reached("warmup", f"its schedule, which begins after {steps}", steps, span)
         then = _curve(self.schedule, run, None if span is None else span - steps, "warmup")
         first = then(0)
 
@@ -50,6 +51,7 @@ class Sequence(Schedule):
         begin = 0
         for member, steps in zip(self.positional[::2], (*self.positional[1::2], None), strict=True):
             left = None if span is None else span - begin
+            _check_reached("sequence", f"its member {len(curves) + 1}, which begins after {begin}", begin, span)
             length = None if steps is None else self.resolve_steps(steps, run, left)
             curves.append((begin, _curve(member, run, left if length is None else length, "sequence")))
             begin += length or 0
@@ -60,6 +62,15 @@ class Sequence(Schedule):
 
         return value
 
+    def length(self, run: int | None, span: int | None) -> int | None:
+        begin = 0
+        for steps in self.positional[1::2]:
+            begin += self.resolve_steps(steps, run, None if span is None else span - begin)
+        last = self.positional[-1]
+        # a number is reached when its turn comes
+        after = last.length(run, None if span is None else span - begin) if isinstance(last, Schedule) else 0
+        return None if after is None else begin + after
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and self.positional == other.positional
 
@@ -67,6 +78,15 @@ class Sequence(Schedule):
 
     def __repr__(self) -> str:
         return f"Sequence({', '.join(map(repr, self.positional))})"
+
+
+def _check_reached(where: str, what: str, begin: int, span: int | None) -> None:
+    """Refuse what the run ends before: it would be ignored. A curve that the run merely cuts short is a choice."""
+    if span is not None and begin >= max(1, span):
+        raise HyperparameterError(
+            f"{where}: the {span} updates that there are end before {what}: shorten what comes before it, "
+            f"with a fraction of the run such as 0.1 for instance, or leave it out"
+        )
 
 
 def _curve(member: Any, run: int | None, span: int | None, where: str) -> Callable[[float], float]:
