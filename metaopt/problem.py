@@ -1,6 +1,5 @@
 """Problem: a model, its data, its loss and its evaluation; what a comparison trains."""
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -55,9 +54,3 @@ class Problem(ABC):
     @abstractmethod
     def data_hash(self) -> str:
         """Return a hash of the data and of how they are split."""
-
-
-def seeded(seed: int, number: int = 0) -> torch.Generator:
-    """Return a private generator for one seed and one number; neighbours are unrelated."""
-    digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -142,3 +142,30 @@ def test_steady_state_variance_of_the_noisy_quadratic(
     gamma: float, a: float, k: int, alpha: float, expected: float
 ) -> None:
     assert noisy_quadratic_variance_ratio(gamma, a, k, alpha) == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("gamma", "k", "alpha", "expected"),
+    [(0.1, 5, 0.5, 0.442972964692841), (0.1, 5, 0.8, 0.760821625551904), (1.9, 5, 0.5, 0.169955717137509)],
+)
+def test_the_simulated_noisy_quadratic_has_that_variance_too(
+    gamma: float, k: int, alpha: float, expected: float
+) -> None:
+    # independent runs are the elements of one parameter: the loss is (x - c)^2 / 2 with c ~ N(0, 1) at every update
+    runs, forgotten, counted = 50_000, 40, 40
+
+    def variance(spec: str) -> float:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.nn.Parameter(torch.zeros(runs))
+        opt = metaopt.build([x], spec)
+        total = 0.0
+        for cycle in range(forgotten + counted):
+            for _ in range(k):
+                x.grad = x.detach() - torch.randn(runs, generator=generator)
+                opt.step()
+            total += x.detach().square().mean().item() * (cycle >= forgotten)
+        return total / counted
+
+    sgd, lookahead = variance(f"sgd(lr={gamma})"), variance(f"sgd(lr={gamma}) | lookahead(k={k}, alpha={alpha})")
+    assert sgd == pytest.approx(gamma**2 / (1 - (1 - gamma) ** 2), rel=0.02)
+    assert lookahead / sgd == pytest.approx(expected, rel=0.02)

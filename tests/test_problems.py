@@ -38,3 +38,47 @@ def test_a_few_updates_lower_the_loss(name: str) -> None:
     assert problem.evaluate(model, "test")["loss"] > 0
     assert problem.data_hash() == registry.find(name, "problem").target().data_hash()
     assert set(problem.targets) <= set(problem.evaluate(model))
+
+
+@pytest.mark.parametrize(("name", "split_of"), [("digits", "_split"), ("xor", "_points")])
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_the_hash_of_the_data_covers_every_split(name, split_of, split, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    problem = registry.find(name, "problem").target()
+    original, known = getattr(problem, split_of), problem.data_hash()
+
+    def one_value_differs(wanted: str) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = (tensor.clone() for tensor in original(wanted))
+        if wanted == split:
+            y[7] = 1 - y[7]
+        return x, y
+
+    monkeypatch.setattr(problem, split_of, one_value_differs)
+    assert problem.data_hash() != known
+
+
+def test_the_splits_of_digits_are_disjoint_and_whole() -> None:
+    problem = registry.find("digits", "problem").target()
+    images = [problem._split(split)[0].flatten(1) for split in ("train", "validation", "test")]
+    assert [len(split) for split in images] == [1000, 397, 400]
+    # the 1797 images are all different
+    assert len(torch.unique(torch.cat(images), dim=0)) == 1797
+
+
+def test_rosenbrock_starts_where_it_says_and_other_seeds_beside_it() -> None:
+    problem = registry.find("rosenbrock", "problem").target()
+    starts = [next(problem.model(seed).parameters()).detach() for seed in range(4)]
+    assert starts[0].tolist() == [-0.5, 0.5]
+    assert all(0 < (start - starts[0]).norm() < 0.1 for start in starts[1:])
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_a_problem_trains_on_every_device(name: str, device: torch.device) -> None:
+    problem = registry.find(name, "problem").target()
+    if device.type == "mps" and any(p.dtype == torch.float64 for p in problem.model(0).parameters()):
+        pytest.skip("float64 does not exist there")
+    model = problem.model(0, device)
+    loss = problem.loss(model, next(problem.batches(0, device)))
+    loss.backward()
+    assert loss.device.type == device.type
+    assert all(p.grad is not None and p.grad.device.type == device.type for p in model.parameters())
+    assert problem.evaluate(model)["loss"] > 0

@@ -219,6 +219,18 @@ def test_json_lines_hold_the_run_and_its_points(tmp_path):
     ]
 
 
+def test_a_file_of_json_lines_that_disappears_is_an_error_not_a_new_file(tmp_path):
+    path = tmp_path / "log.jsonl"
+    metrics = Metrics(JsonLines(path), every=1)
+    metrics.measure("train/loss", 1.0)
+    metrics.end_update(1)
+    path.unlink()
+    metrics.measure("train/loss", 1.0)
+    with pytest.raises(LogError, match=r"update 2.*No such file"):
+        metrics.end_update(2)
+    assert not path.exists()
+
+
 def test_json_lines_of_a_resumed_run_end_at_the_checkpoint_first(tmp_path):
     path = tmp_path / "log.jsonl"
     json_run(path, [1.0] * 4)

@@ -47,8 +47,9 @@ class JsonLines(Logger):
         """Append one line for the point at `step` updates."""
         line = json.dumps({"step": step, **{tag: _json(value) for tag, value in values.items()}})
         try:
-            # opened each time: a handle kept open writes on, unnoticed, into a file that was deleted
-            with self.path.open("a", encoding="utf-8") as file:
+            # opened each time and never made anew: a file that was deleted would else be missed by nobody
+            with self.path.open("r+", encoding="utf-8") as file:
+                file.seek(0, os.SEEK_END)
                 file.write(line + "\n")
         except OSError as error:
             raise LogError(f"cannot write update {step} to {self.path}: {error.strerror or error}") from error

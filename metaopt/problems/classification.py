@@ -1,7 +1,8 @@
 """Small classifiers on data that need no download: XOR and scikit-learn's handwritten digits."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
 from torch import nn
@@ -25,6 +26,16 @@ def batch_of(data: Data, seed: int, number: int, size: int) -> Data:
     order = torch.randperm(len(data[0]), generator=torch.Generator().manual_seed(1_000_003 * (seed + 1) + epoch))
     chosen = order[position * size : (position + 1) * size]
     return data[0][chosen], data[1][chosen]
+
+
+def hash_of(split: Callable[[str], Data]) -> str:
+    """Return a hash of the inputs and targets of every split, in its order."""
+    found = hashlib.sha256()
+    for name in ("train", "validation", "test"):
+        for tensor in split(name):
+            found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 class XorNetwork(nn.Sequential):
@@ -67,7 +78,7 @@ class Xor(Problem):
         return {"loss": float(loss), "accuracy": float(((logits > 0) == (y > 0.5)).float().mean())}
 
     def data_hash(self) -> str:
-        return hashlib.sha256(self._points("train")[0].numpy().tobytes()).hexdigest()
+        return hash_of(self._points)
 
 
 class DigitsNetwork(nn.Sequential):
@@ -85,6 +96,19 @@ class DigitsNetwork(nn.Sequential):
         )
 
 
+@cache
+def shuffled_digits() -> Data:
+    """Return all images and their classes in one fixed order. Raises ProblemError where scikit-learn is missing."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ProblemError("the problem digits needs scikit-learn: pip install 'metaopt-torch[lab]'") from None
+    loaded = load_digits()
+    x = torch.tensor(loaded.images, dtype=torch.float32)[:, None] / 16.0
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    return x[order], torch.tensor(loaded.target)[order]
+
+
 class Digits(Problem):
     """1797 real handwritten digits of 8x8 pixels (scikit-learn's): 1000 to train, 397 to validate, 400 to test."""
 
@@ -92,20 +116,8 @@ class Digits(Problem):
     default_steps = 150
     batch_size: int = hyper(64, min=1, doc="images in a batch")
 
-    def _images(self) -> Data:
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError:
-            raise ProblemError("the problem digits needs scikit-learn: pip install 'metaopt-torch[lab]'") from None
-        loaded = load_digits()
-        x = torch.tensor(loaded.images, dtype=torch.float32)[:, None] / 16.0
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-        return x[order], torch.tensor(loaded.target)[order]
-
     def _split(self, split: str) -> Data:
-        if not hasattr(self, "_loaded"):
-            self._loaded = self._images()
-        x, y = self._loaded
+        x, y = shuffled_digits()
         chosen = {"train": slice(0, 1000), "validation": slice(1000, 1397), "test": slice(1397, None)}[split]
         return x[chosen], y[chosen]
 
@@ -131,8 +143,7 @@ class Digits(Problem):
         return {"loss": float(nn.functional.cross_entropy(logits, y)), "accuracy": float(accuracy)}
 
     def data_hash(self) -> str:
-        x, y = self._split("train")
-        return hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()
+        return hash_of(self._split)
 
 
 @hookimpl
