@@ -15,5 +15,18 @@ def test_the_norm_is_torch_s_to_the_last_bit(p, dtypes, device):
     assert torch.equal(norm, expected) and norm.dtype == expected.dtype
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("p", [1.0, 2.0, float("inf")])
+def test_what_is_not_finite_is_not_hidden(bad, p, device):
+    tensors = [torch.ones(4, device=device), torch.tensor([1.0, bad], device=device), torch.ones(2, device=device)]
+    expected = torch.nn.utils.get_total_norm(tensors, p)
+    torch.testing.assert_close(total_norm(tensors, p), expected, equal_nan=True)
+    assert not expected.isfinite()
+
+
+def test_an_empty_tensor_adds_nothing(device):
+    assert total_norm([torch.empty(0, device=device), torch.full((4,), 3.0, device=device)]).item() == 6.0
+
+
 def test_no_tensors_have_no_norm():
     assert total_norm([]).item() == 0.0
