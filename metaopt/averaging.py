@@ -26,8 +26,11 @@ Shown = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 def swapped(stack: "Stack", label: str | None) -> Iterator[None]:
     """Hold the average called `label` in the parameters for the length of the context."""
     label = _choose(stack, label)
-    if stack.param_groups[0]["metaopt.swapped"]:
-        raise StepError(f"averaged() inside averaged({stack.param_groups[0]['metaopt.swapped']}): leave that one first")
+    shown = stack.param_groups[0]["metaopt.swapped"]
+    if shown and stack.inside_averaged:
+        raise StepError(f"averaged() inside averaged({shown!r}): leave that one first")
+    if shown:  # as a checkpoint that was taken inside one brought it
+        _swap_back(stack, shown)
     swap_in(stack, label)
     _mark(stack, label)
     _tell_shards(stack)
@@ -36,9 +39,10 @@ def swapped(stack: "Stack", label: str | None) -> Iterator[None]:
         yield
     finally:
         stack.inside_averaged = False
-        # a checkpoint loaded inside the context has brought its own weights
-        if stack.param_groups[0]["metaopt.swapped"]:
-            swap_out(stack, label)
+        # a checkpoint loaded inside the context has brought its own weights, or another average
+        shown = stack.param_groups[0]["metaopt.swapped"]
+        if shown:
+            swap_out(stack, shown)
             _mark(stack, "")
         _tell_shards(stack)
 
