@@ -105,7 +105,7 @@ def test_a_whole_state_dict_is_handed_out_from_the_first_rank() -> None:
 
 @on_two_ranks
 def test_taking_the_state_dict_changes_neither_weights_nor_run() -> None:
-    for spec, options, at in itertools.product(SPECS, OPTIONS, (0, 1, 4)):
+    for spec, options, at in itertools.product(SPECS, OPTIONS, (0, 4)):
         model, twin = sharded(), sharded()
         opt, plain = stack_over(model, spec), stack_over(twin, spec)
         train(model, opt, 0, at)
