@@ -1,5 +1,6 @@
 """Tests whose bodies run in several processes at once: one start of the processes serves a whole test file."""
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -17,7 +18,7 @@ from filelock import FileLock
 
 HERE = Path(__file__).parent
 # a rank that waits for one that died learns of it at once; this is for the rest
-PATIENCE = 20
+PATIENCE = 60
 
 
 @dataclass
@@ -44,9 +45,9 @@ def on_two_ranks(body: Callable[[], None]) -> Callable[..., None]:
 
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    """Run every body of the file that was chosen on two ranks, once."""
+    """Run every body of the file on two ranks, once."""
     path = Path(request.path)
-    names = [item.originalname for item in request.session.items if item.path == path and _body(item.obj)]
+    names = [name for name, test in vars(request.module).items() if _body(test)]
     folder = tmp_path_factory.getbasetemp()
     if hasattr(request.config, "workerinput"):
         folder = folder.parent  # shared by the workers of pytest-xdist: one of them starts the ranks for all
@@ -64,13 +65,20 @@ def _body(test: object) -> Callable[[], None] | None:
 
 def _run(path: Path, names: list[str], scratch: Path) -> dict[str, list[str]]:
     command = [sys.executable, str(HERE / "ranks.py"), str(path), ",".join(names), str(scratch)]
-    running = [subprocess.Popen([*command, str(rank)], cwd=scratch, stderr=subprocess.PIPE) for rank in (0, 1)]
-    errors = [process.communicate()[1].decode() for process in running]
+    # files, not pipes: a rank that waits for a reader would keep the other one waiting
+    errors = [scratch / f"rank{rank}.err" for rank in (0, 1)]
+    with contextlib.ExitStack() as files:
+        told_to = [files.enter_context(error.open("w")) for error in errors]
+        running = [
+            subprocess.Popen([*command, str(rank)], cwd=scratch, stderr=file) for rank, file in enumerate(told_to)
+        ]
+        for process in running:
+            process.wait()
     told = []
     for rank, error in enumerate(errors):
         written = scratch / f"rank{rank}.json"
-        told.append(json.loads(written.read_text()) if written.exists() else {})
-        told[-1] = {name: told[-1].get(name, f"did not finish:\n{error}") for name in names}
+        said = json.loads(written.read_text()) if written.exists() else {}
+        told.append({name: said.get(name, f"did not finish:\n{error.read_text()}") for name in names})
     return {name: [told[0][name], told[1][name]] for name in names}
 
 
