@@ -51,11 +51,18 @@ def _norm_over_mesh(members: list[Any], mesh: Any, split: tuple[bool, ...], p: f
     first = members[0].to_local()
     own = torch.nn.utils.get_total_norm(held, p).to(first.device) if held else first.new_zeros(())
     own = own.to(torch.promote_types(own.dtype, torch.float32))
-    how = module.Partial("max") if math.isinf(p) else module.Partial("sum")
-    summand = own if math.isinf(p) else own**p
-    placements = [how if cut else module.Replicate() for cut in split]
-    whole: torch.Tensor = module.DTensor.from_local(summand, mesh, placements).full_tensor()
-    return whole if math.isinf(p) else whole ** (1.0 / p)
+    if not math.isinf(p):
+        return _reduced(own**p, "sum", mesh, split, module) ** (1.0 / p)
+    # a maximum over ranks may pass a NaN over, a sum does not
+    lost = torch.where(own.isnan(), own, torch.zeros_like(own))
+    return _reduced(own, "max", mesh, split, module) + _reduced(lost, "sum", mesh, split, module)
+
+
+def _reduced(own: torch.Tensor, how: str, mesh: Any, split: tuple[bool, ...], module: Any) -> torch.Tensor:
+    """Reduce one number of each rank over the dimensions of the mesh that split the tensors."""
+    placements = [module.Partial(how) if cut else module.Replicate() for cut in split]
+    whole: torch.Tensor = module.DTensor.from_local(own, mesh, placements).full_tensor()
+    return whole
 
 
 def _without_partial(tensor: Any, module: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import torch
 from clients.ranks import on_two_ranks
-from clients.training import batch, small_model, train, weights
+from clients.training import assert_same, batch, small_model, train, weights
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -38,6 +38,40 @@ def test_a_sharded_run_is_the_unsharded_run() -> None:
         train(model, opt, 0, 10)
         train(twin, plain, 0, 10)
         torch.testing.assert_close(weights(model), weights(twin), msg=lambda text, spec=spec: f"{spec}: {text}")
+
+
+@on_two_ranks
+def test_every_other_wrapper_is_the_same_over_shards() -> None:
+    for spec in (
+        "accumulate(2) | adamw(lr=0.05) | ema(0.9)",
+        "sam(rho=0.05) | clip_grad_norm(0.5) | sgd(lr=0.05)",
+        "sam(rho=0.05, adaptive=True) | sgd(lr=0.05)",
+        "adaptive_grad_clip(0.01) | sgd(lr=0.05)",
+        "centralize | adamw(lr=0.05) | cautious",
+        "skip_nonfinite(3) | l2(0.1) | decay(0.1) | adam(lr=0.05)",
+        "adamw(lr=0.05) | outer(k=3, lr=0.7, momentum=0.9)",
+        "partition({'matrix': sgd(lr=0.02, momentum=0.9) | lookahead(k=2), '*': adamw(lr=cosine(0.05))})",
+    ):
+        model, opt, twin, plain = pair(spec)
+        train(model, opt, 0, 8)
+        train(twin, plain, 0, 8)
+        torch.testing.assert_close(weights(model), weights(twin), msg=lambda text, spec=spec: f"{spec}: {text}")
+
+
+@on_two_ranks
+def test_what_one_rank_alone_sees_is_not_finite_for_all() -> None:
+    for bad in (float("nan"), float("inf")):
+        model, opt, *_ = pair("skip_nonfinite(3) | sgd(lr=0.05)")
+        train(model, opt, 0, 1)
+        before = weights(model)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        if torch.distributed.get_rank() == 1:
+            model[0].weight.grad.to_local().fill_(bad)
+        opt.step()
+        assert opt.skipped == "gradients that are not finite"
+        assert opt.updates == 1
+        assert_same(weights(model), before)
 
 
 @on_two_ranks

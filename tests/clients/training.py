@@ -23,9 +23,18 @@ def loss_of(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
 def train(model: nn.Module, opt: torch.optim.Optimizer, first: int, last: int) -> None:
     """Make updates `first` to `last - 1`; with several ranks each takes its share of every batch."""
     for step in range(first, last):
-        opt.zero_grad()
-        loss_of(model, _share(batch(step), model)).backward()
-        opt.step()
+
+        def closure(step: int = step) -> torch.Tensor:
+            opt.zero_grad()
+            loss = loss_of(model, _share(batch(step), model))
+            loss.backward()
+            return loss
+
+        if getattr(opt, "phases", None) and opt.phases.around:  # it evaluates the loss itself
+            opt.step(closure)
+        else:
+            closure()
+            opt.step()
 
 
 def _share(rows: torch.Tensor, model: nn.Module) -> torch.Tensor:
