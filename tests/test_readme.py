@@ -82,7 +82,8 @@ def test_the_plugin_has_no_more_than_fifteen_lines():
 
 
 def test_every_client_in_the_table_is_shown_by_a_test():
-    header, *rows = [line for line in README.splitlines() if line.startswith("| ")]
+    table = README.partition("When not to use it")[0]
+    header, *rows = [line for line in table.splitlines() if line.startswith("| ")]
     assert header.startswith("| client, and the test that shows it | the line it needs |")
     shown = [re.search(r"\]\((tests/[^)]+)\)", row) for row in rows]
     assert len(rows) > 10 and all(shown)
