@@ -48,6 +48,11 @@ class ProblemError(MetaoptError, ValueError):
     """A problem that does not exist or cannot be trained as asked."""
 
 
+def with_article(kind: str) -> str:
+    """Return a kind of part with its article: `an optimizer`."""
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
+
+
 def near_misses(name: str, known: Iterable[str], *, most: int = 3) -> list[str]:
     """Return up to `most` of the known names that look like `name`, the nearest first."""
     return difflib.get_close_matches(name, sorted(known), n=most, cutoff=0.6)

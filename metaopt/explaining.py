@@ -9,6 +9,7 @@ import torch
 from metaopt import findings
 from metaopt.errors import CheckpointError, ParameterError, SpecError
 from metaopt.explanation import Explanation, Row
+from metaopt.reading import read_saved
 from metaopt.stack import Stack
 from metaopt.wrapper import Wrapper
 
@@ -68,11 +69,7 @@ def explain(
 
 def explain_checkpoint(path: str | Path) -> Explanation:
     """Return what a checkpoint file tells of its optimizer; executes nothing in it. Raises CheckpointError."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged or foreign file makes the reader raise is not foreseeable
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {type(error).__name__}: {reason}") from error
+    content = read_saved(path)
     saved = _find_state_dict(content, DEEPEST)
     if saved is None:
         raise CheckpointError(f"{path} holds no optimizer's state_dict (a dict with 'state' and 'param_groups')")

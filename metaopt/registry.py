@@ -10,7 +10,7 @@ from typing import Any
 import pluggy
 
 from metaopt import hooks
-from metaopt.errors import PluginError, UnknownPart, did_you_mean
+from metaopt.errors import PluginError, UnknownPart, did_you_mean, with_article
 
 KINDS = tuple(hooks.HOOKS)
 BUILT_IN = ("optimizers", "wrappers", "schedules", "loggers", "problems")
@@ -62,7 +62,7 @@ class Registry:
         if found and kind in (None, found[0].kind):
             return found[0]
         if found:
-            raise UnknownPart(f"{name!r} is a {found[0].kind}, no {kind}. See: metaopt list {kind}s")
+            raise UnknownPart(f"{name!r} is {with_article(found[0].kind)}, no {kind}. See: metaopt list {kind}s")
         raise UnknownPart(self._unknown(name, kind))
 
     def entries(self, kind: str | None = None) -> list[Entry]:
@@ -99,7 +99,7 @@ class Registry:
             self._take(kind, parts, "this program")
 
     def load_plugin_module(self, name: str) -> None:
-        """Import a module by name and take the parts that its hooks offer. Raises PluginError."""
+        """Import a module by name and take the parts that its hooks offer, or that it registers. Raises PluginError."""
         self._load()
         try:
             module = import_module(name)
@@ -107,6 +107,11 @@ class Registry:
             raise PluginError(f"plugin {name!r} cannot be imported: {type(error).__name__}: {error}") from error
         if not self._plugins.is_registered(module):
             self._take_plugin(module, name, "")
+        registers = any(getattr(entry.target, "__module__", None) == name for entry in self.entries())
+        if not registers and not (self._plugins.get_hookcallers(module) or ()):
+            raise PluginError(
+                f"plugin {name!r} offers nothing: it has no hook such as {next(iter(hooks.HOOKS.values()))}"
+            )
 
     def _load(self) -> None:
         if self._loaded:

@@ -11,7 +11,7 @@ import torch
 
 from metaopt import wrapper as wrapper_module
 from metaopt.dividing import Division
-from metaopt.errors import MetaoptError, SpecError
+from metaopt.errors import MetaoptError, SpecError, with_article
 from metaopt.hyperparameters import Hyperparameter, bind, from_signature
 from metaopt.registry import Entry, registry
 from metaopt.schedule import Schedule
@@ -139,7 +139,9 @@ def as_pipeline(parts: Any) -> Pipeline:
         return parse(parts)
     if isinstance(parts, Part):
         if parts.kind not in ("optimizer", "wrapper"):
-            raise SpecError(f"{parts.name} is a {parts.kind}: a pipeline is made of wrappers and an optimizer")
+            raise SpecError(
+                f"{parts.name} is {with_article(parts.kind)}: a pipeline is made of wrappers and an optimizer"
+            )
         return Pipeline((parts,))
     if isinstance(parts, Wrapper):
         name = registry.name_of(type(parts))
@@ -167,6 +169,17 @@ def parse(text: str) -> Pipeline:
         return _pipeline(source.tree(), source)
     except RecursionError:
         raise SpecError("the spec is nested too deeply") from None
+
+
+def parse_schedule(text: str) -> Schedule:
+    """Read one schedule, such as `warmup(cosine(0.1), 0.05)`. Raises SpecError, HyperparameterError."""
+    source = Source(text)
+    node = source.tree()
+    value = _value(node, source)
+    if not isinstance(value, Schedule):
+        what = f"{value.name} is {with_article(value.kind)}" if isinstance(value, Part) else "it is none"
+        raise source.refused(node, f"a schedule is wanted here, such as cosine(0.1), and {what}")
+    return value
 
 
 def _pipeline(node: ast.expr, source: Source) -> Pipeline:
@@ -241,7 +254,7 @@ def _argument(node: ast.expr, called: Part, source: Source) -> Any:
     if isinstance(value, Part):
         with source.pointing_at(node):
             raise SpecError(
-                f"{called.name}: {value.name} is a {value.kind} and no value; a schedule needs its brackets"
+                f"{called.name}: {value.name} is {with_article(value.kind)} and no value; a schedule needs its brackets"
             )
     return value
 

@@ -319,7 +319,7 @@ def read_back(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def test_there_is_a_tensorboard_run_per_seed_and_one_of_their_median(tmp_path: Path) -> None:
     contenders = run_comparison(small(tmp_path))
     folder = tmp_path / "tensorboard"
-    assert sorted(path.name for path in folder.iterdir()) == ["1-sgd", "2-sgd-lookahead"]
+    assert sorted(path.name for path in folder.glob("[0-9]*")) == ["1-sgd", "2-sgd-lookahead"]
     assert sorted(path.name for path in (folder / "2-sgd-lookahead").iterdir()) == [
         "median",
         "seed-0",
@@ -348,9 +348,17 @@ def test_the_runs_of_an_earlier_comparison_are_not_left_beside(tmp_path: Path) -
     shutil.rmtree(tmp_path / "tensorboard" / "1-sgd" / "seed-0")
     run_comparison(small(tmp_path, specs=(SPECS[0], "adam"), seeds=2))
     folder = tmp_path / "tensorboard"
-    assert sorted(path.name for path in folder.iterdir()) == ["1-sgd", "2-adam"]
+    assert sorted(path.name for path in folder.glob("[0-9]*")) == ["1-sgd", "2-adam"]
     # a result that was read, not made again, has its run all the same
     assert sorted(path.name for path in (folder / "1-sgd").iterdir()) == ["median", "seed-0", "seed-1"]
+
+
+def test_a_folder_that_no_comparison_made_is_left_alone(tmp_path: Path) -> None:
+    kept = tmp_path / "tensorboard" / "months of work"
+    kept.mkdir(parents=True)
+    with pytest.raises(MetaoptError, match="no comparison made it"):
+        run_comparison(small(tmp_path))
+    assert kept.exists()
 
 
 # ---- several processes

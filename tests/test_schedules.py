@@ -206,7 +206,7 @@ def test_a_schedule_without_an_end_has_no_length(text: str) -> None:
     ],
 )
 def test_what_a_run_ends_before_is_refused(text: str) -> None:
-    with pytest.raises(metaopt.HyperparameterError, match=r"end before|exceed"):
+    with pytest.raises(metaopt.HyperparameterError, match=r"begins after|exceed"):
         metaopt.build([torch.nn.Parameter(torch.zeros(1))], f"sgd(lr={text})", total_steps=100)
 
 
@@ -216,6 +216,12 @@ def test_what_a_run_ends_before_is_refused(text: str) -> None:
 def test_a_curve_that_a_run_cuts_short_is_a_choice(text: str) -> None:
     opt = metaopt.build([torch.nn.Parameter(torch.zeros(1))], f"sgd(lr={text})", total_steps=100)
     assert opt.schedules["lr"](50, 100) == opt.schedules["lr"](50, 1000)
+
+
+@pytest.mark.parametrize("text", ["exponential(1.0, gamma=2.0)", "step_decay(1.0, step_size=1, gamma=2.0)",
+                                  "cyclic(0.0, 1.0, mode='exp_range', gamma=2.0)"])  # fmt: skip
+def test_a_rate_that_grows_beyond_every_float_is_infinite(text: str) -> None:
+    assert schedule(text)(2**20 + 1) == math.inf
 
 
 @pytest.mark.parametrize("steps", ["0", "-5", "1.0", "2.5", "True", "1e300", "inf", "'all'"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from metaopt.cli import Plugins
-from metaopt.errors import HyperparameterError
+from metaopt.errors import HyperparameterError, SpecError
 
 if TYPE_CHECKING:
     from metaopt.explanation import Explanation
@@ -32,6 +32,8 @@ def explain_what(
     plugin: Plugins = [],  # noqa: B006  typer reads the default, nothing changes it
 ) -> None:
     """Explain what is done to which parameters, at which rates, and what looks like a mistake."""
+    if os.path.isdir(what):
+        raise SpecError(f"{what} is a directory: give the checkpoint's own file, or a pipeline")
     if what.endswith(ENDINGS) or os.path.isfile(what):
         from metaopt.explaining import explain_checkpoint
 

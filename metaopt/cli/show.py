@@ -97,14 +97,14 @@ def _meaning(hyperparameter: Any) -> str:
 
 
 def _schedule(text: str) -> "Schedule":
-    """Read a schedule from text: as a learning rate, so that the spec's own limits hold."""
-    from metaopt.schedule import Schedule
-    from metaopt.spec import parse
+    """Read a schedule from text; any other part is shown by its bare name."""
+    from metaopt.registry import registry
+    from metaopt.spec import parse_schedule
 
-    given = parse(f"sgd(lr={text})").parts[0].given.get("lr")
-    if not isinstance(given, Schedule):
-        raise SpecError(f'{text!r:.80} is no schedule; write for instance: metaopt show "cosine(0.1)"')
-    return given
+    name = text.partition("(")[0].strip()
+    if registry.find(name).kind != "schedule":
+        raise SpecError(f"a curve is shown of a schedule alone; for {name} itself: metaopt show {name}")
+    return parse_schedule(text)
 
 
 def _example_curve(entry: "Entry", steps: int) -> list[str]:
@@ -138,7 +138,10 @@ def curve(schedule: "Schedule", steps: int) -> list[str]:
     from metaopt.spec import to_text
 
     value: Callable[[float], float] = schedule.over(steps, steps)
-    columns = [value(round(column * (steps - 1) / (WIDTH - 1))) for column in range(WIDTH)]
+    try:
+        columns = [value(round(column * (steps - 1) / (WIDTH - 1))) for column in range(WIDTH)]
+    except ArithmeticError as error:
+        raise SpecError(f"the curve of {schedule!r:.80} cannot be computed: {error}") from None
     if not all(map(math.isfinite, columns)):
         raise SpecError(f"the curve of {schedule!r:.80} is not finite everywhere")
     top, bottom = max(columns), min(0.0, min(columns))

@@ -18,7 +18,7 @@ def train(
     problem: Annotated[str, typer.Option(help="What is trained; see: metaopt list problems.")] = "digits",
     stack: Annotated[str, typer.Option(metavar="SPEC", help="The optimizer.")] = "adamw(lr=3e-3)",
     steps: Annotated[int | None, typer.Option(min=1, help="Steps; the problem's own by default.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the initial weights and the batches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the initial weights and the batches.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     log: Annotated[Path | None, typer.Option(help="Directory of the run: its log and its checkpoints.")] = None,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from metaopt.errors import CheckpointError
+from metaopt.reading import read_saved
 
 KEPT = 2
 
@@ -49,11 +50,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """
     if not is_whole(path):
         raise CheckpointError(f"the checkpoint {path} is damaged: delete it to continue without. {newest(path.parent)}")
-    try:
-        content: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # what a foreign file makes the reader raise is not foreseeable
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {type(error).__name__}: {reason}") from None
+    content: dict[str, Any] = read_saved(path, device)
     return content
 
 

@@ -50,6 +50,7 @@ def run_comparison(plan: Plan, progress: Progress = lambda done, total: None) ->
     Finished trials lie in `<out>/trials`: an interrupted comparison continues where it stopped. TensorBoard's runs are
     written as trials finish. Raises MetaoptError.
     """
+    runs = Runs(plan)
     contenders = range(len(plan.specs))
     grids = [plan.tuning(position) for position in contenders]
     tuning = [trial for grid in grids for trials in grid.values() for trial in trials]
@@ -70,7 +71,7 @@ def run_comparison(plan: Plan, progress: Progress = lambda done, total: None) ->
             for position in contenders
             for seed in range(plan.seeds)
         }
-        runs = Runs(plan)
+        runs.begin()
         for trial, result in workers.results(final):
             done[trial] = result
             runs.write(*final[trial], result)

@@ -8,7 +8,7 @@ from metaopt.errors import ProblemError
 def usable_device(name: str) -> str:
     """Return `name` if tensors can be made there. Raises ProblemError."""
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()  # the meta device makes tensors, but none that hold numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         present = "cpu" if accelerator is None else f"cpu, {accelerator.type}"

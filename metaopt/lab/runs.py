@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from metaopt.errors import LogError
 from metaopt.lab.plan import Plan
 from metaopt.metrics import HyperValue, Logger
 from metaopt.registry import registry
@@ -14,17 +15,25 @@ from metaopt.spec import parse
 
 MEDIAN = "median"
 FINAL = "test/loss"
+MARK = ".metaopt-compare"
 
 Result = dict[str, Any]
 
 
 class Runs:
-    """The folder `tensorboard` of a comparison; what an earlier comparison left there is removed."""
+    """The folder `tensorboard` of a comparison. Raises LogError where one is there that no comparison made."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._folder = plan.out / "tensorboard"
+        if self._folder.exists() and not (self._folder / MARK).exists():
+            raise LogError(f"{self._folder} is there and no comparison made it: choose another --out")
+
+    def begin(self) -> None:
+        """Make the folder, without what an earlier comparison left there."""
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True)
+        (self._folder / MARK).touch()  # nothing else is ever removed
 
     def name(self, position: int) -> str:
         """Return a contender's name in TensorBoard: its place and its parts, `2-sgd-lookahead`."""

@@ -51,7 +51,7 @@ def train(
     device = usable_device(device)
     folder = None if log is None else log / "checkpoints"
     where = f"{spec} cannot train {type(problem).__name__.lower()}"
-    with told(where, lambda: "" if folder is None else checkpoint.newest(folder)), _owned(folder):
+    with told(where, lambda: _kept(folder)), _owned(folder):
         model = problem.model(seed, device)
         # parameters, not the module: nobody could follow build's hint about decay here
         opt = build(model.named_parameters(), spec, total_steps=steps, log=log)
@@ -75,6 +75,10 @@ def train(
         with shown(opt):
             evaluation = problem.evaluate(model, "validation")
     return Result(model, opt, evaluation, evaluated(opt))
+
+
+def _kept(folder: Path | None) -> str:
+    return checkpoint.newest(folder) if folder is not None and checkpoint.found(folder) else ""
 
 
 def _owned(folder: Path | None) -> AbstractContextManager[None]:

@@ -28,7 +28,7 @@ class Workers:
     """
 
     def __init__(self, folder: Path, jobs: int, plugins: Sequence[str] = ()) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()  # a process may begin in another one
         self.jobs = jobs
         self.plugins = tuple(plugins)
         self._pool: ProcessPoolExecutor | None = None

@@ -31,10 +31,17 @@ class Cyclic(Schedule):
             cycle = t // total
             x = t / total - cycle
             height = x / turn if x <= turn else (x - 1.0) / (turn - 1.0)
-            scale = {"triangular": 1.0, "triangular2": 0.5**cycle, "exp_range": self.gamma**t}[self.mode]
-            return float(self.low + (self.high - self.low) * height * scale)
+            return float(self.low + (self.high - self.low) * height * self._scale(cycle, t))
 
         return value
+
+    def _scale(self, cycle: float, t: float) -> float:
+        if self.mode == "triangular":
+            return 1.0
+        try:
+            return float(0.5**cycle if self.mode == "triangular2" else self.gamma**t)
+        except OverflowError:  # a rate that grows so far diverges, it does not crash
+            return math.inf
 
 
 class OneCycle(Schedule):

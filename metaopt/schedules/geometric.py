@@ -1,8 +1,17 @@
 """Decays by a factor: continuously, or by steps."""
 
+import math
 from collections.abc import Callable
 
 from metaopt import Schedule, hookimpl, hyper
+
+
+def power(gamma: float, exponent: float) -> float:
+    """Return gamma^exponent, or infinity beyond the largest float: such a rate diverges, it does not crash."""
+    try:
+        return float(gamma**exponent)
+    except OverflowError:
+        return math.inf
 
 
 class Exponential(Schedule):
@@ -13,7 +22,7 @@ class Exponential(Schedule):
     gamma: float = hyper(above=0.0, doc="the factor of every update", known_as=("decay_rate",))
 
     def over(self, run: int | None, span: int | None) -> Callable[[float], float]:
-        return lambda t: self.start * self.gamma**t
+        return lambda t: self.start * power(self.gamma, t)
 
 
 class StepDecay(Schedule):
@@ -25,7 +34,7 @@ class StepDecay(Schedule):
     gamma: float = hyper(0.1, above=0.0, doc="the factor of every decay")
 
     def over(self, run: int | None, span: int | None) -> Callable[[float], float]:
-        return lambda t: self.start * self.gamma ** (t // self.step_size)
+        return lambda t: self.start * power(self.gamma, t // self.step_size)
 
 
 @hookimpl

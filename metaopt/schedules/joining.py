@@ -16,7 +16,7 @@ class Warmup(Schedule):
 
     def over(self, run: int | None, span: int | None) -> Callable[[float], float]:
         steps = self.resolve_steps(self.steps, run, span)
-        _check_reached("warmup", f"its schedule, which begins after {steps}", steps, span)
+        _check_reached("warmup", "its schedule", steps, span)
         then = _curve(self.schedule, run, None if span is None else span - steps, "warmup")
         first = then(0)
 
@@ -51,7 +51,7 @@ class Sequence(Schedule):
         begin = 0
         for member, steps in zip(self.positional[::2], (*self.positional[1::2], None), strict=True):
             left = None if span is None else span - begin
-            _check_reached("sequence", f"its member {len(curves) + 1}, which begins after {begin}", begin, span)
+            _check_reached("sequence", f"its member {len(curves) + 1}", begin, span)
             length = None if steps is None else self.resolve_steps(steps, run, left)
             curves.append((begin, _curve(member, run, left if length is None else length, "sequence")))
             begin += length or 0
@@ -84,8 +84,8 @@ def _check_reached(where: str, what: str, begin: int, span: int | None) -> None:
     """Refuse what the run ends before: it would be ignored. A curve that the run merely cuts short is a choice."""
     if span is not None and begin >= max(1, span):
         raise HyperparameterError(
-            f"{where}: the {span} updates that there are end before {what}: shorten what comes before it, "
-            f"with a fraction of the run such as 0.1 for instance, or leave it out"
+            f"{where}: {what} begins after {begin} updates, and there are {span}: shorten what comes before it "
+            f"(0.1 is a tenth of the run) or leave it out"
         )
 
 
