@@ -1,5 +1,6 @@
 """`metaopt compare`: which of these optimizers is better on this problem."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,7 +86,7 @@ def _progress(out: Path) -> Iterator[Progress]:
     columns = (TextColumn("training runs"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     finished = (0, 0)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("runs", total=None)
 
         def progress(done: int, total: int) -> None:
@@ -100,22 +101,22 @@ def _progress(out: Path) -> Iterator[Progress]:
             raise Interrupted(f"{kept}; the same command goes on from there" if kept else "") from None
 
 
-def _print(table: list[dict[str, str]], remarks: list[str]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+# a table of so many columns fits no terminal: one block per contender, the answer first
+BLOCK = (
+    ("verdict", "difference [95%]", "p (Holm)", "could have shown"),
+    ("lr", "weights", "test loss", "diverged"),
+    ("target reached", "evaluations", "updates", "seconds"),
+)
 
-    console = Console()
-    if console.is_terminal:
-        shown = Table(*table[0], box=box.SIMPLE_HEAD)
-        for row in table:
-            shown.add_row(*row.values())
-        console.print(shown)
-    else:
-        for row in table:
+
+def _print(table: list[dict[str, str]], remarks: list[str]) -> None:
+    for row in table:
+        if sys.stdout.isatty():
+            told = [", ".join(f"{name}: {row[name]}" for name in line if row.get(name)) for line in BLOCK]
+            print("", row["stack"], *(f"  {line}" for line in told), sep="\n")
+        else:
             print("; ".join(f"{name}: {value}" for name, value in row.items() if value))
-    for remark in remarks:
-        print(remark)
+    print(*([""] if sys.stdout.isatty() else []), *remarks, sep="\n")
 
 
 def register(app: typer.Typer) -> None:

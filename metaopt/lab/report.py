@@ -17,10 +17,10 @@ from metaopt.registry import registry
 def rows(plan: Plan, contenders: list[Contender]) -> list[dict[str, str]]:
     """Return the table: one row per contender, every cell as text."""
     timed = all(run["jobs"] == 1 for contender in contenders for run in contender.runs)
-    return [_row(plan, position, contender, timed) for position, contender in enumerate(contenders)]
+    return [_row(plan, contender, timed) for contender in contenders]
 
 
-def _row(plan: Plan, position: int, contender: Contender, timed: bool) -> dict[str, str]:
+def _row(plan: Plan, contender: Contender, timed: bool) -> dict[str, str]:
     runs = contender.runs
     row = {
         "stack": contender.spec,
@@ -31,7 +31,7 @@ def _row(plan: Plan, position: int, contender: Contender, timed: bool) -> dict[s
         "target reached": _reached([run["reached"] for run in runs]),
         "evaluations": str(max(run["evaluations"] for run in runs)),
         "updates": str(max(run["updates"] for run in runs)),
-        "difference [95%]": "baseline" if position == plan.baseline else _difference(contender),
+        "difference [95%]": _difference(contender),
         "p (Holm)": "" if contender.verdict is None else f"{contender.verdict.corrected_p:.3g}",
         "verdict": _word(plan, contender),
         "could have shown": _smallest(contender),
@@ -64,7 +64,7 @@ def _difference(contender: Contender) -> str:
 def _word(plan: Plan, contender: Contender) -> str:
     verdict = contender.verdict
     if verdict is None:
-        return ""
+        return "baseline"
     word = verdict.word
     if not plan.tune and word in ("better", "worse"):
         word = "settings differ"
