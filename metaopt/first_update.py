@@ -194,8 +194,9 @@ def set_constructor_state_aside(base: torch.optim.Optimizer) -> Copies:
 def constructor_state(base: torch.optim.Optimizer, p: torch.Tensor) -> dict[str, Any]:
     """Return the state that the base's constructor makes for a parameter, newly made: {} for most bases."""
     with torch.enable_grad():
-        scratch = type(base)([torch.zeros_like(p).requires_grad_()], **taken_by_constructor(base))
-    return dict(next(iter(scratch.state.values()), {}))
+        parameter = torch.zeros_like(p).requires_grad_()
+        scratch = type(base)([parameter], **taken_by_constructor(base))
+    return dict(scratch.state.get(parameter, {}))
 
 
 def taken_by_constructor(base: torch.optim.Optimizer) -> dict[str, Any]:

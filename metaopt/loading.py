@@ -14,6 +14,7 @@ from metaopt.composition import RUN_FLAGS
 from metaopt.errors import CheckpointError, HyperparameterError
 from metaopt.first_update import slot_dtype
 from metaopt.handing_over import of_users, own_hooks_alone
+from metaopt.stand_in import restore_dtypes
 from metaopt.wrapper import Wrapper
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def load(stack: "Stack", state_dict: dict[str, Any]) -> None:
     try:
         with own_hooks_alone(stack.base):
             stack.base.load_state_dict({**_extras(state_dict), "state": base_state, "param_groups": groups})
+        restore_dtypes(stack, groups, base_state)
         _restore_wrapper_state(stack, groups, saved_state)
     except BaseException:
         stack.base.state, stack.base.param_groups = live
@@ -94,7 +96,8 @@ def _base_state(state: dict[Any, Any], foreign: tuple[str, ...]) -> dict[Any, An
     found = {}
     for i, held in state.items():
         own = {k: v for k, v in held.items() if not _belongs(k, foreign)} if isinstance(held, dict) else held
-        if own:
+        # some bases keep numbers of the whole run here, under names: 0 is one of them
+        if own or not isinstance(held, dict):
             found[i] = own
     return found
 

@@ -9,6 +9,7 @@ import torch
 from metaopt.composition import RUN_FLAGS
 from metaopt.errors import CheckpointError
 from metaopt.lanes import Entry, Lane
+from metaopt.stand_in import state_after_one_update
 
 if TYPE_CHECKING:
     from metaopt.stack import Stack
@@ -47,7 +48,8 @@ def check_fit(stack: "Stack", groups: list[Entry], state: Mapping[Any, Any]) -> 
     owners = ((p, stack.lane_of(entry)) for entry in live for p in entry["params"])
     for i, (p, lane) in zip(ids, owners, strict=True):
         held = state.get(i, {})
-        if not isinstance(held, Mapping):
+        # under names some bases keep numbers of the whole run
+        if not isinstance(held, Mapping) and not isinstance(i, str):
             raise CheckpointError(f"the checkpoint's state of parameter {i} is a {type(held).__name__}, not a dict")
         _check_entries(stack, lane, i, p, held)
 
@@ -99,6 +101,7 @@ def _check_swapped(stack: "Stack", groups: list[Entry]) -> None:
 def _check_entries(stack: "Stack", lane: Lane, i: Any, p: torch.Tensor, held: Mapping[str, Any]) -> None:
     slots = {key: slot for key, _, slot in lane.slots if slot.kind != "moments"}
     live = stack.state.get(p) or stack.set_aside.get(p) or {}
+    suspect: dict[Any, torch.Tensor] = {}
     for key, value in held.items():
         if key in slots and not isinstance(value, torch.Tensor):
             raise CheckpointError(f"the checkpoint's {key} of parameter {i} is a {type(value).__name__}, not a tensor")
@@ -107,11 +110,30 @@ def _check_entries(stack: "Stack", lane: Lane, i: Any, p: torch.Tensor, held: Ma
         expected = live.get(key)
         if isinstance(expected, torch.Tensor) and expected.shape == value.shape:
             continue
-        if value.shape != p.shape if key in slots else _is_foreign(value, p):
-            raise CheckpointError(
-                f"the checkpoint's {key} of parameter {i} has shape {tuple(value.shape)}, "
-                f"the parameter has {tuple(p.shape)}: it belongs to another model"
-            )
+        if key in slots and value.shape != p.shape:
+            raise _of_another_model(key, value, i, p)
+        if key not in slots and _is_foreign(value, p):
+            suspect[key] = value
+    # a base may keep what it likes, such as one matrix for each dimension: unless one entry fits, it is asked
+    if suspect and not any(isinstance(value, torch.Tensor) and value.shape == p.shape for value in held.values()):
+        _ask_base(stack, lane, i, p, suspect)
+
+
+def _ask_base(stack: "Stack", lane: Lane, i: Any, p: torch.Tensor, suspect: Mapping[Any, torch.Tensor]) -> None:
+    kept = state_after_one_update(lane, stack.entry_of(p), p)
+    # one shape for all is what moments have: they are taken for those of another model where the base cannot tell
+    plain = not kept and len({value.shape for value in suspect.values()}) == 1
+    for key, value in suspect.items():
+        own = kept.get(key)
+        if plain or (isinstance(own, torch.Tensor) and own.shape != value.shape):
+            raise _of_another_model(key, value, i, p)
+
+
+def _of_another_model(key: Any, value: torch.Tensor, i: Any, p: torch.Tensor) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint's {key} of parameter {i} has shape {tuple(value.shape)}, "
+        f"the parameter has {tuple(p.shape)}: it belongs to another model"
+    )
 
 
 def _is_foreign(value: torch.Tensor, p: torch.Tensor) -> bool:
