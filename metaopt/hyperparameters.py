@@ -5,6 +5,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -167,6 +168,11 @@ def from_signature(factory: Callable[..., Any], *, skip_first: bool = True) -> d
     The first parameter of an optimizer holds the model's parameters and is left out. Annotations of tensors are
     reduced to their plain type (`float | Tensor` -> float); where none is given, the type of the default serves.
     """
+    return dict(_read_signature(factory, skip_first))
+
+
+@cache  # a pipeline asks for it at every look at a part, and annotations take milliseconds to resolve
+def _read_signature(factory: Callable[..., Any], skip_first: bool) -> dict[str, Hyperparameter]:
     found: dict[str, Hyperparameter] = {}
     parameters = list(inspect.signature(factory).parameters.values())[1 if skip_first else 0 :]
     try:
