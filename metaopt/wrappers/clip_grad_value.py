@@ -15,8 +15,10 @@ class ClipGradValue(Wrapper):
 
     def on_gradients(self, groups: Gradients) -> None:
         for group in groups:
-            torch._foreach_clamp_min_(group.grads, -group.clip_value)
-            torch._foreach_clamp_max_(group.grads, group.clip_value)
+            # a complex number has two components
+            components = [torch.view_as_real(g) if g.is_complex() else g for g in group.grads]
+            torch._foreach_clamp_min_(components, -group.clip_value)
+            torch._foreach_clamp_max_(components, group.clip_value)
 
 
 @hookimpl
