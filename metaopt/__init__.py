@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from metaopt.errors import UnknownPart as UnknownPart
     from metaopt.explaining import explain as explain
     from metaopt.grouping import groups as groups
+    from metaopt.hooks import Example as Example
     from metaopt.hooks import hookimpl as hookimpl
     from metaopt.hyperparameters import hyper as hyper
     from metaopt.metrics import Logger as Logger
@@ -88,6 +89,7 @@ _HOMES = {
     "Schedule": "schedule",
     "Logger": "metrics",
     "Problem": "problem",
+    "Example": "hooks",
     "hookimpl": "hooks",
     "MetaoptError": "errors",
     "SpecError": "errors",

@@ -1,6 +1,8 @@
 """What a plugin can offer: each hook returns {name: class or factory}."""
 
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import pluggy
 
@@ -16,6 +18,29 @@ HOOKS = {
     "logger": "metaopt_loggers",
     "problem": "metaopt_problems",
 }
+EXAMPLES = "metaopt_examples"
+
+
+@dataclass(frozen=True)
+class Example:
+    """How a part is made and fed when `metaopt check` proves it: what its signature cannot tell.
+
+    `spec` is the part as text, such as `muon(lr=0.01)`; without it the defaults serve. `over` are the bases that a
+    wrapper is checked with. `gradients="graph"` calls `backward(create_graph=True)`. `reference` is the rule on plain
+    tensors (see `metaopt.testing.references`). `excuses` maps a check that cannot hold to the reason: it is still run,
+    and an excuse that is no longer needed is an error. `not_run` says why nothing can be checked here at all.
+    `tolerance` is for a part whose own runs part in the last digits, as those through small matrix products may.
+    """
+
+    spec: str = ""
+    over: tuple[str, ...] = ()
+    parameters: Literal["any", "matrices"] = "any"
+    gradients: Literal["dense", "sparse", "graph"] = "dense"
+    closure: bool = False
+    reference: Callable[..., Any] | None = None
+    excuses: Mapping[str, str] = field(default_factory=dict)
+    not_run: str = ""
+    tolerance: float = 0.0
 
 
 @hookspec
@@ -41,3 +66,8 @@ def metaopt_loggers() -> dict[str, Any]:  # type: ignore[empty-body]
 @hookspec
 def metaopt_problems() -> dict[str, Any]:  # type: ignore[empty-body]
     """Offer problems: subclasses of metaopt.Problem."""
+
+
+@hookspec
+def metaopt_examples() -> dict[str, Example | Sequence[Example]]:  # type: ignore[empty-body]
+    """Say how parts are made when they are checked: one example or several for each name."""

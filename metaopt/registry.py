@@ -47,6 +47,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._entries: dict[str, list[Entry]] = {}
+        self._examples: dict[str, tuple[hooks.Example, ...]] = {}
         self._broken: list[BrokenPlugin] = []
         self._plugins = pluggy.PluginManager(hooks.PROJECT)
         self._plugins.add_hookspecs(hooks)
@@ -78,6 +79,11 @@ class Registry:
     def name_of(self, target: Any) -> str | None:
         """Return the name under which a class is registered, or None."""
         return next((entry.name for entry in self.entries() if entry.target is target), None)
+
+    def examples(self, name: str) -> tuple[hooks.Example, ...]:
+        """Return how a part is made when it is checked, as its plugin says; one empty example where it says nothing."""
+        self._load()
+        return self._examples.get(name, (hooks.Example(),))
 
     def broken(self) -> list[BrokenPlugin]:
         """Return the plugins that could not be used, with their errors."""
@@ -128,7 +134,7 @@ class Registry:
                 self._broken.append(BrokenPlugin(origin, f"{type(error).__name__}: {error}"))
 
     def _take_plugin(self, plugin: Any, origin: str, version: str) -> None:
-        known = set(hooks.HOOKS.values())
+        known = {*hooks.HOOKS.values(), hooks.EXAMPLES}
         misspelt = sorted(n for n in vars(plugin) if n.startswith("metaopt_") and n not in known)
         misspelt = [n for n in misspelt if getattr(getattr(plugin, n), "metaopt_impl", None) is not None]
         if misspelt:
@@ -139,16 +145,39 @@ class Registry:
         if not self._plugins.is_registered(plugin):
             self._plugins.register(plugin)
         for kind, hook in hooks.HOOKS.items():
-            for implementation in getattr(self._plugins.hook, hook).get_hookimpls():
-                if implementation.plugin is plugin:
-                    offered = implementation.function()
-                    if not isinstance(offered, dict):
-                        raise PluginError(f"plugin {origin!r}: {hook} returned {type(offered).__name__}, not a dict")
-                    self._check(offered, origin)
-                    offers.append((kind, offered))
+            offered = self._offered(plugin, hook, origin)
+            self._check(offered, origin)
+            offers.append((kind, offered))
+        examples = self._offered(plugin, hooks.EXAMPLES, origin)
+        self._check_examples(examples, {name for _, parts in offers for name in parts}, origin)
         # all or nothing: a plugin with one bad part leaves none behind
         for kind, offered in offers:
             self._take(kind, offered, origin, version)
+        for name, given in examples.items():
+            self._examples[name] = (given,) if isinstance(given, hooks.Example) else tuple(given)
+
+    def _offered(self, plugin: Any, hook: str, origin: str) -> dict[str, Any]:
+        for implementation in getattr(self._plugins.hook, hook).get_hookimpls():
+            if implementation.plugin is plugin:
+                offered = implementation.function()
+                if not isinstance(offered, dict):
+                    raise PluginError(f"plugin {origin!r}: {hook} returned {type(offered).__name__}, not a dict")
+                return offered
+        return {}
+
+    def _check_examples(self, examples: dict[str, Any], names: set[str], origin: str) -> None:
+        for name, given in examples.items():
+            if name not in names:
+                raise PluginError(
+                    f"{origin}: an example is given for {name!r}, which it does not offer.{did_you_mean(name, names)}"
+                )
+            listed = [given] if isinstance(given, hooks.Example) else given
+            if (
+                not isinstance(listed, list | tuple)
+                or not listed
+                or not all(isinstance(e, hooks.Example) for e in listed)
+            ):
+                raise PluginError(f"{origin}: the example for {name!r} is no metaopt.Example and no list of them")
 
     def _check(self, parts: dict[str, Any], origin: str) -> None:
         for name, target in parts.items():
