@@ -1,0 +1,61 @@
+"""What a check is, and what can come of one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from metaopt.errors import MetaoptError
+
+Status = Literal["passed", "failed", "excused", "outdated", "not applicable", "not run"]
+
+
+class CheckFailed(MetaoptError, AssertionError):
+    """A check that a part does not pass: what is wrong, why it matters, what to do."""
+
+    def __init__(self, what: str, why: str, todo: str) -> None:
+        super().__init__(f"{what}. {why}. {todo}.")
+        self.what, self.why, self.todo = what, why, todo
+
+
+class NotApplicable(Exception):
+    """A check that says nothing about this part, with the reason."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim about a part, and the function that raises CheckFailed where it does not hold."""
+
+    name: str
+    kinds: tuple[str, ...]
+    claim: str
+    holds: Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one check of one part; `reason` is empty where it passed."""
+
+    part: str
+    check: str
+    claim: str
+    status: Status
+    reason: str = ""
+
+    @property
+    def bad(self) -> bool:
+        """Whether the part, or what its plugin says of it, has to change."""
+        return self.status in ("failed", "outdated")
+
+
+CHECKS: dict[str, Check] = {}
+
+
+def check(*kinds: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """Make a function a check of these kinds of parts, under its own name; its docstring is the claim."""
+
+    def add(function: Callable[[Any], None]) -> Callable[[Any], None]:
+        claim = " ".join((function.__doc__ or "").split("\n\n")[0].split()).rstrip(".")
+        CHECKS[function.__name__] = Check(function.__name__, kinds, claim, function)
+        return function
+
+    return add

@@ -1,0 +1,149 @@
+"""Proving parts: which checks a part is put to, on which examples, and what came of them."""
+
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from dataclasses import replace as changed
+from typing import Any
+
+import torch
+
+from metaopt.errors import MetaoptError
+from metaopt.hooks import Example
+from metaopt.registry import Entry, registry
+from metaopt.spec import parse
+from metaopt.testing import (  # noqa: F401 - each adds checks
+    agreement,
+    averages,
+    distributed,
+    groups,
+    laws,
+    references,
+    resuming,
+    states,
+    training,
+)
+from metaopt.testing.declarations import spec_with_allowed
+from metaopt.testing.loggers import LoggerSubject
+from metaopt.testing.outcome import CHECKS, Check, CheckFailed, NotApplicable, Result
+from metaopt.testing.problems import ProblemSubject
+from metaopt.testing.schedules import ScheduleSubject
+from metaopt.testing.subject import StackSubject, Subject, refused
+
+# with a moment, with lazy state, with state from its constructor
+BASES = ("sgd(lr=0.1, momentum=0.9)", "adamw(lr=0.01)", "adagrad(lr=0.1)")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One example of one part, with the subjects that are checked: a wrapper over each of several bases."""
+
+    name: str
+    example: Example
+    subjects: tuple[Subject, ...]
+
+    @property
+    def checks(self) -> list[Check]:
+        """The checks of this kind of part."""
+        return [check for check in CHECKS.values() if self.subjects[0].entry.kind in check.kinds]
+
+
+def cases(name: str, *, device: str = "cpu", **given: Any) -> list[Case]:
+    """Return the cases of the part of this name, or of a part as text, such as `lookahead(k=2)`.
+
+    `given` replaces fields of each `metaopt.Example`. Raises MetaoptError.
+    """
+    text = "" if "(" not in name else name
+    entry = registry.find(name.partition("(")[0].strip())
+    examples = registry.examples(entry.name)
+    if text:
+        examples = (changed(examples[0], spec=text),)
+    found = []
+    for example in examples:
+        example = changed(example, **given)
+        subjects = tuple(_subjects(entry, example, torch.device(device)))
+        found.append(Case(entry.name if len(examples) == 1 else str(example.spec or entry.name), example, subjects))
+    return found
+
+
+def _subjects(entry: Entry, example: Example, device: torch.device) -> Iterator[Subject]:
+    if example.not_run:
+        yield Subject(entry, example, example.spec, device)
+        return
+    if entry.kind in ("problem", "logger"):
+        yield (ProblemSubject if entry.kind == "problem" else LoggerSubject)(entry, example, "", device)
+        return
+    if entry.kind == "schedule":
+        yield ScheduleSubject(entry, example, example.spec or spec_with_allowed(entry.name, entry.kind), device)
+        return
+    text = example.spec or spec_with_allowed(entry.name, entry.kind)
+    parse(text)  # a mistake in the text is not the part's
+    if entry.kind == "optimizer":
+        yield StackSubject(entry, example, text, device)
+    else:
+        before = entry.target.stands_before_base()
+        for base in example.over or BASES:
+            stack = f"{text} | {base}" if before else f"{base} | {text}"
+            yield StackSubject(entry, example, stack, device)
+
+
+def outcome(case: Case, check: Check) -> Result:
+    """Put a case to a check and say what came of it."""
+    if case.example.not_run:
+        return Result(case.name, check.name, check.claim, "not run", case.example.not_run)
+    reasons = []
+    excuse = case.example.excuses.get(check.name)
+    for subject in case.subjects:
+        try:
+            with warnings.catch_warnings():
+                # what code from elsewhere warns of is not what is checked
+                warnings.simplefilter("ignore")
+                check.holds(subject)
+        except NotApplicable as reason:
+            reasons.append(str(reason))
+        except Exception as error:
+            if excuse is not None:
+                return Result(case.name, check.name, check.claim, "excused", excuse)
+            return Result(case.name, check.name, check.claim, "failed", _told(error))
+    if excuse is not None:
+        return Result(
+            case.name,
+            check.name,
+            check.claim,
+            "outdated",
+            f"its metaopt.Example excuses it ({excuse}), but it passes: take the excuse out",
+        )
+    if len(reasons) == len(case.subjects):
+        return Result(case.name, check.name, check.claim, "not applicable", reasons[0])
+    return Result(case.name, check.name, check.claim, "passed")
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, CheckFailed) or refused(error):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def prove(
+    case: Case, each: Callable[[Result], None] = lambda result: None, *, only: Collection[str] | None = None
+) -> list[Result]:
+    """Put a case to all of its checks, or to some by name; `each` hears of every result as it comes."""
+    _unknown_excuses(case)
+    results = []
+    for check in case.checks:
+        if only is not None and check.name not in only:
+            continue
+        results.append(outcome(case, check))
+        each(results[-1])
+        if results[-1].status == "not run":
+            break
+    return results
+
+
+def _unknown_excuses(case: Case) -> None:
+    unknown = case.example.excuses.keys() - {check.name for check in case.checks}
+    if unknown:
+        raise MetaoptError(
+            f"the example of {case.name} excuses {', '.join(sorted(unknown))}, which is no check of a "
+            f"{case.subjects[0].entry.kind}; there are {', '.join(check.name for check in case.checks)}"
+        )
