@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from metaopt import Division, ParameterError, hookimpl
+from metaopt import Division, Example, ParameterError, hookimpl
 
 DIMENSIONS = {"scalar": lambda d: d == 0, "vector": lambda d: d == 1, "matrix": lambda d: d == 2}
 
@@ -39,3 +39,8 @@ def _fits(term: str, name: str, parameter: torch.Tensor) -> bool:
 @hookimpl
 def metaopt_optimizers() -> dict[str, type[Division]]:
     return {"partition": Partition}
+
+
+@hookimpl
+def metaopt_examples() -> dict[str, Example]:
+    return {"partition": Example("partition({'*.weight & matrix': sgd(lr=0.1, momentum=0.9), '*': adamw(lr=0.01)})")}

@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from metaopt import hookimpl
+from metaopt import Example, hookimpl
 
 
 def _name(class_name: str) -> str:
@@ -18,3 +18,31 @@ def metaopt_optimizers() -> dict[str, type[torch.optim.Optimizer]]:
     found = (value for value in vars(torch.optim).values() if isinstance(value, type))
     classes = {c for c in found if issubclass(c, torch.optim.Optimizer) and c is not torch.optim.Optimizer}
     return {_name(c.__name__): c for c in sorted(classes, key=lambda c: c.__name__)}
+
+
+@hookimpl
+def metaopt_examples() -> dict[str, Example | list[Example]]:
+    reads = "torch reads {} in Python at every update"
+    examples: dict[str, Example | list[Example]] = {
+        "adafactor": Example(excuses={"waits_for_no_device": reads.format("the norm of each parameter")}),
+        "asgd": Example(excuses={"waits_for_no_device": reads.format("its step and rate, kept on the device,")}),
+        "lbfgs": Example(
+            "lbfgs(lr=0.1, max_iter=3)",
+            excuses={
+                "state_is_whole_at_the_first_step": "torch leaves early, without a history, where the gradient is zero",
+                "template_step_leaves_the_run_alone": "torch keeps the state of all parameters under the first one",
+                "waits_for_no_device": reads.format("the loss and the direction"),
+            },
+        ),
+        # some parameters begin late, and some gradients are sparse: the fused kernel can do neither
+        "sgd": [Example("sgd(lr=0.1, momentum=0.9)"), Example("sgd(lr=0.1)", gradients="sparse")],
+        "muon": Example("muon(lr=0.01)", parameters="matrices"),
+        "sparse_adam": Example(
+            gradients="sparse",
+            excuses={
+                "template_step_leaves_the_run_alone": "that step has dense gradients, which it refuses",
+                "waits_for_no_device": "summing up duplicate indices has to count them",
+            },
+        ),
+    }
+    return {name: example for name, example in examples.items() if name in metaopt_optimizers()}

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from metaopt import HyperparameterError, Schedule, hookimpl, hyper
+from metaopt import Example, HyperparameterError, Schedule, hookimpl, hyper
 
 
 class Warmup(Schedule):
@@ -101,3 +101,8 @@ def _curve(member: Any, run: int | None, span: int | None, where: str) -> Callab
 @hookimpl
 def metaopt_schedules() -> dict[str, type[Schedule]]:
     return {"warmup": Warmup, "sequence": Sequence}
+
+
+@hookimpl
+def metaopt_examples() -> dict[str, Example]:
+    return {"sequence": Example("sequence(linear(0.0, 0.1), 10, 0.1, 0.5, cosine(0.1))")}

@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 
-from metaopt import Group, Wrapper, anchor, hookimpl, hyper, moments
+from metaopt import Example, Group, Wrapper, anchor, hookimpl, hyper, moments
 
 
 class Lookahead(Wrapper, every="k", each="element"):
@@ -82,3 +82,15 @@ def _distance(group: Group) -> torch.Tensor:
 @hookimpl
 def metaopt_wrappers() -> dict[str, type[Wrapper]]:
     return {"lookahead": Lookahead}
+
+
+@hookimpl
+def metaopt_examples() -> dict[str, list[Example]]:
+    ways = ("reset", "pullback")
+    return {
+        "lookahead": [
+            Example("lookahead(k=2)"),
+            *(Example(f"lookahead(k=2, pullback_momentum={way!r})") for way in ways),
+            Example("lookahead(k=2, slow_dtype='float32')"),
+        ]
+    }

@@ -2,7 +2,7 @@
 
 import torch
 
-from metaopt import Group, Wrapper, anchor, hookimpl, hyper, zeros
+from metaopt import Example, Group, Wrapper, anchor, hookimpl, hyper, zeros
 
 
 class Outer(Wrapper, every="k", each="element"):
@@ -57,3 +57,8 @@ def _advance(
 @hookimpl
 def metaopt_wrappers() -> dict[str, type[Wrapper]]:
     return {"outer": Outer}
+
+
+@hookimpl
+def metaopt_examples() -> dict[str, Example]:
+    return {"outer": Example("outer(k=2)")}
