@@ -13,7 +13,8 @@ def test_the_guide_leads_from_an_empty_folder_to_a_listed_plugin(tmp_path):
     for block in blocks(PAGE, "python") + blocks(PAGE, "toml"):
         name = block.partition("\n")[0].removeprefix("# ")
         (folder / name).write_text(block, encoding="utf-8")
-    install, *looks = blocks(PAGE, "sh")[0].splitlines()
+    installing, proving = blocks(PAGE, "sh")
+    install, *looks = installing.splitlines()
     # the page's own command, kept from the network and from the environment of the tests
     _, *arguments = install.split()
     python("-m", "pip", *arguments, "--no-deps", "--no-build-isolation", "--target", str(installed), folder=folder)
@@ -28,3 +29,10 @@ def test_the_guide_leads_from_an_empty_folder_to_a_listed_plugin(tmp_path):
     assert "alpha" in outputs[1]
     use = (folder / "use.py").read_text(encoding="utf-8")
     python("-c", use, folder=tmp_path, path=[installed])
+    prove, check = proving.splitlines()
+    tested = python("-m", *prove.split(), "-q", "-rs", "-p", "no:cacheprovider", folder=folder, path=[installed])
+    assert "failed" not in tested
+    # what says nothing about these parts is told, not hidden; the reference is no such thing for pull
+    assert "it keeps no average" in tested
+    checked = python("-m", *check.split(), folder=tmp_path, path=[installed])
+    assert checked.startswith("pull\n") and "FAILED" not in checked
