@@ -23,13 +23,15 @@ EXAMPLES = "metaopt_examples"
 
 @dataclass(frozen=True)
 class Example:
-    """How a part is made and fed when `metaopt check` proves it: what its signature cannot tell.
+    """What the class of a part does not tell: how `metaopt check` makes and feeds it, and words for `metaopt show`.
 
     `spec` is the part as text, such as `muon(lr=0.01)`; without it the defaults serve. `over` are the bases that a
     wrapper is checked with. `gradients="graph"` calls `backward(create_graph=True)`. `reference` is the rule on plain
     tensors (see `metaopt.testing.references`). `excuses` maps a check that cannot hold to the reason: it is still run,
     and an excuse that is no longer needed is an error. `not_run` says why nothing can be checked here at all.
     `tolerance` is for a part whose own runs part in the last digits, as those through small matrix products may.
+    `note` and `known_as`, what others call it, are for a class that is offered unchanged; those of metaopt say both
+    themselves.
     """
 
     spec: str = ""
@@ -41,6 +43,8 @@ class Example:
     excuses: Mapping[str, str] = field(default_factory=dict)
     not_run: str = ""
     tolerance: float = 0.0
+    note: str = ""
+    known_as: tuple[str, ...] = ()
 
 
 @hookspec
@@ -70,4 +74,4 @@ def metaopt_problems() -> dict[str, Any]:  # type: ignore[empty-body]
 
 @hookspec
 def metaopt_examples() -> dict[str, Example | Sequence[Example]]:  # type: ignore[empty-body]
-    """Say how parts are made when they are checked: one example or several for each name."""
+    """Say of parts what their classes do not: one example or several for each name."""

@@ -85,6 +85,15 @@ class Registry:
         self._load()
         return self._examples.get(name, (hooks.Example(),))
 
+    def notes(self, name: str) -> tuple[str, ...]:
+        """Return what its plugin says of a part beside the words of its class."""
+        return tuple(dict.fromkeys(example.note for example in self.examples(name) if example.note))
+
+    def known_as(self, entry: Entry) -> tuple[str, ...]:
+        """Return what others call a part, as its class or its plugin says."""
+        said = [name for example in self.examples(entry.name) for name in example.known_as]
+        return tuple(dict.fromkeys((*getattr(entry.target, "known_as", ()), *said)))
+
     def broken(self) -> list[BrokenPlugin]:
         """Return the plugins that could not be used, with their errors."""
         self._load()
@@ -196,7 +205,7 @@ class Registry:
         called = kind or "part"
         names = self.names(kind)
         for entry in self.entries(kind):
-            if name in getattr(entry.target, "known_as", ()):
+            if name in self.known_as(entry):
                 return f"no {called} is called {name!r}; here it is {entry.name}. See: metaopt show {entry.name}"
         listing = f"metaopt list {kind}s" if kind else "metaopt list"
         return f"no {called} is called {name!r}.{did_you_mean(name, names)} See: {listing}"

@@ -208,7 +208,7 @@ def test_outer_s_slow_weights_may_be_finer_than_the_model_s() -> None:
 def test_no_part_claims_a_name_that_another_part_has() -> None:
     claimed: dict[str, str] = {}
     for entry in registry.entries():
-        for name in getattr(entry.target, "known_as", ()):
+        for name in registry.known_as(entry):
             assert claimed.setdefault(name, entry.name) == entry.name, name
             assert name not in registry.names(), name
 

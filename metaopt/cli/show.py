@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import textwrap
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 WIDTH = 60
 HEIGHT = 10
+NOTE_WIDTH = 100
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 
@@ -45,6 +47,7 @@ def show(
 
 
 def _description(entry: "Entry") -> list[str]:
+    from metaopt.registry import registry
     from metaopt.spec import part
 
     lines = [f"{entry.name}: {entry.kind} of {f'{entry.origin} {entry.version}'.strip()}", ""]
@@ -52,6 +55,7 @@ def _description(entry: "Entry") -> list[str]:
     # torch's own pages of mathematics belong in a browser; the first paragraph says what it is
     paragraphs = documentation.split("\n\n")
     lines += (documentation if entry.origin == "metaopt" and len(paragraphs) < 4 else paragraphs[0]).splitlines()
+    lines += [line for note in registry.notes(entry.name) for line in ("", *textwrap.wrap(note, NOTE_WIDTH))]
     lines += ["", "hyperparameters", *_table(part(entry.name).hyperparameters)]
     state = getattr(entry.target, "slots", None)
     if entry.kind == "wrapper" and isinstance(state, Mapping):
@@ -59,7 +63,7 @@ def _description(entry: "Entry") -> list[str]:
         lines += [f"  {slot}: {_slot(declared)}" for slot, declared in state.items()] or ["  none"]
         counters = [f"  {name}: {counted.doc}" for name, counted in entry.target.counters.items()]
         lines += ["", "counted in every group", *counters] if counters else []
-    others = tuple(getattr(entry.target, "known_as", ()))
+    others = registry.known_as(entry)
     if others:
         lines += ["", f"elsewhere called {', '.join(others)}"]
     return lines

@@ -6,6 +6,15 @@ import torch
 
 from metaopt import Example, hookimpl
 
+NESTEROV = (
+    "nesterov=True is exact Nesterov momentum, v <- m v + gradient(theta - lr m v); theta <- theta - lr v, seen in the "
+    "shifted variable y = theta - lr m v: the weights are y, the anticipated positions, at which the gradient is taken."
+)
+COUPLED = (
+    "weight_decay is added to the gradient and divided by its size with it; adamw's acts apart from the gradient "
+    "(arXiv:1711.05101), and so does decoupled_weight_decay=True."
+)
+
 
 def _name(class_name: str) -> str:
     """Return the registered name of a class: SparseAdam -> sparse_adam, AdamW -> adamw, LBFGS -> lbfgs."""
@@ -35,7 +44,11 @@ def metaopt_examples() -> dict[str, Example | list[Example]]:
             },
         ),
         # some parameters begin late, and some gradients are sparse: the fused kernel can do neither
-        "sgd": [Example("sgd(lr=0.1, momentum=0.9)"), Example("sgd(lr=0.1)", gradients="sparse")],
+        "sgd": [
+            Example("sgd(lr=0.1, momentum=0.9)", note=NESTEROV, known_as=("MomentumSGD", "momentum", "nesterov")),
+            Example("sgd(lr=0.1)", gradients="sparse"),
+        ],
+        "adam": Example(note=COUPLED),
         "muon": Example("muon(lr=0.01)", parameters="matrices"),
         "sparse_adam": Example(
             gradients="sparse",
