@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -79,6 +80,16 @@ def test_each_row_names_its_weights_and_both_losses_are_kept(tmp_path: Path) -> 
 def test_of_nested_averages_the_outermost_counts(tmp_path: Path) -> None:
     specs = ("sgd(momentum=0.9)", "sgd(momentum=0.9) | lookahead(k=2) | lookahead(k=3, label='outer')")
     assert table(small(tmp_path, specs=specs, tune=False))[1]["weights"] == "averaged (outer)"
+
+
+def test_a_base_that_shows_other_weights_than_it_trains_is_asked_for_them(tmp_path: Path) -> None:
+    schedulefree = pytest.importorskip("schedulefree")
+    metaopt.register(optimizers={"schedule_free": schedulefree.AdamWScheduleFree})
+    plan = small(tmp_path, specs=("adamw", "schedule_free(lr=0.1)"), tune=False)
+    contenders = run_comparison(plan)
+    assert rows(plan, contenders)[1]["weights"] == "AdamWScheduleFree's own"
+    run = contenders[1].runs[0]
+    assert run["evaluated"]["loss"] != run["fast"]["loss"]
 
 
 def test_the_default_grid_is_five_rates_and_its_bounds_can_be_set(tmp_path: Path) -> None:
@@ -384,6 +395,19 @@ def running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_process_that_was_killed_from_outside_is_told(tmp_path: Path) -> None:
+    plan = small(tmp_path, problem="rosenbrock", specs=("sgd", "adam"), steps=3000, jobs=2)
+    before = set(multiprocessing.active_children())
+
+    def kill_one(done: int, total: int) -> None:
+        worker = next(iter(set(multiprocessing.active_children()) - before))
+        worker.kill()
+
+    with pytest.raises(MetaoptError, match=r"killed from outside.*fewer --jobs than 2"):
+        run_comparison(plan, kill_one)
+    assert set(multiprocessing.active_children()) == before
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")

@@ -55,6 +55,7 @@ def train(
         model = problem.model(seed, device)
         # parameters, not the module: nobody could follow build's hint about decay here
         opt = build(model.named_parameters(), spec, total_steps=steps, log=log)
+        opt.train()
         run = {"problem": repr((type(problem).__name__, problem.given)), "spec": str(opt.spec), "seed": seed}
         run |= {"steps": steps, "data": problem.data_hash()}
         torch.manual_seed(seed)

@@ -65,6 +65,7 @@ class _Run:
         self.model = problem.model(seed, device)
         # parameters, not the module: nobody could follow build's hint about decay here
         self.opt: Stack = build(self.model.named_parameters(), spec, total_steps=total_steps, **log)
+        self.opt.train()
         self.evaluations = 0
         self._batches = problem.batches(seed, device)
         self._batch: Any = None

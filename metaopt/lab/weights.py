@@ -1,6 +1,7 @@
-"""Which weights of a stack are evaluated: the outermost average where it keeps one, the fast ones otherwise."""
+"""Which weights of a stack are evaluated: an average of the stack, one that the base keeps itself, or the fast ones."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 from metaopt.stack import Stack
 
@@ -8,17 +9,29 @@ FAST = "fast"
 
 
 def evaluated(opt: Stack) -> str:
-    """Return the name of the weights that `shown` shows: `fast`, or `averaged (lookahead)`."""
+    """Return the name of the weights that `shown` shows: `fast`, `averaged (lookahead)`, or those of the base's own."""
     label = _outermost(opt)
-    return FAST if label is None else f"averaged ({label})"
+    if label is not None:
+        return f"averaged ({label})"
+    return f"{type(opt.base).__name__}'s own" if _has_modes(opt) else FAST
 
 
-def shown(opt: Stack) -> AbstractContextManager[None]:
-    """Return a context in which the model holds the weights to evaluate."""
+@contextmanager
+def shown(opt: Stack) -> Iterator[None]:
+    """Hold the weights to evaluate in the model for the length of the context."""
     label = _outermost(opt)
-    return nullcontext() if label is None else opt.averaged(label)
+    opt.eval()  # a base such as a schedule-free one trains other weights than it shows
+    try:
+        with nullcontext() if label is None else opt.averaged(label):
+            yield
+    finally:
+        opt.train()
 
 
 def _outermost(opt: Stack) -> str | None:
     # of several averages the outermost: it has seen the whole run
     return next((w.label for w in reversed(opt.wrappers) if "averaged" in w.acts_on()), None)
+
+
+def _has_modes(opt: Stack) -> bool:
+    return any(callable(getattr(lane.base, "eval", None)) for lane in opt.lanes)

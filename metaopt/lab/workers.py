@@ -46,6 +46,7 @@ class Workers:
             self._pool.shutdown(wait=kind is None, cancel_futures=True)
             for worker in set(multiprocessing.active_children()) - self._others:
                 worker.kill()
+                worker.join()
 
     def results(self, trials: Iterable[Trial]) -> Iterator[tuple[Trial, Result]]:
         """Yield each trial with its result as it comes; one that lies in the folder is read, not made again.
