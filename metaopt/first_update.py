@@ -72,6 +72,9 @@ def all_whole(stack: "Stack") -> bool:
             held = state.get(p)
             if held is None or any(key not in held for key in keys):
                 return False
+            # dropped by a wrapper, and without a gradient since
+            if lane.resets and (held.get(ANEW) or not any(lane.is_base_key(key) for key in held)):
+                return False
     return True
 
 
@@ -178,7 +181,8 @@ def leave_refused_kernels(stack: "Stack", copies: Copies) -> None:
 
 def _mixes(stack: "Stack", lane: Lane, entry: Entry, copies: Copies) -> bool:
     """Tell whether some parameters of a group are updated for the first time and others are not."""
-    begun = [any(lane.is_base_key(key) for key in stack.state.get(p, ())) for p in entry["params"]]
+    held = [of_wrappers(lane, stack.state.get(p, {})) for p in entry["params"]]
+    begun = [any(lane.is_base_key(key) for key in entries) for entries in held]
     late = [p in copies and not has_begun for p, has_begun in zip(entry["params"], begun, strict=True)]
     return any(begun) and any(late)
 

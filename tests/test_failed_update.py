@@ -13,10 +13,12 @@ import metaopt
 class FailsOnce(torch.optim.AdamW):
     """AdamW whose update raises when told to: before it has begun, or when every parameter has moved."""
 
-    fail: str = ""
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.planned: list[str] = []
 
     def step(self, closure: Any = None) -> Any:
-        when, self.fail = self.fail, ""
+        when = self.planned.pop() if self.planned else ""
         if when == "before":
             raise RuntimeError("before the update")
         loss = super().step(closure)
@@ -46,7 +48,7 @@ def test_a_step_tried_again_goes_on_as_if_it_had_not_failed(spec: str, at: int) 
     twin, plain, _ = failing(spec)
     train(twin, plain, range(8))
     train(model, opt, range(at))
-    base.fail = "before"
+    base.planned.append("before")
     fill_gradients(model, at)
     with pytest.raises(RuntimeError, match="before"):
         opt.step()
@@ -61,7 +63,7 @@ def test_a_base_that_fails_when_it_has_moved_everything_leaves_whole_state(spec:
     model, opt, base = failing(spec)
     train(model, opt, range(at))
     start = [p.detach().clone() for p in model.parameters()]
-    base.fail = "after"
+    base.planned.append("after")
     with pytest.raises(RuntimeError, match="after"):
         train(model, opt, [at])
     keys = {frozenset(held) for held in opt.state.values()}

@@ -277,6 +277,20 @@ def test_another_dtype_takes_the_state_along(other: torch.dtype) -> None:
     assert all(torch.isfinite(p).all() for p in twin.parameters())
 
 
+@pytest.mark.parametrize("base", ["nadam", "asgd"])
+def test_numbers_that_a_base_keeps_in_float32_beside_16_bit_weights_come_back_unrounded(base: str) -> None:
+    # torch's own load rounds them
+    model, opt = made(f"{base}(lr=0.01) | lookahead(k=2)", torch.bfloat16)
+    train(model, opt, range(3))
+    twin, again = made(f"{base}(lr=0.01) | lookahead(k=2)", torch.bfloat16)
+    twin.load_state_dict(model.state_dict())
+    again.load_state_dict(through_a_file(opt.state_dict()))
+    assert_same(again.state_dict(), opt.state_dict())
+    train(model, opt, range(3, 6))
+    train(twin, again, range(3, 6))
+    assert_same_weights(twin, model)
+
+
 @pytest.mark.parametrize("taken", ["deepcopy", "pickle", "file", "inside averaged"])
 def test_float32_slow_weights_of_a_bfloat16_model_come_back_unrounded(taken: str) -> None:
     spec = "sgd(lr=0.1, momentum=0.9) | lookahead(k=2, slow_dtype='float32') | ema(0.9, average_dtype='float32')"
