@@ -114,18 +114,24 @@ def _check_entries(stack: "Stack", lane: Lane, i: Any, p: torch.Tensor, held: Ma
             raise _of_another_model(key, value, i, p)
         if key not in slots and _is_foreign(value, p):
             suspect[key] = value
-    # a base may keep what it likes, such as one matrix for each dimension: unless one entry fits, it is asked
-    if suspect and not any(isinstance(value, torch.Tensor) and value.shape == p.shape for value in held.values()):
-        _ask_base(stack, lane, i, p, suspect)
+    if suspect:
+        fits = any(isinstance(value, torch.Tensor) and value.shape == p.shape for value in held.values())
+        _ask_base(stack, lane, i, p, suspect, another_fits=fits)
 
 
-def _ask_base(stack: "Stack", lane: Lane, i: Any, p: torch.Tensor, suspect: Mapping[Any, torch.Tensor]) -> None:
+def _ask_base(
+    stack: "Stack", lane: Lane, i: Any, p: torch.Tensor, suspect: Mapping[Any, torch.Tensor], *, another_fits: bool
+) -> None:
+    """Raise where the base would not keep such tensors: it may keep what it likes, such as a matrix per dimension."""
     kept = state_after_one_update(lane, stack.entry_of(p), p)
     # one shape for all is what moments have: they are taken for those of another model where the base cannot tell
-    plain = not kept and len({value.shape for value in suspect.values()}) == 1
+    foreign = not kept and not another_fits and len({value.shape for value in suspect.values()}) == 1
     for key, value in suspect.items():
         own = kept.get(key)
-        if plain or (isinstance(own, torch.Tensor) and own.shape != value.shape):
+        # beside entries that fit, others than moments may have grown since their first update
+        if isinstance(own, torch.Tensor) and (own.shape == p.shape or not another_fits):
+            foreign = foreign or own.shape != value.shape
+        if foreign:
             raise _of_another_model(key, value, i, p)
 
 
