@@ -1,7 +1,6 @@
 """Checks of what a part declares: hyperparameters, bounds, state, documentation, text."""
 
 import inspect
-from dataclasses import replace as changed
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ import torch
 from metaopt.errors import HyperparameterError, MetaoptError
 from metaopt.hyperparameters import Hyperparameter
 from metaopt.spec import part
+from metaopt.testing.allowed_values import allowed
 from metaopt.testing.feeding import STEPS
 from metaopt.testing.outcome import CheckFailed, check
 from metaopt.testing.subject import StackSubject, Subject, refused
@@ -136,17 +136,6 @@ def _is_harmless(subject: StackSubject, name: str, value: Any, hyperparameter: H
         return
 
 
-def allowed(hyperparameter: Hyperparameter) -> Any:
-    """Return some value that a required hyperparameter allows. Raises HyperparameterError where none is known."""
-    candidates: list[Any] = [*(hyperparameter.choices or ()), 1.0, 0.5, 0.1, 2, 3, 1, 10, True, "text"]
-    for value in candidates:
-        try:
-            return hyperparameter.check(value, where=hyperparameter.name)
-        except HyperparameterError:
-            continue
-    raise HyperparameterError(f"{hyperparameter.name} has no default: give a metaopt.Example(spec=...) with a value")
-
-
 @check("wrapper")
 def object_is_configuration(subject: StackSubject) -> None:
     """The wrapper object and its class stay as they were made: what changes lives in the groups and the state."""
@@ -178,11 +167,3 @@ def object_is_configuration(subject: StackSubject) -> None:
 def _class_attributes(cls: type) -> dict[str, Any]:
     kinds = (list, dict, set, int, float, torch.Tensor)
     return {n: v for n, v in vars(cls).items() if isinstance(v, kinds) and not n.startswith("__")}
-
-
-def spec_with_allowed(name: str, kind: str) -> str:
-    """Return a part as text, with some allowed value for every hyperparameter that has no default."""
-    found = part(name, kind)
-    required = {n: allowed(h) for n, h in found.hyperparameters.items() if h.required}
-    text = str(changed(found, given=required))
-    return text if required or kind != "schedule" else f"{text}()"

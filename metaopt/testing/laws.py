@@ -1,6 +1,8 @@
 """Checks of the contract's laws: no waiting for the device, order of anchors, what stands in front of the base."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,22 +24,16 @@ def waits_for_no_device(subject: StackSubject) -> None:
     model, opt = subject.pair()
     if any(wrapper.synchronises for wrapper in opt.wrappers):
         raise NotApplicable("it declares that it waits for the device (synchronises = True)")
-    if subject.device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
     descent = Descent(model.parameters(), inspect.getsourcefile(subject.entry.target) or "")
     plain = opt.step
 
     def watched(closure: Any = None) -> Any:
         descent.add([p.grad for p in model.parameters()])
-        with FunctionWatch(descent), OperatorWatch(descent):
+        with FunctionWatch(descent), OperatorWatch(descent), _told_by_the_device(subject):
             return plain(closure) if closure is not None else plain()
 
     opt.step = watched  # type: ignore[method-assign]
-    try:
-        subject.train(model, opt, 0, STEPS // 2)
-    finally:
-        if subject.device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
+    subject.train(model, opt, 0, STEPS // 2)
     if descent.reads:
         others = f" (and {len(descent.reads) - 1} more)" if len(descent.reads) > 1 else ""
         raise CheckFailed(
@@ -46,6 +42,20 @@ def waits_for_no_device(subject: StackSubject) -> None:
             "Compute with 0-dim tensors (torch.where, clamp, a tensor factor) instead of .item(), float() or `if`; a "
             "wrapper that cannot do without sets synchronises = True",
         )
+
+
+@contextmanager
+def _told_by_the_device(subject: StackSubject) -> Iterator[None]:
+    """On CUDA let torch itself raise at the first wait."""
+    if subject.device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class Witness(Wrapper):

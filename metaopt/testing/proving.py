@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from dataclasses import replace as changed
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -12,23 +13,19 @@ from metaopt.errors import MetaoptError
 from metaopt.hooks import Example
 from metaopt.registry import Entry, registry
 from metaopt.spec import parse
-from metaopt.testing import (  # noqa: F401 - each adds checks
-    agreement,
-    averages,
-    distributed,
-    groups,
-    laws,
-    references,
-    resuming,
-    states,
-    training,
-)
-from metaopt.testing.declarations import spec_with_allowed
+from metaopt.testing.allowed_values import spec_with_allowed
 from metaopt.testing.loggers import LoggerSubject
 from metaopt.testing.outcome import CHECKS, Check, CheckFailed, NotApplicable, Result
 from metaopt.testing.problems import ProblemSubject
 from metaopt.testing.schedules import ScheduleSubject
 from metaopt.testing.subject import StackSubject, Subject, refused
+
+# each adds its checks, which are shown in this order
+for _module in (
+    *("training", "groups", "states", "resuming", "distributed", "averages"),
+    *("laws", "declarations", "agreement", "references", "schedules", "loggers", "problems"),
+):
+    import_module(f"metaopt.testing.{_module}")
 
 # with a moment, with lazy state, with state from its constructor
 BASES = ("sgd(lr=0.1, momentum=0.9)", "adamw(lr=0.01)", "adagrad(lr=0.1)")
