@@ -11,6 +11,8 @@ from metaopt.spec import part
 def allowed(hyperparameter: Hyperparameter) -> Any:
     """Return some value that a required hyperparameter allows. Raises HyperparameterError where none is known."""
     candidates: list[Any] = [*(hyperparameter.choices or ()), 1.0, 0.5, 0.1, 2, 3, 1, 10, True, "text"]
+    if hyperparameter.kind == int | float:  # a length: a number of updates, or a part of the run
+        candidates.insert(0, 10)
     for value in candidates:
         try:
             return hyperparameter.check(value, where=hyperparameter.name)
