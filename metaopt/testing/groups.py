@@ -20,25 +20,28 @@ WRITTEN_BY_CLIENTS = frozenset({"lr", "weight_decay", "betas", "momentum"})
 @check("optimizer", "wrapper")
 def groups_have_values_of_their_own(subject: StackSubject) -> None:
     """A hyperparameter set in one group acts on that group, whatever stands in the others."""
+    try:
+        usual = _observed(subject, subject.pipeline, {}, {})
+    except MetaoptError as error:
+        raise NotApplicable(f"two groups are refused: {error}") from error
     tried = 0
+    entry = subject.pair()[1].param_groups[0]
     for name, hyperparameter in subject.part.hyperparameters.items():
         if not subject.label and name not in WRITTEN_BY_CLIENTS:
             continue
-        entry = subject.pair()[1].param_groups[0]
         key = f"{subject.label}.{name}" if subject.label else name
         other = _another(hyperparameter, entry.get(key))
         if key not in entry or other is None:
             continue
-        tried += _acts_in_its_group(subject, name, key, other)
+        tried += _acts_in_its_group(subject, usual, name, key, other)
     if not tried:
         raise NotApplicable("it has no hyperparameter of a group that changes a short run")
 
 
-def _acts_in_its_group(subject: StackSubject, name: str, key: str, other: Any) -> int:
+def _acts_in_its_group(subject: StackSubject, usual: list[Any], name: str, key: str, other: Any) -> int:
     """Return 1 if the value matters at all; raise where it matters in all groups together but not in one."""
     try:
         everywhere = _observed(subject, subject.with_given(**{name: other}), {}, {})
-        usual = _observed(subject, subject.pipeline, {}, {})
     except (MetaoptError, AssertionError):
         return 0
     if same(usual[1], everywhere[1]):
@@ -46,8 +49,7 @@ def _acts_in_its_group(subject: StackSubject, name: str, key: str, other: Any) -
     try:
         mixed = _observed(subject, subject.pipeline, {}, {key: other})
     except (MetaoptError, AssertionError) as error:
-        cause = error.__cause__ or error
-        if refused(cause) or _bare_is_single(subject):
+        if refused(error.__cause__ or error):
             return 1
         raise
     if same(mixed[1], usual[1]):
@@ -76,15 +78,6 @@ def _observed(subject: StackSubject, spec: Any, first: dict[str, Any], second: d
         [(p.detach().clone(), [v for v in opt.state.get(p, {}).values() if isinstance(v, torch.Tensor)]) for p in half]
         for half in (model.left.parameters(), model.right.parameters())
     ]
-
-
-def _bare_is_single(subject: StackSubject) -> bool:
-    model = subject.model()
-    try:
-        subject.stack(model.groups())
-    except MetaoptError:
-        return True
-    return False
 
 
 def _another(hyperparameter: Hyperparameter, value: Any) -> Any:
