@@ -301,7 +301,8 @@ def test_groups_may_be_split_under_a_schedule() -> None:
     opt, plain = (metaopt.build(m, "sgd(lr=cosine(0.1)) | lookahead(k=3)", total_steps=10) for m in (model, twin))
     train(model, opt, range(4))
     (entry,) = opt.param_groups
-    opt.param_groups = [{**entry, "params": entry["params"][:2]}, {**entry, "params": entry["params"][2:]}]
+    halved = ({key: entry[key][part] for key in ("params", "param_names")} for part in (slice(2), slice(2, None)))
+    opt.param_groups = [{**entry, **half} for half in halved]
     train(model, opt, range(4, 9))
     train(twin, plain, range(9))
     assert_same_weights(model, twin)
