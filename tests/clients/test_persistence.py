@@ -1,7 +1,6 @@
-"""deepcopy, pickle, save and load: from any step, inside averaged() too, in a new process, in another dtype."""
+"""deepcopy, pickle, torch.save and torch.load: from any step, inside averaged() too, in a new process."""
 
 import copy
-import io
 import json
 import pickle
 import subprocess
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import resume_worker
 import torch
-from small_runs import assert_same, assert_same_weights, loss_of, small_model, train, weights
+from small_runs import assert_same, assert_same_weights, loss_of, small_model, through_a_file, train, weights
 
 import metaopt
 
@@ -49,13 +48,6 @@ def closure(model: torch.nn.Module, opt: Any, step: int) -> Any:
         return loss
 
     return evaluate
-
-
-def through_a_file(saved: Any) -> Any:
-    buffer = io.BytesIO()
-    torch.save(saved, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -259,62 +251,6 @@ def test_an_average_that_cannot_be_shown_whole_is_not_shown_at_all(monkeypatch: 
     assert_same(opt.state_dict(), state)
     monkeypatch.undo()
     train(model, opt, range(3, 5))
-
-
-@pytest.mark.parametrize("other", [torch.float64, torch.bfloat16])
-def test_another_dtype_takes_the_state_along(other: torch.dtype) -> None:
-    model, opt = made("adamw(lr=0.01) | lookahead(k=3)")
-    train(model, opt, range(4))
-    twin, again = made("adamw(lr=0.01) | lookahead(k=3)", other)
-    twin.load_state_dict(model.state_dict())
-    again.load_state_dict(copy.deepcopy(opt.state_dict()))
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        held = again.state[q]
-        for key in ("exp_avg", "exp_avg_sq", "lookahead.slow"):
-            assert_same(held[key], opt.state[p][key].to(other))
-        assert held["step"].dtype == torch.float32
-    train(twin, again, range(4, 8))
-    assert all(torch.isfinite(p).all() for p in twin.parameters())
-
-
-@pytest.mark.parametrize("base", ["nadam", "asgd"])
-def test_numbers_that_a_base_keeps_in_float32_beside_16_bit_weights_come_back_unrounded(base: str) -> None:
-    # torch's own load rounds them
-    model, opt = made(f"{base}(lr=0.01) | lookahead(k=2)", torch.bfloat16)
-    train(model, opt, range(3))
-    twin, again = made(f"{base}(lr=0.01) | lookahead(k=2)", torch.bfloat16)
-    twin.load_state_dict(model.state_dict())
-    again.load_state_dict(through_a_file(opt.state_dict()))
-    assert_same(again.state_dict(), opt.state_dict())
-    train(model, opt, range(3, 6))
-    train(twin, again, range(3, 6))
-    assert_same_weights(twin, model)
-
-
-@pytest.mark.parametrize("taken", ["deepcopy", "pickle", "file", "inside averaged"])
-def test_float32_slow_weights_of_a_bfloat16_model_come_back_unrounded(taken: str) -> None:
-    spec = "sgd(lr=0.1, momentum=0.9) | lookahead(k=2, slow_dtype='float32') | ema(0.9, average_dtype='float32')"
-    model, opt = made(spec, torch.bfloat16)
-    train(model, opt, range(5))
-    if taken in COPIES:
-        twin, again = COPIES[taken]((model, opt))
-    else:
-        twin, again = made(spec, torch.bfloat16)
-        if taken == "file":
-            saved = through_a_file({"model": model.state_dict(), "opt": opt.state_dict()})
-        else:
-            with opt.averaged("ema"):
-                saved = through_a_file({"model": model.state_dict(), "opt": opt.state_dict()})
-        twin.load_state_dict(saved["model"])
-        again.load_state_dict(saved["opt"])
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        for key in ("lookahead.slow", "ema.average"):
-            assert again.state[q][key].dtype == torch.float32
-            assert not torch.equal(opt.state[p][key], opt.state[p][key].bfloat16().float())
-            assert_same(again.state[q][key], opt.state[p][key])
-    train(model, opt, range(5, 9))
-    train(twin, again, range(5, 9))
-    assert_same_weights(twin, model)
 
 
 def test_an_empty_stack_saved_before_its_first_step_starts_as_a_fresh_one() -> None:
