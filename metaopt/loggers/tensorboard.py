@@ -114,7 +114,7 @@ class _EventFile:
 
         version = Event(wall_time=time.time(), file_version="brain.Event:2")
         start = Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START))
-        self._append("the begin of the run", [version, start])
+        self._append("the beginning of the run", [version, start])
 
     def write(self, step: int, summaries: Sequence[Any]) -> None:
         """Append summaries at x = `step`. Raises LogError."""
