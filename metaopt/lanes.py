@@ -10,6 +10,7 @@ import torch
 
 from metaopt.handing_over import HOOKS, own_hooks
 from metaopt.schedule import Schedule
+from metaopt.watching import unhooked
 from metaopt.wrapper import Slot, Wrapper
 
 Entry = dict[str, Any]
@@ -67,9 +68,8 @@ class Lane:
         self.counter_keys = [f"{w.label}.{name}" for w in self.chain for name in w.counters]
         self.resets = [w for w in self.chain if w.resets_base()]
         self._prefixes = ("metaopt.", *(f"{label}." for label in self.labelled))
-        step = type(self.base).step
-        # torch wraps the class's step to fire hooks; the stack's own step fires them already
-        self._step: Callable[..., Any] = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
+        # the stack's own step fires the hooks already
+        self._step = unhooked(type(self.base).step)
         self._eager_step = _without_grad_mode(self._step)
         closure = inspect.signature(self._step).parameters.get("closure")
         self.needs_closure = closure is not None and closure.default is inspect.Parameter.empty

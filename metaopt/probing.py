@@ -11,6 +11,7 @@ import torch
 from metaopt.composition import RUN_FLAGS
 from metaopt.lanes import Entry, Lane
 from metaopt.stack import Stack
+from metaopt.watching import unhooked
 from metaopt.wrapper import Wrapper
 
 STEPS = 12
@@ -123,8 +124,7 @@ def _last_update(
 
 def _without_hooks(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
     # hooks that a client put on every optimizer of the process are not meant for a scratch copy
-    step = type(optimizer).step
-    plain = getattr(step, "__wrapped__", step)
+    plain = unhooked(type(optimizer).step)
     return lambda: plain(optimizer)
 
 

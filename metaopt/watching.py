@@ -35,3 +35,13 @@ def watched(step: Step) -> Step:
     # torch looks here before it puts its own around the class's step
     wrapper.hooked = True  # type: ignore[attr-defined]
     return wrapper  # type: ignore[return-value]
+
+
+def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a class's step without the wrappers of torch that fire hooks.
+
+    Compiling anything in a process puts one more around the steps of some classes, marked like the one within.
+    """
+    while getattr(step, "hooked", False) and hasattr(step, "__wrapped__"):
+        step = step.__wrapped__
+    return step

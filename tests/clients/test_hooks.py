@@ -61,7 +61,11 @@ def test_step_hooks_fire_once_per_step_from_the_first_one_with_the_stack_as_argu
     assert_hooks_fire(*made(), range(4))
 
 
-def test_step_hooks_fire_once_with_a_closure_that_the_base_evaluates_many_times() -> None:
+@pytest.mark.parametrize("compiled", [False, True], ids=["alone", "after a compilation"])
+def test_step_hooks_fire_once_with_a_closure_that_the_base_evaluates_many_times(compiled: bool) -> None:
+    if compiled:  # from then on the class's step has one wrapper more
+        torch.compile(torch.square, backend="eager")(torch.ones(2))
+        assert torch.optim.LBFGS.step.__wrapped__.hooked  # type: ignore[attr-defined]
     model = small_model()
     opt = metaopt.build(model.named_parameters(), "lbfgs(lr=0.1, max_iter=4) | lookahead(k=2)")
     seen: Seen = []
