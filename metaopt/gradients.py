@@ -11,7 +11,7 @@ from metaopt.members import with_gradient
 from metaopt.norms import total_norm
 from metaopt.scaling import apply_scale
 from metaopt.shards import dense
-from metaopt.views import Piece, pieces
+from metaopt.views import Piece, pieces, small_pieces
 from metaopt.wrapper import Gradients, Wrapper
 
 if TYPE_CHECKING:
@@ -29,7 +29,9 @@ class AllGradients(Gradients):
     def __iter__(self) -> Iterator[Piece]:
         for entry in self._entries():
             owners = [p for p in entry["params"] if p.grad is not None]
-            yield from pieces(self._stack, entry, self._wrapper, owners)
+            # what a sparse gradient stores is not aligned with the rows of its parameter
+            cut = self._wrapper.each and not any(p.grad.is_sparse for p in owners)
+            yield from (small_pieces if cut else pieces)(self._stack, entry, self._wrapper, owners)
 
     def gathered(self) -> Iterator[Piece]:
         for entry in self._entries():

@@ -8,7 +8,7 @@ import torch
 from metaopt.errors import StepError
 from metaopt.lanes import Lane
 from metaopt.scaling import apply_scale
-from metaopt.shards import all_local, dense, local, mean_over_shards, norm_over_shards
+from metaopt.shards import all_local, dense, is_plain, local, mean_over_shards, norm_over_shards
 from metaopt.wrapper import Group, Reduce, Wrapper
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Piece(Group):
         wrapper: Wrapper,
         owners: list[torch.Tensor],
         spans: list[Span] | None = None,
+        at: list[int] | None = None,
     ) -> None:
         self._stack = stack
         self._entry = entry
@@ -52,10 +53,16 @@ class Piece(Group):
         self.owners = owners
         self.params = self._rows(all_local(owners))
         self.updates = entry["metaopt.updates"]
+        self.at = list(range(len(owners))) if at is None else at
 
-    def part(self, owners: list[torch.Tensor], spans: list[Span]) -> "Piece":
+    def parts(self) -> list["Piece"]:
+        cpu = self.params[0].device.type == "cpu"
+        return _cut(self, CPU_PIECE if cpu else DEVICE_PIECE)
+
+    def part(self, at: list[int], spans: list[Span]) -> "Piece":
         """Return a piece of some of these parameters, or of rows of them."""
-        return Piece(self._stack, self._entry, self._wrapper, owners, spans)
+        owners = [self.owners[i] for i in at]
+        return Piece(self._stack, self._entry, self._wrapper, owners, spans, at)
 
     def _rows(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         if self._spans is None:
@@ -198,7 +205,7 @@ def pieces(stack: "Stack", entry: Entry, wrapper: Wrapper, owners: list[torch.Te
 def small_pieces(stack: "Stack", entry: Entry, wrapper: Wrapper, owners: list[torch.Tensor]) -> list[Piece]:
     """Split parameters as `pieces` does and then into parts that stay in a cache, or cost little memory.
 
-    For wrappers that treat every element, or every tensor, by itself. Where elements are treated alike an accelerator
+    For wrappers that treat every element, or every row, by itself. Where elements are treated alike an accelerator
     gets all at once: one launch for everything.
     """
     found = pieces(stack, entry, wrapper, owners)
@@ -210,25 +217,29 @@ def small_pieces(stack: "Stack", entry: Entry, wrapper: Wrapper, owners: list[to
         if not cpu and wrapper.each == "element":
             split.append(piece)
         else:
-            split += _cut(piece, CPU_PIECE if cpu else DEVICE_PIECE, whole=wrapper.each == "tensor")
+            split += _cut(piece, CPU_PIECE if cpu else DEVICE_PIECE, rows=wrapper.each == "row")
     return split
 
 
-def _cut(piece: Piece, most: int, *, whole: bool) -> list[Piece]:
-    """Cut a piece into some of at most so many elements each, between tensors and, unless `whole`, between rows."""
+def _cut(piece: Piece, most: int, *, rows: bool = False) -> list[Piece]:
+    """Cut a piece into some of at most so many elements each, between tensors and between rows.
+
+    `rows`: they are to stay whole. A vector is one, and one that is sharded may go on elsewhere.
+    """
     if sum(p.numel() for p in piece.params) <= most:
         return [piece]
-    cut: list[tuple[list[torch.Tensor], list[Span]]] = []
+    cut: list[tuple[list[int], list[Span]]] = []
     filled = most
-    for owner, tensor in zip(piece.owners, piece.params, strict=True):
+    for i, (owner, tensor) in enumerate(zip(piece.owners, piece.params, strict=True)):
+        whole = rows and (tensor.dim() < 2 or not is_plain(owner))
         for span, size in [(None, tensor.numel())] if whole else _spans(tensor, most):
             if filled + size > most:
                 cut.append(([], []))
                 filled = 0
-            cut[-1][0].append(owner)
+            cut[-1][0].append(i)
             cut[-1][1].append(span)
             filled += size
-    return [piece.part(owners, spans) for owners, spans in cut]
+    return [piece.part(at, spans) for at, spans in cut]
 
 
 def _spans(tensor: torch.Tensor, most: int) -> list[tuple[Span, int]]:

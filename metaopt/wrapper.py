@@ -1,7 +1,7 @@
 """Wrapper: all that the author of a wrapper must know."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -82,6 +82,12 @@ class Group(ABC):
 
     params: list[torch.Tensor]
     updates: int
+    # of a part: where in the group's lists each of its tensors, or the tensor of its rows, stands
+    at: list[int]
+
+    @abstractmethod
+    def parts(self) -> Sequence["Group"]:
+        """Return the same in parts that stay in a cache: several small tensors, or some rows of a large one."""
 
     @property
     @abstractmethod
@@ -107,7 +113,10 @@ class Group(ABC):
 
     @abstractmethod
     def means(self, tensors: list[torch.Tensor], *, rows: bool = False) -> list[torch.Tensor]:
-        """Return the mean of each tensor, reduced over shards; `rows` as for `norms`."""
+        """Return the mean of each tensor, reduced over shards; `rows` as for `norms`.
+
+        Without `rows`, sums over a tensor's parts will do as well as its elements.
+        """
 
     @abstractmethod
     def lend(self, gradients: list[torch.Tensor]) -> None:
@@ -195,8 +204,8 @@ class Wrapper(ABC):
     """A part around the base: declares hyperparameters and state, and any of the five methods below.
 
     `class W(Wrapper, every="k")` is called after an update only when the hyperparameter `k` divides the count.
-    `class W(Wrapper, each="element")` treats every element alike, `each="tensor"` every tensor by itself:
-    `after_update` may then be called with rows of the tensors, or with some of them, few enough to stay in a cache.
+    `class W(Wrapper, each="element")` treats every element alike, `each="row"` every index of a first dimension (a
+    vector is one row): groups may then be some of the tensors, or rows of them, few enough to stay in a cache.
     The object is configuration without state: one object may serve two stacks.
     """
 
@@ -204,7 +213,7 @@ class Wrapper(ABC):
     slots: ClassVar[dict[str, Slot]] = {}
     counters: ClassVar[dict[str, Counter]] = {}
     every: ClassVar[str | None] = None
-    each: ClassVar[Literal["element", "tensor"] | None] = None
+    each: ClassVar[Literal["element", "row"] | None] = None
     known_as: ClassVar[tuple[str, ...]] = ()
     # a wrapper that cannot decide without reading from the device says so
     synchronises: ClassVar[bool] = False
@@ -217,7 +226,7 @@ class Wrapper(ABC):
     label: str
 
     def __init_subclass__(
-        cls, every: str | None = None, each: Literal["element", "tensor"] | None = None, **kwargs: Any
+        cls, every: str | None = None, each: Literal["element", "row"] | None = None, **kwargs: Any
     ) -> None:
         super().__init_subclass__(**kwargs)
         cls.hyperparameters = declared(cls)

@@ -36,6 +36,7 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._spans: dict[tuple[str, int, bool], list[Span]] = defaultdict(list)
         self._gradients: set[int] = set()
         self._held: set[int] = set()
+        self._keeper: dict[int, str] = {}
 
     def watch(self, step: Callable[[], Any], before: Callable[[], Any], updates: int) -> dict[str, float]:
         """Make updates; return the mean bytes of one by part, the base's under the empty label."""
@@ -56,6 +57,13 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._gradients = {_storage(p.grad) for p in parameters if p.grad is not None}
         state = (v for held in self.stack.state.values() for v in held.values() if isinstance(v, torch.Tensor))
         self._held = {_storage(t) for t in (*parameters, *state)} | self._gradients
+        labels = {wrapper.label for wrapper in _wrappers(self.stack)}
+        self._keeper = {
+            _storage(value): label
+            for held in self.stack.state.values()
+            for key, value in held.items()
+            if isinstance(value, torch.Tensor) and (label := key.partition(".")[0]) in labels
+        }
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -64,25 +72,27 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = schema.name.partition("::")[2]
         if view or name.startswith(_SHAPES_ALONE):
             return out
+        # what the engine copies into a wrapper's state, it copies for that wrapper
+        part = self._keeper.get(_storage(args[0]), BASE) if self.part == BASE and name == "copy_" else self.part
         for position, argument in enumerate(schema.arguments):
             value = args[position] if position < len(args) else (kwargs or {}).get(argument.name)
             writes = argument.alias_info is not None and argument.alias_info.is_write
             reads = not (writes and (name in _OVERWRITES or argument.is_out))
             for tensor in tree_leaves(value):
                 if isinstance(tensor, torch.Tensor):
-                    self._note(tensor, reads, writes)
+                    self._note(tensor, part, reads, writes)
         return out
 
-    def _note(self, tensor: torch.Tensor, reads: bool, writes: bool) -> None:
+    def _note(self, tensor: torch.Tensor, part: str, reads: bool, writes: bool) -> None:
         storage = _storage(tensor)
         if storage not in self._held:
             return
         begin = int(tensor.storage_offset()) * tensor.element_size()
         span = (begin, begin + int(tensor.numel()) * tensor.element_size())
         if reads:
-            self._spans[self.part, storage, False].append(span)
-        if writes and not (self.part == BASE and storage in self._gradients):
-            self._spans[self.part, storage, True].append(span)
+            self._spans[part, storage, False].append(span)
+        if writes and not (part == BASE and storage in self._gradients):
+            self._spans[part, storage, True].append(span)
 
 
 @contextmanager

@@ -1,0 +1,63 @@
+"""Tensors that are larger than a cache are treated in parts: which, must not be seen in the numbers."""
+
+import copy
+
+import pytest
+import torch
+
+import metaopt
+from metaopt import views
+from metaopt.lab.bench.targets import wrappers_alone
+
+SHAPES = ((7, 3), (5,), (4, 2, 2), (), (9, 1))
+SPECS = [text for _, text, _ in wrappers_alone() if text is not None]
+CUT = [spec for spec in SPECS if "cautious" in spec or metaopt.build([torch.zeros(1)], spec).wrappers[0].each]
+
+
+def run(spec: str, monkeypatch: pytest.MonkeyPatch, most: int) -> tuple[list[torch.Tensor], int]:
+    """Return the weights after some updates by pieces of at most so many elements, and how many pieces were made."""
+    monkeypatch.setattr(views, "CPU_PIECE", most)
+    made = 0
+    init = views.Piece.__init__
+
+    def counting(self: views.Piece, *args: object, **kwargs: object) -> None:
+        nonlocal made
+        made += 1
+        init(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(views.Piece, "__init__", counting)
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in SHAPES]
+    opt = metaopt.build(weights, spec)
+    for _ in range(30):  # outer acts every 28 updates
+        for p in weights:
+            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        opt.step()
+    monkeypatch.undo()
+    return [p.detach() for p in weights], made
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_parts_of_tensors_add_up_to_the_whole(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, few = run(spec, monkeypatch, 1 << 20)
+    for most in (1, 4, 10):
+        cut, many = run(spec, monkeypatch, most)
+        assert many > few or spec not in CUT
+        for a, b in zip(cut, whole, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
+
+
+def test_enough_wrappers_treat_tensors_in_parts() -> None:
+    assert len(CUT) >= 8
+
+
+def test_a_sparse_gradient_is_not_cut_by_the_rows_of_its_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "CPU_PIECE", 4)
+    table = torch.nn.Embedding(6, 2, sparse=True)
+    before = copy.deepcopy(table.weight.detach())
+    opt = metaopt.build(table, "clip_grad_value(0.1) | sgd(lr=1.0)")
+    (table(torch.tensor([5, 0])) * torch.tensor([[3.0, -0.05], [-2.0, 0.0]])).sum().backward()
+    opt.step()
+    moved = table.weight.detach() - before
+    torch.testing.assert_close(moved[[5, 0]], torch.tensor([[-0.1, 0.05], [0.1, 0.0]]))
+    assert not moved[1:5].any()
