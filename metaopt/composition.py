@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from metaopt.stack import Stack
 
 LABEL = re.compile(r"[a-z_][a-z0-9_]*")
+# says of a group that nothing in the stack decays it; taken out where the stack completes the group
+NO_DECAY = "metaopt.no_decay"
 RUN_FLAGS = frozenset({"foreach", "fused", "capturable", "differentiable"})
 
 
@@ -121,6 +123,11 @@ def check_group(stack: "Stack", group: Entry, position: int, *, built: bool = Fa
         raise HyperparameterError(
             f"{where}: differentiable=True: a stack updates in place and cannot be differentiated through; leave it out"
         )
+    for key in schedules.keys() & (known.keys() if group.get(NO_DECAY) else set()):
+        if known[key][1] == "weight_decay" and key not in group:
+            raise HyperparameterError(
+                f"{where} is to have no decay, but the stack has a schedule for {key}: drop one of the two"
+            )
     for key, value in group.items():
         if key in schedules and not (built and key not in known):
             raise HyperparameterError(
@@ -159,12 +166,14 @@ def complete(stack: "Stack", entry: Entry) -> None:
         entry["metaopt.lr_scale"] = scale
         if scale != 1.0 and "lr" not in stack.schedules_of(entry):
             entry["lr"] = entry["lr"] * scale
+    spared = entry.pop(NO_DECAY, False)
     lane = stack.lane_of(entry)
     # a part without hyperparameters has no other entry in a group: its state is known as a part's by this one
     entry["metaopt.labels"] = ",".join(lane.labelled)
     for key, (wrapper, name) in lane.hyperparameter_keys.items():
         value = getattr(wrapper, name)
-        entry.setdefault(key, 0.0 if isinstance(value, Schedule) else value)
+        spares = spared and name == "weight_decay"
+        entry.setdefault(key, 0.0 if spares or isinstance(value, Schedule) else value)
     for key in lane.counter_keys:
         # a group that comes later joins the others' count
         entry.setdefault(key, next((e[key] for e in stack.param_groups if key in e), 0))

@@ -93,11 +93,10 @@ def _flat_decays(entries: Sequence[Entry], names: dict[int, str]) -> Iterator[Fi
     for key in keys:
         flat = [names[id(p)] for entry in entries if number(entry.get(key)) for p in entry["params"] if p.dim() <= 1]
         if flat:
-            groups = 'no_decay="1d"' if key == "weight_decay" else f'{{"*.bias": {{"{key}": 0.0}}}}'
             yield Finding(
                 "decay-on-1d",
                 f"weight decay also shrinks biases and norms: {_some(flat)}",
-                f"build over metaopt.groups(model, {groups})",
+                'build over metaopt.groups(model, no_decay="1d")',
             )
 
 

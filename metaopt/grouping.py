@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from metaopt.composition import NO_DECAY
 from metaopt.errors import ParameterError, did_you_mean
 
 Group = dict[str, Any]
@@ -18,7 +19,8 @@ def groups(
 
     `groups(model, {"*.bias": dict(weight_decay=0), "head.*": dict(lr_scale=0.1)})` makes a group per glob, named by
     it, and one called "rest" for what none matches. `no_decay="1d"` gives parameters of at most one dimension
-    (biases, norms) `weight_decay=0`, in every group. Raises ParameterError for a glob that matches nothing.
+    (biases, norms) `weight_decay=0`, in every group. A decay of zero is that of the whole stack: of the base, and of
+    every wrapper that has one. Raises ParameterError for a glob that matches nothing.
     """
     if no_decay not in (None, "1d"):
         raise ParameterError(f"groups: no_decay={no_decay!r} is not allowed; use '1d' or None")
@@ -61,7 +63,9 @@ def _split_by_decay(name: str, members: list[Any], settings: Group, no_decay: st
 
 
 def _group(name: str, members: list[tuple[str, torch.Tensor]], settings: Group) -> Group:
-    return {"params": [p for _, p in members], "param_names": [n for n, _ in members], "name": name, **settings}
+    spared = {NO_DECAY: True} if settings.get("weight_decay") == 0 else {}
+    named = {"params": [p for _, p in members], "param_names": [n for n, _ in members], "name": name}
+    return {**named, **settings, **spared}
 
 
 def as_groups(model_or_params: Any) -> list[Group]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from metaopt.composition import RUN_FLAGS, check_labels
+from metaopt.composition import NO_DECAY, RUN_FLAGS, check_labels
 from metaopt.dividing import Divided, Division
 from metaopt.errors import HyperparameterError, ParameterError, SpecError, did_you_mean
 from metaopt.fusing import computes_otherwise, refuses_shards
@@ -126,6 +126,8 @@ def _check_groups(groups: list[Group], base: Part, schedules: Mapping[str, Sched
     hyperparameters = base.hyperparameters
     for position, group in enumerate(groups):
         where = f"group {group.get('name', position)}"
+        if group.get(NO_DECAY) and "weight_decay" not in hyperparameters:
+            del group["weight_decay"]  # such a base decays nothing anyway
         for key, value in group.items():
             if key in schedules:
                 raise HyperparameterError(
