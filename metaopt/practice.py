@@ -85,14 +85,9 @@ def _clips(stack: Stack) -> Iterator[Finding]:
         first = [(lane, next(iter(lane.entries(stack.param_groups)), None)) for lane in lanes]
         groups = [(lane, entry) for lane, entry in first if entry is not None]
         if groups and all(acts_in_vain(lane, entry, wrapper) for lane, entry in groups):
-            found = [character(lane, entry) for lane, entry in groups]
             bases = " and ".join(dict.fromkeys(type(lane.base).__name__ for lane, _ in groups))
-            if all(c is not None and c.ignores_each_scale for c in found):
-                reason, fix = "changes nothing: it ignores the size of every gradient", "leave it out"
-            else:
-                reason = "changes nothing where it cuts every gradient alike: it divides by their usual size"
-                fix = "a limit above the usual train/grad_norm, which holds back spikes alone; or leave it out"
-            yield Finding("clip-in-vain", f"{wrapper.label} before {bases} {reason}", fix)
+            reason = f"{wrapper.label} before {bases} changes nothing: the size of a gradient is ignored there"
+            yield Finding("clip-in-vain", reason, "leave it out")
 
 
 def _before_bases(stack: Stack) -> Iterator[tuple[Wrapper, tuple[Lane, ...]]]:

@@ -27,13 +27,12 @@ SIZES = (1e-3, 1.0, 1e3, 1e6)
 class Character:
     """What a base with the hyperparameters of one group does.
 
-    `ignores_scale`: gradients that are all as many times larger lead to the same updates (Adam). `ignores_each_scale`:
-    also where the factor changes from update to update (signs). `rescales_decay`: what its `weight_decay` takes from
-    the weights shrinks as gradients grow, so it is added to the gradient and divided with it (Adam, not AdamW).
+    `ignores_scale`: gradients that are all as many times larger lead to the same updates (Adam). `rescales_decay`: what
+    its `weight_decay` takes from the weights shrinks as gradients grow, so it is added to the gradient and divided with
+    it (Adam, not AdamW).
     """
 
     ignores_scale: bool
-    ignores_each_scale: bool
     rescales_decay: bool
 
 
@@ -42,41 +41,47 @@ def character(lane: Lane, entry: Entry) -> Character | None:
 
     def last_update(factors: Sequence[float], decay: float = 0.0) -> torch.Tensor:
         optimizer, scratch = _scratch(lane, entry, decay)
-        return _last_update(optimizer, scratch, _gradients(factors))
+        return _updates(optimizer, scratch, _gradients(factors))[-1]
 
     try:
         with _by_itself():
             usual = last_update([1.0] * STEPS)
             far = last_update([FAR] * STEPS)
-            mixed = last_update([1.0, FAR, 1.0 / FAR] * (STEPS // 3))
             decayed = last_update([1.0] * STEPS, 0.1) - usual
             far_decayed = last_update([FAR] * STEPS, 0.1) - far
     except Exception:  # what a foreign class asks of its surroundings is not foreseeable; then nothing is said of it
         return None
     return Character(
         ignores_scale=_same(far, usual),
-        ignores_each_scale=_same(far, usual) and _same(mixed, usual),
         rescales_decay=bool(far_decayed.norm() < 0.5 * decayed.norm()),
     )
 
 
 def acts_in_vain(lane: Lane, entry: Entry, wrapper: Wrapper) -> bool:
-    """Tell whether a wrapper that makes gradients smaller, all of them alike, leaves the base's updates as they are."""
+    """Tell whether a wrapper that makes some gradients smaller leaves every update of the base as it is.
+
+    Gradients differ in size from update to update: Adam, which divides by their usual size, is held back by a clip that
+    cuts the large ones; signs are not.
+    """
     try:
         with _by_itself():
-            return any(_in_vain(lane, entry, wrapper, size) for size in SIZES)
+            tried = [_acts_and_changes(lane, entry, wrapper, size) for size in SIZES]
     except Exception:  # see above
         return False
+    return any(acts for acts, _ in tried) and not any(changes for _, changes in tried)
 
 
-def _in_vain(lane: Lane, entry: Entry, wrapper: Wrapper, size: float) -> bool:
+def _acts_and_changes(lane: Lane, entry: Entry, wrapper: Wrapper, size: float) -> tuple[bool, bool]:
+    """Tell whether a wrapper makes a gradient of about this size smaller, and whether it changes an update."""
+    sizes = [size * factor for factor in (1.0, FAR, 1.0 / FAR)] * (STEPS // 3)
     alone, scratch = _scratch(lane, entry)
-    expected = _last_update(alone, scratch, _gradients([size] * STEPS))
+    expected = _updates(alone, scratch, _gradients(sizes))
     base, scratch = _scratch(lane, entry, wrapper=wrapper)
     left: list[float] = []
-    found = _last_update(Stack(base, [wrapper]), scratch, _gradients([size] * STEPS), left)
-    given = size * torch.Size(SHAPE).numel() ** 0.5
-    return max(left) < 0.9 * given and _same(found, expected)
+    found = _updates(Stack(base, [wrapper]), scratch, _gradients(sizes), left)
+    given = [size * torch.Size(SHAPE).numel() ** 0.5 for size in sizes]
+    acts = any(after < 0.9 * before for after, before in zip(left, given, strict=True))
+    return acts, not all(map(_same, found, expected))
 
 
 def _scratch(
@@ -104,22 +109,23 @@ def _gradients(factors: Sequence[float]) -> Iterator[torch.Tensor]:
         yield direction * (factor * direction.numel() ** 0.5 / direction.norm())
 
 
-def _last_update(
+def _updates(
     optimizer: torch.optim.Optimizer,
     scratch: torch.Tensor,
     gradients: Iterator[torch.Tensor],
     left: list[float] | None = None,
-) -> torch.Tensor:
-    """Return the last of some updates; `left` receives the norm of each gradient as the update left it."""
-    before = scratch.detach().clone()
+) -> list[torch.Tensor]:
+    """Return what each update adds; `left` receives the norm of each gradient as the update left it."""
+    found = []
     step = _without_hooks(optimizer)
     for gradient in gradients:
-        before.copy_(scratch.detach())
+        before = scratch.detach().clone()
         scratch.grad = gradient
         step()
+        found.append(scratch.detach() - before)
         if left is not None:
             left.append(float(scratch.grad.norm()))
-    return scratch.detach() - before
+    return found
 
 
 def _without_hooks(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:

@@ -132,8 +132,8 @@ def test_a_decay_by_a_wrapper_on_biases_is_found_too() -> None:
     net = torch.nn.Linear(2, 2)
     opt = metaopt.build(net.named_parameters(), "decay(0.1) | adam(lr=1e-3)")
     told = only(opt, "decay-on-1d")
-    assert "bias" in told and '"decay.weight_decay": 0.0' in told
-    groups = metaopt.groups(net, {"*bias": {"decay.weight_decay": 0.0}, "*": {}})
+    assert "bias" in told and 'no_decay="1d"' in told
+    groups = metaopt.groups(net, no_decay="1d")
     assert codes(metaopt.build(groups, "decay(0.1) | adam(lr=1e-3)")) == set()
 
 
@@ -141,18 +141,16 @@ def test_a_decay_by_a_wrapper_on_biases_is_found_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    "spec",
     [
-        ("clip_grad_norm(1.0) | adamw(lr=1e-3)", "cuts every gradient alike"),
-        ("clip_grad_norm(1e-3) | rmsprop(lr=1e-3)", "cuts every gradient alike"),
-        ("clip_grad_norm(1.0) | muon(lr=1e-3)", "cuts every gradient alike"),
-        ("clip_grad_norm(1.0) | rprop(lr=1e-3)", "ignores the size of every gradient"),
-        ("clip_grad_value(1.0) | rprop(lr=1e-3)", "ignores the size of every gradient"),
-        ("adaptive_grad_clip | rprop(lr=1e-3)", "ignores the size of every gradient"),
+        "clip_grad_norm(1.0) | rprop(lr=1e-3)",
+        "clip_grad_value(1.0) | rprop(lr=1e-3)",
+        "adaptive_grad_clip | rprop(lr=1e-3)",
+        "clip_grad_norm(1.0) | adam(lr=1e-3, betas=(0.0, 0.0))",  # g / |g|: a sign, without a memory of sizes
     ],
 )
-def test_a_clip_before_a_base_that_ignores_the_gradient_s_scale_is_found(spec: str, told: str) -> None:
-    assert told in only(stack(spec), "clip-in-vain")
+def test_a_clip_before_a_base_that_ignores_the_gradient_s_scale_is_found(spec: str) -> None:
+    assert "the size of a gradient is ignored there" in only(stack(spec), "clip-in-vain")
 
 
 @pytest.mark.parametrize(
@@ -160,6 +158,13 @@ def test_a_clip_before_a_base_that_ignores_the_gradient_s_scale_is_found(spec: s
     [
         "clip_grad_norm(1.0) | sgd(lr=0.1)",
         "clip_grad_norm(1.0) | sgd(lr=0.1, momentum=0.9)",
+        # Adam divides by the usual size, which a large gradient that is not cut spoils for many updates: the clip that
+        # goes before it everywhere holds those back
+        "clip_grad_norm(1.0) | adamw(lr=1e-3)",
+        "clip_grad_norm(1e-3) | rmsprop(lr=1e-3)",
+        "clip_grad_norm(1.0) | adagrad(lr=1e-3)",
+        "clip_grad_norm(1.0) | adafactor(lr=1e-3)",
+        "clip_grad_norm(1.0) | muon(lr=1e-3)",  # its momentum is of gradients, before any division
         "clip_grad_value(1.0) | adamw(lr=1e-3)",  # it turns the gradient
         "adaptive_grad_clip | adamw(lr=1e-3)",  # row by row: it turns the gradient too
         "centralize | adamw(lr=1e-3)",
@@ -178,9 +183,11 @@ def test_a_clip_over_several_bases_is_in_vain_only_where_all_ignore_the_scale() 
     net = torch.nn.Linear(3, 3)
 
     def over(parts: str) -> set[str]:
-        return codes(metaopt.build(net, f"clip_grad_norm(1.0) | partition({{'*weight': {parts}, '*': adam(lr=1e-3)}})"))
+        return codes(
+            metaopt.build(net, f"clip_grad_norm(1.0) | partition({{'*weight': {parts}, '*': rprop(lr=1e-3)}})")
+        )
 
-    assert over("muon(lr=1e-3, weight_decay=0.1)") == {"clip-in-vain"}
+    assert over("rprop(lr=1e-2)") == {"clip-in-vain"}
     assert over("sgd(lr=1e-3)") == set()
 
 
@@ -196,11 +203,11 @@ def test_a_rule_of_one_s_own_is_judged_by_what_it_does() -> None:
                     p.add_(p.grad.sign(), alpha=-group["lr"])
 
     opt = metaopt.wrap(SignDescent([matrix()], lr=0.1), "clip_grad_norm(1.0)")
-    assert "SignDescent changes nothing: it ignores the size of every gradient" in only(opt, "clip-in-vain")
+    assert "SignDescent changes nothing: the size of a gradient is ignored there" in only(opt, "clip-in-vain")
 
 
 def test_trying_leaves_weights_state_hooks_and_random_numbers_alone() -> None:
-    opt = stack("clip_grad_norm(1.0) | adamw(lr=1e-3, weight_decay=1e-4)")
+    opt = stack("clip_grad_norm(1.0) | adamw(lr=1e-3, betas=(0.0, 0.0), weight_decay=1e-4)")
     opt.param_groups[0]["params"][0].grad = torch.ones(4, 3)
     opt.step()
     before, numbers = repr(opt.state_dict()), torch.get_rng_state()
