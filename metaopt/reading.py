@@ -21,5 +21,7 @@ def read_saved(path: str | Path, device: torch.device | str = "cpu") -> Any:
             f"plain values"
         ) from None
     except Exception as error:  # what a damaged or foreign file makes the reader raise is not foreseeable
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {type(error).__name__}: {reason}") from None
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint: torch.save did not write it, or it is damaged ({reason})"
+        ) from None

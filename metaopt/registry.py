@@ -5,6 +5,7 @@ import pkgutil
 import re
 from dataclasses import dataclass
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any
 
 import pluggy
@@ -116,9 +117,11 @@ class Registry:
     def load_plugin_module(self, name: str) -> None:
         """Import a module by name and take the parts that its hooks offer, or that it registers. Raises PluginError."""
         self._load()
+        if name.endswith(".py") or "/" in name:
+            raise PluginError(f"--plugin takes the name of a module, such as {Path(name).stem}, not a path: {name!r}")
         try:
             module = import_module(name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(f"plugin {name!r} cannot be imported: {type(error).__name__}: {error}") from error
         if not self._plugins.is_registered(module):
             self._take_plugin(module, name, "")
@@ -139,36 +142,48 @@ class Registry:
             origin = point.dist.name if point.dist else point.name
             try:
                 self._take_plugin(point.load(), origin, point.dist.version if point.dist else "")
-            except Exception as error:  # whatever a plugin raises, the others must still work
+            except (Exception, SystemExit) as error:  # whatever a plugin raises, the others must still work
                 self._broken.append(BrokenPlugin(origin, f"{type(error).__name__}: {error}"))
 
     def _take_plugin(self, plugin: Any, origin: str, version: str) -> None:
         known = {*hooks.HOOKS.values(), hooks.EXAMPLES}
-        misspelt = sorted(n for n in vars(plugin) if n.startswith("metaopt_") and n not in known)
+        misspelt = sorted(n for n in dir(plugin) if n.startswith("metaopt_") and n not in known)
         misspelt = [n for n in misspelt if getattr(getattr(plugin, n), "metaopt_impl", None) is not None]
         if misspelt:
             raise PluginError(
                 f"plugin {origin!r} implements no known hook with {misspelt[0]}.{did_you_mean(misspelt[0], known)}"
             )
-        offers: list[tuple[str, dict[str, Any]]] = []
         if not self._plugins.is_registered(plugin):
-            self._plugins.register(plugin)
-        for kind, hook in hooks.HOOKS.items():
-            offered = self._offered(plugin, hook, origin)
-            self._check(offered, origin)
-            offers.append((kind, offered))
-        examples = self._offered(plugin, hooks.EXAMPLES, origin)
-        self._check_examples(examples, {name for _, parts in offers for name in parts}, origin)
+            self._register_hooks(plugin, origin)
+        try:
+            offers = [(kind, self._offered(plugin, hook, origin)) for kind, hook in hooks.HOOKS.items()]
+            for _, offered in offers:
+                self._check(offered, origin)
+            examples = self._offered(plugin, hooks.EXAMPLES, origin)
+            self._check_examples(examples, {name for _, parts in offers for name in parts}, origin)
+        except PluginError:
+            self._plugins.unregister(plugin)  # asked for again, it must fail again
+            raise
         # all or nothing: a plugin with one bad part leaves none behind
         for kind, offered in offers:
             self._take(kind, offered, origin, version)
         for name, given in examples.items():
             self._examples[name] = (given,) if isinstance(given, hooks.Example) else tuple(given)
 
+    def _register_hooks(self, plugin: Any, origin: str) -> None:
+        try:
+            self._plugins.register(plugin)
+        except pluggy.PluginValidationError as error:
+            reason = " ".join(str(error).split())
+            raise PluginError(f"{origin}: a hook is a function without arguments: {reason}") from None
+
     def _offered(self, plugin: Any, hook: str, origin: str) -> dict[str, Any]:
         for implementation in getattr(self._plugins.hook, hook).get_hookimpls():
             if implementation.plugin is plugin:
-                offered = implementation.function()
+                try:
+                    offered = implementation.function()
+                except (Exception, SystemExit) as error:
+                    raise PluginError(f"plugin {origin!r}: {hook} raised {type(error).__name__}: {error}") from error
                 if not isinstance(offered, dict):
                     raise PluginError(f"plugin {origin!r}: {hook} returned {type(offered).__name__}, not a dict")
                 return offered

@@ -11,7 +11,7 @@ import torch
 
 from metaopt import wrapper as wrapper_module
 from metaopt.dividing import Division
-from metaopt.errors import MetaoptError, SpecError, with_article
+from metaopt.errors import HyperparameterError, MetaoptError, SpecError, with_article
 from metaopt.hyperparameters import Hyperparameter, bind, from_signature
 from metaopt.registry import Entry, registry
 from metaopt.schedule import Schedule
@@ -237,6 +237,9 @@ def _called(node: ast.Call, source: Source) -> Any:
     args = [_argument(item, called, source) for item in node.args]
     kwargs = {}
     for keyword in node.keywords:
+        if keyword.arg in kwargs:
+            with source.pointing_at(keyword):
+                raise HyperparameterError(f"{called.name}: {keyword.arg} is given twice")
         kwargs[str(keyword.arg)] = _argument(keyword.value, called, source)
         with source.pointing_at(keyword):
             _check_alone(called, str(keyword.arg), kwargs[str(keyword.arg)])

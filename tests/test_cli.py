@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
+import metaopt
 from metaopt.cli import main
-from metaopt.registry import registry
+from metaopt.registry import Entry, registry
 
 
 def run(*arguments: str, cwd: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -116,6 +117,12 @@ def test_show_draws_a_schedule_given_with_arguments(capsys):
         (["compare", "-o", "adamw"], "two contenders"),
         (["compare", "adamw", "sgd"], "unexpected"),
         (["compare", "--lr-min", "0"], "lr-min"),
+        (["comparee"], "Did you mean 'compare'? See"),
+        (["list", "wrapers"], "for 'kind': 'wrapers' is not one of"),
+        (["explain", "adamw(lr=1e-3, lr=2e-3)"], "lr is given twice"),
+        (["train", "--problem", "xor(batch=3)"], "Did you mean batch_size?"),
+        (["train", "--problem", "xor(3)"], "name(hyperparameter=value"),
+        (["train", "--problem", "xor(batch_size=len)"], "does not allow 'len'"),
     ],
 )
 def test_a_mistake_is_one_line_on_standard_error_and_status_2(capsys, arguments, told):
@@ -124,6 +131,30 @@ def test_a_mistake_is_one_line_on_standard_error_and_status_2(capsys, arguments,
     assert out == ""
     assert len(err.splitlines()) == 1
     assert told in err
+
+
+def test_a_problem_without_its_methods_is_one_line(capsys, monkeypatch):
+    class Half(metaopt.Problem):
+        """Has no methods."""
+
+    monkeypatch.setattr(registry, "find", lambda name, kind=None: Entry("half", "problem", Half, "here"))
+    status, out, err = called(capsys, "train", "--problem", "half")
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert "the problem half cannot be made" in err and "batches" in err
+
+
+def test_a_problem_takes_hyperparameters_by_name(capsys):
+    status, out, _ = called(capsys, "explain", "sgd(lr=0.1)", "--problem", "noisy_quadratic(dimensions=7)", "--json")
+    assert status == 0
+    assert json.loads(out)["rows"][0]["elements"] == 7
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"adamw | lookahead"])
+def test_a_file_that_is_no_checkpoint_is_told_so(capsys, tmp_path, content):
+    (tmp_path / "a.pt").write_bytes(content)
+    status, out, err = called(capsys, "explain", str(tmp_path / "a.pt"))
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert "torch.save did not write it" in err
 
 
 def test_a_terminal_also_shows_where_in_the_text_the_fault_is(monkeypatch):

@@ -96,6 +96,46 @@ def test_a_misspelt_hook_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         Registry().load_plugin_module("misspelt")
 
 
+def test_a_misspelt_method_of_an_object_is_an_error_too() -> None:
+    class Plugin:
+        @metaopt.hookimpl
+        def metaopt_optimisers(self) -> dict[str, object]:
+            return {}
+
+    with pytest.raises(metaopt.PluginError, match=r"metaopt_optimisers.*metaopt_optimizers"):
+        Registry()._take_plugin(Plugin(), "an object", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        (
+            "from metaopt import hookimpl\n@hookimpl\ndef metaopt_optimizers():\n    raise KeyError('q')",
+            "KeyError: 'q'",
+        ),
+        ("from metaopt import hookimpl\n@hookimpl\ndef metaopt_optimizers(x):\n    return {}", "without arguments"),
+    ],
+)
+def test_whatever_a_plugin_does_instead_of_offering_parts_is_one_clear_error(
+    text: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "does_otherwise.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "does_otherwise", raising=False)
+    registry = Registry()
+    for _ in range(2):  # a second try fails alike, and does not find half of it there
+        with pytest.raises(metaopt.PluginError, match=f"does_otherwise.*{told}"):
+            registry.load_plugin_module("does_otherwise")
+    assert registry.find("adamw")
+    monkeypatch.delitem(sys.modules, "does_otherwise", raising=False)
+
+
+def test_a_path_in_place_of_a_module_is_told_the_module() -> None:
+    with pytest.raises(metaopt.PluginError, match="such as mine, not a path"):
+        Registry().load_plugin_module("folder/mine.py")
+
+
 @pytest.mark.parametrize("offered", [None, [], {"x": 3}, {"X": Mine}])
 def test_a_hook_that_returns_no_parts_is_an_error(offered: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "offers_nonsense", plugin("offers_nonsense", "metaopt_optimizers", offered))

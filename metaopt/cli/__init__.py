@@ -101,7 +101,8 @@ def _run(arguments: list[str]) -> int:
             return 2
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "metaopt"
-        return _fail(f"{error.format_message().rstrip('.')}. See: {path} --help")
+        told = error.format_message().replace("Value error, ", "").rstrip(".").replace("?.", "?")
+        return _fail(f"{told}{'' if told.endswith('?') else '.'} See: {path} --help")
     except SystemExit as error:
         # typer's own way out of a closed pipe, with status 1
         if isinstance(error.__context__, BrokenPipeError):

@@ -48,13 +48,13 @@ def _explain_spec(text: str, problem: str | None, steps: int | None, batch_size:
 
     from metaopt.building import build
     from metaopt.explaining import explain
-    from metaopt.registry import registry
+    from metaopt.lab.named import problem_named
 
     if problem is None:
         # one weight matrix stands in for a model: rates and order do not depend on it, and it raises no finding
         model: torch.nn.Module = torch.nn.Linear(16, 16, bias=False)
     else:
-        trained = registry.find(problem, "problem").target()
+        trained = problem_named(problem)
         model = trained.model(0, torch.device("cpu"))
         steps = steps or trained.default_steps
         if batch_size is None and "batch_size" in trained.hyperparameters:

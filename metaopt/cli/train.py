@@ -29,10 +29,10 @@ def train(
     from rich.console import Console
     from rich.progress import Progress
 
+    from metaopt.lab.named import problem_named
     from metaopt.lab.train import train as run
-    from metaopt.registry import registry
 
-    chosen = registry.find(problem, "problem").target()
+    chosen = problem_named(problem)
     length = steps or chosen.default_steps
     done = 0
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import metaopt
+from metaopt.lab.named import problem_entry, problem_named
 from metaopt.registry import registry
 from metaopt.spec import Pipeline
 
@@ -22,13 +23,13 @@ THREADS = 1
 def circumstances(problem: str, pipelines: Sequence[Pipeline], device: str, plugins: Sequence[str]) -> dict[str, Any]:
     """Return what all trials of a comparison have in common, as plain values."""
     parts = sorted({part.name for pipeline in pipelines for part in pipeline})
-    entries = [registry.find(problem, "problem"), *(registry.find(name) for name in parts)]
+    entries = [problem_entry(problem), *(registry.find(name) for name in parts)]
     versions = {entry.origin: entry.version for entry in entries}
     versions |= {"metaopt": metaopt.__version__, "torch": torch.__version__, "python": platform.python_version()}
     return {
         "versions": versions,
         "code": _code([entry.target for entry in entries], plugins),
-        "data": registry.find(problem, "problem").target().data_hash(),
+        "data": problem_named(problem).data_hash(),
         "threads": THREADS,
         "device": _named(device),
     }

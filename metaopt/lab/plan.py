@@ -11,8 +11,8 @@ import numpy as np
 from metaopt.errors import ProblemError, SpecError
 from metaopt.lab.circumstances import circumstances, digest
 from metaopt.lab.device import usable_device
+from metaopt.lab.named import problem_named
 from metaopt.lab.trial import Trial, evaluations_per_update
-from metaopt.registry import registry
 from metaopt.schedule import Schedule
 from metaopt.spec import Part, Pipeline, parse
 
@@ -78,7 +78,7 @@ def plan_comparison(
     if steps is not None and steps < 1:
         raise ProblemError(f"--steps {steps} is no number of gradient evaluations: give 1 or more")
     rates = _grid(lr_min, lr_max, lrs) if tune else ()
-    found = registry.find(problem, "problem").target()
+    found = problem_named(problem)
     pipelines = [parse(spec) for spec in (specs or DEFAULT_SPECS)]
     chosen = tuple(str(pipeline) for pipeline in pipelines)
     if len(chosen) < 2:

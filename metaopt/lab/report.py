@@ -9,9 +9,9 @@ from typing import Any
 
 from metaopt.errors import LogError
 from metaopt.lab.compare import Contender
+from metaopt.lab.named import problem_named
 from metaopt.lab.plan import Plan, expanded, given_rate
 from metaopt.lab.statistics import DRAWS, EXACT_UP_TO, LEVEL, fewest_seeds
-from metaopt.registry import registry
 
 
 def rows(plan: Plan, contenders: list[Contender]) -> list[dict[str, str]]:
@@ -115,7 +115,7 @@ def remarks(plan: Plan, contenders: list[Contender]) -> list[str]:
 
 
 def _targets(plan: Plan) -> list[str]:
-    targets = registry.find(plan.problem, "problem").target.targets
+    targets = problem_named(plan.problem).targets
     metric, goal = next(iter(targets.items()), (None, None))
     if metric is None:
         return []
@@ -132,7 +132,7 @@ def write_results(plan: Plan, contenders: list[Contender]) -> None:
     results: dict[str, Any] = {
         "problem": plan.problem,
         **plan.circumstances,
-        "targets": registry.find(plan.problem, "problem").target.targets,
+        "targets": problem_named(plan.problem).targets,
         "plan": {key: value for key, value in shown.items() if key != "circumstances"},
         "fewest_seeds": fewest_seeds(len(contenders) - 1),
         "contenders": [_contender(contender) for contender in contenders],

@@ -10,11 +10,11 @@ import torch
 
 from metaopt.building import build
 from metaopt.lab.circumstances import digest
+from metaopt.lab.named import problem_named
 from metaopt.lab.telling import told
 from metaopt.lab.weights import FAST, evaluated, shown
 from metaopt.metrics import HyperValue, Logger
 from metaopt.problem import Problem
-from metaopt.registry import registry
 from metaopt.stack import Stack
 
 POINTS = 20
@@ -102,7 +102,7 @@ def run_trial(trial: Trial) -> dict[str, Any]:
 
 
 def _run(trial: Trial) -> dict[str, Any]:
-    problem: Problem = registry.find(trial.problem, "problem").target()
+    problem = problem_named(trial.problem)
     points = Points()
     every = max(1, trial.updates // POINTS)
     log = {"log": points, "log_every": every} if trial.final else {}
