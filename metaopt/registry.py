@@ -15,6 +15,7 @@ from metaopt.errors import PluginError, UnknownPart, did_you_mean, with_article
 
 KINDS = tuple(hooks.HOOKS)
 BUILT_IN = ("optimizers", "wrappers", "schedules", "loggers", "problems")
+LONGEST_DESCRIPTION = 150
 NAME = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)?")
 
 
@@ -30,9 +31,11 @@ class Entry:
 
     @property
     def description(self) -> str:
-        """The first sentence of the part's docstring."""
-        text = inspect.getdoc(self.target) or ""
-        return " ".join(text.split("\n\n")[0].split()) or "(no description)"
+        """The first paragraph of the part's docstring, of a long one the first sentence."""
+        text = " ".join((inspect.getdoc(self.target) or "").split("\n\n")[0].split())
+        if len(text) > LONGEST_DESCRIPTION:
+            text = text.partition(". ")[0].rstrip(".") + "."
+        return text or "(no description)"
 
 
 @dataclass(frozen=True)

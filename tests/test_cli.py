@@ -1,14 +1,18 @@
 """The command line: lists, shows, and tells a user's mistake in one line."""
 
+import io
+import itertools
 import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 
 import metaopt
-from metaopt.cli import main
+from metaopt.cli import fitted, main, progress_of
+from metaopt.optimizers.torch_optim import RULES
 from metaopt.registry import Entry, registry
 
 
@@ -21,6 +25,13 @@ def called(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, st
         main(arguments)
     printed = capsys.readouterr()
     return int(exit.value.code or 0), printed.out, printed.err
+
+
+class Terminal(io.StringIO):
+    """Says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["list", "--help"], ["explain", "--help"]])
@@ -72,6 +83,75 @@ def test_show_tells_what_is_kept_and_counted(capsys):
     _, out, _ = called(capsys, "show", "accumulate")
     assert "sum: shaped like the parameter, zero at first; there before the first update" in out
     assert "seen: how many gradients the sum holds" in out
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_show_tells_the_rule_the_source_the_meanings_and_the_state_of_torch_s_optimizers(capsys, name):
+    _, out, _ = called(capsys, "show", name)
+    assert "w <- " in out or "Adam's" in out
+    assert any(source in out for source in ("arXiv:", "doi:", "jmlr.org"))
+    assert "state per parameter of" in out
+
+
+def test_every_optimizer_of_torch_has_a_rule_that_show_tells():
+    offered = {entry.name for entry in registry.entries("optimizer") if entry.origin == "metaopt"}
+    assert offered - {"partition"} == set(RULES)
+
+
+def test_show_tells_what_an_optimizer_keeps_and_what_its_arguments_mean(capsys):
+    _, out, _ = called(capsys, "show", "adamw")
+    lines = [line.strip() for line in out.splitlines()]
+    assert {"step: one number", "exp_avg: shaped like the parameter", "exp_avg_sq: shaped like the parameter"} <= {
+        *lines
+    }
+    assert any(line.startswith("weight_decay") and line.endswith("weight decay coefficient") for line in lines)
+    assert "see https://arxiv.org/abs/1711.05101" in lines
+
+
+def test_the_curve_s_label_is_the_peak_also_where_it_stands_between_two_columns(capsys):
+    _, out, _ = called(capsys, "show", "one_cycle")
+    assert next(line.split()[0] for line in out.splitlines() if "│" in line) == "1"
+
+
+def test_a_long_description_is_listed_as_its_first_sentence(capsys):
+    _, out, _ = called(capsys, "list", "optimizers", "--json")
+    (told,) = [part["description"] for part in json.loads(out)["parts"] if part["name"] == "sparse_adam"]
+    assert told == "SparseAdam implements a masked version of the Adam algorithm suitable for sparse gradients."
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_on_a_terminal_lines_are_broken_between_words(monkeypatch, width):
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("COLUMNS", str(width))
+    words = " ".join(f"word{number}" for number in range(60))
+    lines = fitted(f"  name  1.0   {words}\n{words}", hanging=2).splitlines()
+    assert max(map(len, lines)) <= width
+    assert " ".join(" ".join(lines).split()) == f"name 1.0 {words} {words}"
+    table, prose = lines[: len(lines) // 2], lines[len(lines) // 2 + 1 :]
+    assert all(line.startswith(" " * 14 + "word") for line in table[1:])
+    assert all(line.startswith("  word") for line in prose[-2:])
+
+
+def test_a_pipe_gets_whole_lines():
+    assert fitted("word " * 100) == "word " * 100
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(capsys, monkeypatch):
+    clock = itertools.count(0.0, 4.0)
+    monkeypatch.setattr("metaopt.cli.time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    with progress_of("training runs") as show:
+        for done in range(1, 11):
+            show(done, 10)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [f"training runs: {done} of 10" for done in (3, 6, 9)]
+
+
+def test_explain_says_over_what_where_no_problem_is_named(capsys):
+    _, out, _ = called(capsys, "explain", "sgd(lr=0.1)")
+    assert "16 x 16" in out and "--problem" in out
+    _, out, _ = called(capsys, "explain", "sgd(lr=0.1)", "--problem", "xor")
+    assert "16 x 16" not in out
 
 
 def test_show_draws_the_curve_of_a_schedule(capsys):

@@ -3,8 +3,12 @@
 import contextlib
 import os
 import pkgutil
+import re
+import shutil
 import sys
-from collections.abc import Sequence
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -17,6 +21,14 @@ _ArgumentError: Any = typer.BadParameter.__mro__[2]
 
 INTERRUPTED = 130
 PIPE_CLOSED = 141  # what a shell reports for a program that SIGPIPE ended
+
+
+# of a line of progress where no terminal shows a bar
+SECONDS_BETWEEN_LINES = 10.0
+# columns that a broken cell of a table needs to be readable below itself
+NARROWEST = 20
+
+Progress = Callable[[int, int], None]
 
 
 class Interrupted(Exception):
@@ -43,6 +55,56 @@ Plugins = Annotated[
         "--plugin", metavar="MODULE", callback=load_plugins, is_eager=True, help="Import this module as a plugin first."
     ),
 ]
+
+
+@contextlib.contextmanager
+def progress_of(what: str) -> Iterator[Progress]:
+    """Give a function that is told how many of how many are done: a bar on a terminal, else a line now and then."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines_of_progress(what)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _lines_of_progress(what: str) -> Progress:
+    told = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told >= SECONDS_BETWEEN_LINES:
+            told = now
+            print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
+
+    return tell
+
+
+def fitted(text: str, hanging: int = 0) -> str:
+    """Return a text as it is for a pipe; for a terminal with its lines broken between words, below their last cell.
+
+    Lines that begin at the edge go on `hanging` columns from it.
+    """
+    if not sys.stdout.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    return "\n".join(piece for line in text.split("\n") for piece in _pieces(line, width, hanging))
+
+
+def _pieces(line: str, width: int, hanging: int) -> list[str]:
+    if len(line) <= width or "│" in line:
+        return [line]
+    cells = [found.end() for found in re.finditer(r"\S {2,}(?=\S)", line) if found.end() <= width - NARROWEST]
+    indent = len(line) - len(line.lstrip())
+    below = cells[-1] if cells else indent + 2 if indent else hanging
+    return textwrap.wrap(line, width, subsequent_indent=" " * below, break_long_words=False, break_on_hyphens=False)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,16 +1,15 @@
 """`metaopt check`: prove parts correct, by the checks that `metaopt.testing` also gives to pytest."""
 
 import json
-import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from itertools import count
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from metaopt.cli import Plugins
+from metaopt.cli import Plugins, progress_of
 from metaopt.errors import SpecError, did_you_mean
 
 if TYPE_CHECKING:
@@ -54,9 +53,11 @@ def check(
     chosen = [case for name in _named(names or [], every) for case in cases(name, device=device)]
     wanted = _wanted(only or [], chosen)
     results: list[list[Result]] = []
-    with _progress(chosen, wanted) as each:
+    total = sum(check.name in wanted for case in chosen for check in case.checks)
+    numbers = count(1)
+    with progress_of("checks") as show:
         for case in chosen:
-            results.append(prove(case, each, only=wanted))
+            results.append(prove(case, lambda _: show(next(numbers), total), only=wanted))
     print(_as_json(results) if as_json else "\n".join(_lines(results)))
     return int(any(result.bad for found in results for result in found))
 
@@ -77,20 +78,6 @@ def _wanted(only: list[str], chosen: "list[Case]") -> set[str]:
         if name not in known:
             raise SpecError(f"no check of these parts is called {name!r}.{did_you_mean(name, known)}")
     return set(only) or known
-
-
-@contextmanager
-def _progress(chosen: "list[Case]", wanted: set[str]) -> Iterator[Any]:
-    """Give a function that hears of each result; a bar on a terminal, else nothing."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    total = sum(check.name in wanted for case in chosen for check in case.checks)
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("checking", total=total)
-        yield lambda result: bar.update(task, advance=1, description=f"checking {result.part}"[:60])
 
 
 def _as_json(results: "list[list[Result]]") -> str:

@@ -1,16 +1,14 @@
 """`metaopt compare`: which of these optimizers is better on this problem."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from metaopt.cli import Interrupted, Plugins
-
-Progress = Callable[[int, int], None]
+from metaopt.cli import Interrupted, Plugins, Progress, fitted, progress_of
 
 
 def compare(
@@ -62,7 +60,8 @@ def compare(
     print(report.headline(plan, contenders))
     _print(report.rows(plan, contenders), report.remarks(plan, contenders))
     pictures = "curves.png, sensitivity.png" if plan.tune else "curves.png"
-    print(f"Written to {out}: report.md, results.json, {pictures}; look at: tensorboard --logdir {out / 'tensorboard'}")
+    written = f"Written to {out}: report.md, results.json, {pictures}; look at: "
+    print(fitted(f"{written}tensorboard --logdir {out / 'tensorboard'}", hanging=2))
 
 
 def _lab() -> list[Any]:
@@ -79,20 +78,14 @@ def _lab() -> list[Any]:
 
 @contextmanager
 def _progress(out: Path) -> Iterator[Progress]:
-    """Show a bar on a terminal; tell an interrupted user what is kept and how to go on."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("training runs"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
+    """Show how far the runs are; tell an interrupted user what is kept and how to go on."""
     finished = (0, 0)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("runs", total=None)
+    with progress_of("training runs") as show:
 
         def progress(done: int, total: int) -> None:
             nonlocal finished
             finished = done, total
-            bar.update(task, completed=done, total=total)
+            show(done, total)
 
         try:
             yield progress
@@ -113,10 +106,10 @@ def _print(table: list[dict[str, str]], remarks: list[str]) -> None:
     for row in table:
         if sys.stdout.isatty():
             told = [", ".join(f"{name}: {row[name]}" for name in line if row.get(name)) for line in BLOCK]
-            print("", row["stack"], *(f"  {line}" for line in told), sep="\n")
+            print(*("", fitted(row["stack"]), *(fitted(f"  {line}") for line in told)), sep="\n")
         else:
             print("; ".join(f"{name}: {value}" for name, value in row.items() if value))
-    print(*([""] if sys.stdout.isatty() else []), *remarks, sep="\n")
+    print(*([""] if sys.stdout.isatty() else []), *(fitted(remark, hanging=2) for remark in remarks), sep="\n")
 
 
 def register(app: typer.Typer) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from metaopt.cli import Plugins
+from metaopt.cli import Plugins, fitted
 from metaopt.errors import HyperparameterError, SpecError
 
 if TYPE_CHECKING:
@@ -34,13 +34,16 @@ def explain_what(
     """Explain what is done to which parameters, at which rates, and what looks like a mistake."""
     if os.path.isdir(what):
         raise SpecError(f"{what} is a directory: give the checkpoint's own file, or a pipeline")
-    if what.endswith(ENDINGS) or os.path.isfile(what):
+    of_file = what.endswith(ENDINGS) or os.path.isfile(what)
+    if of_file:
         from metaopt.explaining import explain_checkpoint
 
         explanation = explain_checkpoint(what)
     else:
         explanation = _explain_spec(what, problem, steps, batch_size)
-    print(explanation.to_json() if as_json else explanation)
+    print(explanation.to_json() if as_json else fitted(str(explanation)))
+    if not (of_file or as_json or problem):
+        print("\nexplained over one 16 x 16 matrix: --problem NAME takes the model of a problem")
 
 
 def _explain_spec(text: str, problem: str | None, steps: int | None, batch_size: int | None) -> "Explanation":
@@ -57,8 +60,8 @@ def _explain_spec(text: str, problem: str | None, steps: int | None, batch_size:
         trained = problem_named(problem)
         model = trained.model(0, torch.device("cpu"))
         steps = steps or trained.default_steps
-        if batch_size is None and "batch_size" in trained.hyperparameters:
-            batch_size = trained.batch_size
+        if batch_size is None:
+            batch_size = getattr(trained, "batch_size", None)
     stepped = copy.deepcopy(model)
     try:
         # parameters, not the module: build's hint about decay is a finding here

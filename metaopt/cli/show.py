@@ -2,13 +2,12 @@
 
 import inspect
 import math
-import textwrap
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from metaopt.cli import Plugins
+from metaopt.cli import Plugins, fitted
 from metaopt.errors import MetaoptError, SpecError
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 WIDTH = 60
 HEIGHT = 10
-NOTE_WIDTH = 100
+SAMPLES = 10_000
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 
@@ -43,20 +42,26 @@ def show(
     lines = _description(entry)
     if entry.kind == "schedule":
         lines += ["", *_example_curve(entry, steps)]
-    print("\n".join(lines))
+    print(fitted("\n".join(lines)))
 
 
 def _description(entry: "Entry") -> list[str]:
+    from metaopt.docstrings import links, meanings
     from metaopt.registry import registry
     from metaopt.spec import part
 
     lines = [f"{entry.name}: {entry.kind} of {f'{entry.origin} {entry.version}'.strip()}", ""]
-    documentation = inspect.getdoc(entry.target) or "(no description)"
+    paragraphs = (inspect.getdoc(entry.target) or "(no description)").split("\n\n")
     # torch's own pages of mathematics belong in a browser; the first paragraph says what it is
-    paragraphs = documentation.split("\n\n")
-    lines += (documentation if entry.origin == "metaopt" and len(paragraphs) < 4 else paragraphs[0]).splitlines()
-    lines += [line for note in registry.notes(entry.name) for line in ("", *textwrap.wrap(note, NOTE_WIDTH))]
-    lines += ["", "hyperparameters", *_table(part(entry.name).hyperparameters)]
+    if entry.origin != "metaopt" or len(paragraphs) > 3:
+        del paragraphs[1:]
+    paragraphs += [paragraph for note in registry.notes(entry.name) for paragraph in note.split("\n\n")]
+    lines += "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs).splitlines()
+    if entry.origin != "metaopt" or entry.kind == "optimizer":
+        lines += ["", *(f"see {link}" for link in links(entry.target))] if links(entry.target) else []
+    lines += ["", "hyperparameters", *_table(part(entry.name).hyperparameters, meanings(entry.target))]
+    if entry.kind == "optimizer":
+        lines += _kept_by_base(entry)
     state = getattr(entry.target, "slots", None)
     if entry.kind == "wrapper" and isinstance(state, Mapping):
         lines += ["", "state per parameter"]
@@ -67,6 +72,34 @@ def _description(entry: "Entry") -> list[str]:
     if others:
         lines += ["", f"elsewhere called {', '.join(others)}"]
     return lines
+
+
+def _kept_by_base(entry: "Entry") -> list[str]:
+    """Return what a base keeps of a small matrix after an update; nothing where it cannot make one by itself."""
+    import torch
+
+    from metaopt.building import build
+    from metaopt.registry import registry
+
+    example = registry.examples(entry.name)[0]
+    matrix = torch.nn.Parameter(torch.ones(4, 3))
+    try:
+        stack = build([matrix], example.spec or entry.name)
+        matrix.grad = torch.ones(4, 3).to_sparse(1) if example.gradients == "sparse" else torch.ones(4, 3)
+        stack.step(lambda: matrix.detach().sum())
+    except Exception:  # a class from elsewhere may want more than one matrix with one gradient
+        return []
+    kept = [f"  {key}: {_form(value, matrix)}" for key, value in stack.state.get(matrix, {}).items()]
+    return ["", f"state per parameter of {example.spec or entry.name}", *(kept or ["  none"])]
+
+
+def _form(value: Any, parameter: Any) -> str:
+    shape = getattr(value, "shape", None)
+    if shape is None:
+        return "a number" if isinstance(value, int | float) else f"a {type(value).__name__}"
+    if shape == parameter.shape:
+        return "shaped like the parameter"
+    return "one number" if value.numel() == 1 else f"{tuple(shape)}, of a parameter of {tuple(parameter.shape)}"
 
 
 def _slot(declared: Any) -> str:
@@ -82,11 +115,11 @@ def _slot(declared: Any) -> str:
     return meanings[declared.kind] + early + dtype
 
 
-def _table(hyperparameters: Mapping[str, Any]) -> list[str]:
+def _table(hyperparameters: Mapping[str, Any], told: Mapping[str, str]) -> list[str]:
     if not hyperparameters:
-        return ["  none"]
+        return ["  none by name"]
     rows = [
-        (h.name, "required" if h.required else repr(h.default), h.bounds(), _meaning(h))
+        (h.name, "required" if h.required else repr(h.default), h.bounds(), _meaning(h, told))
         for h in hyperparameters.values()
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -95,9 +128,9 @@ def _table(hyperparameters: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _meaning(hyperparameter: Any) -> str:
+def _meaning(hyperparameter: Any, told: Mapping[str, str]) -> str:
     others = f" (elsewhere {', '.join(hyperparameter.known_as)})" if hyperparameter.known_as else ""
-    return f"{hyperparameter.doc}{others}"
+    return f"{hyperparameter.doc or told.get(hyperparameter.name, '')}{others}"
 
 
 def _schedule(text: str) -> "Schedule":
@@ -148,7 +181,9 @@ def curve(schedule: "Schedule", steps: int) -> list[str]:
         raise SpecError(f"the curve of {schedule!r:.80} cannot be computed: {error}") from None
     if not all(map(math.isfinite, columns)):
         raise SpecError(f"the curve of {schedule!r:.80} is not finite everywhere")
-    top, bottom = max(columns), min(0.0, min(columns))
+    # a peak may stand between two columns
+    every = [value(t) for t in range(0, steps, max(1, steps // SAMPLES))]
+    top, bottom = max(every), min(0.0, min(every))
     reach = (top - bottom) or 1.0
     heights = [round((value - bottom) / reach * HEIGHT * 8) for value in columns]
     lines = [to_text(schedule, "show")]

@@ -1,12 +1,11 @@
 """`metaopt train`: one run, with checkpoints, that `--resume` continues bit for bit."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from metaopt.cli import Interrupted, Plugins
+from metaopt.cli import Interrupted, Plugins, progress_of
 
 
 def register(app: typer.Typer) -> None:
@@ -26,22 +25,18 @@ def train(
     plugin: Plugins = [],  # noqa: B006  typer reads the default, nothing changes it
 ) -> None:
     """Train a problem with a stack and print its evaluation on validation data."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from metaopt.lab.named import problem_named
     from metaopt.lab.train import train as run
 
     chosen = problem_named(problem)
     length = steps or chosen.default_steps
     done = 0
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(f"training {problem}", total=length)
+    with progress_of(f"training {problem}") as show:
 
         def progress(step: int) -> None:
             nonlocal done
             done = step
-            bar.update(task, completed=step)
+            show(step, length)
 
         try:
             result = run(

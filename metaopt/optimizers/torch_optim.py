@@ -1,11 +1,61 @@
 """Every optimizer of `torch.optim`, unchanged, under its lower-case name."""
 
 import re
+from dataclasses import replace
 
 import torch
 
 from metaopt import Example, hookimpl
 
+# as torch computes them; g is the gradient, w the parameter, t the number of the update
+ADAM = (
+    "m <- b1 m + (1 - b1) g; v <- b2 v + (1 - b2) g^2; w <- w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps). "
+    "arXiv:1412.6980"
+)
+RULES = {
+    "adadelta": (
+        "v <- rho v + (1 - rho) g^2; u = g sqrt(d + eps) / sqrt(v + eps); d <- rho d + (1 - rho) u^2; w <- w - lr u. "
+        "arXiv:1212.5701"
+    ),
+    "adafactor": (
+        "R, C <- averages of the means of g^2 over rows and columns; u = g / sqrt(R C / mean(R)); "
+        "w <- w - max(eps2, rms(w)) min(lr, 1 / sqrt(t)) u / max(1, rms(u) / d). arXiv:1804.04235"
+    ),
+    "adagrad": "s <- s + g^2; w <- w - lr / (1 + (t - 1) lr_decay) g / (sqrt(s) + eps). jmlr.org/papers/v12/duchi11a",
+    "adam": ADAM,
+    "adamax": "m <- b1 m + (1 - b1) g; u <- max(b2 u, |g| + eps); w <- w - lr / (1 - b1^t) m / u. arXiv:1412.6980",
+    "adamw": f"w <- w - lr weight_decay w (arXiv:1711.05101), then Adam's: {ADAM}",
+    "asgd": (
+        "w <- (1 - lambd eta) w - eta g with eta = lr / (1 + lambd lr t)^alpha; ax <- the mean of w from t0 on. "
+        "doi:10.1137/0330046"
+    ),
+    "lbfgs": (
+        "w <- w - lr H g, up to max_iter times, H the inverse Hessian as the last history_size changes of w and g give "
+        "it. doi:10.1007/BF01589116"
+    ),
+    "muon": (
+        "b <- momentum b + (1 - momentum) g; w <- (1 - lr weight_decay) w - lr s O(momentum b + (1 - momentum) g), "
+        "O the nearest orthogonal matrix by Newton and Schulz, s by the shape. kellerjordan.github.io/posts/muon, "
+        "arXiv:2502.16982"
+    ),
+    "nadam": "Adam's, with the momentum of the next update in place of m, as Nesterov's: Dozat 2016. arXiv:1412.6980",
+    "radam": (
+        "w <- w - lr m / (1 - b1^t) while too few gradients were seen for a second moment, then Adam's times r(t), "
+        "which rises to 1. arXiv:1908.03265"
+    ),
+    "rmsprop": (
+        "v <- alpha v + (1 - alpha) g^2; b <- momentum b + g / (sqrt(v) + eps); w <- w - lr b. arXiv:1308.0850"
+    ),
+    "rprop": (
+        "eta <- eta etaplus where g keeps its sign, eta etaminus where it turns and g <- 0 there; "
+        "w <- w - eta sign(g), for each component. doi:10.1109/ICNN.1993.298623"
+    ),
+    "sgd": (
+        "b <- momentum b + (1 - dampening) g, b = g at first; w <- w - lr b, "
+        "with nesterov w <- w - lr (g + momentum b). doi:10.1016/0041-5553(64)90137-5"
+    ),
+    "sparse_adam": f"Adam's, of the entries alone that the sparse gradient holds: {ADAM}",
+}
 NESTEROV = (
     "nesterov=True is exact Nesterov momentum, v <- m v + gradient(theta - lr m v); theta <- theta - lr v, seen in the "
     "shifted variable y = theta - lr m v: the weights are y, the anticipated positions, at which the gradient is taken."
@@ -58,4 +108,10 @@ def metaopt_examples() -> dict[str, Example | list[Example]]:
             },
         ),
     }
-    return {name: example for name, example in examples.items() if name in metaopt_optimizers()}
+    return {name: _with_rule(name, examples.get(name, Example())) for name in metaopt_optimizers()}
+
+
+def _with_rule(name: str, given: Example | list[Example]) -> Example | list[Example]:
+    first, *others = given if isinstance(given, list) else [given]
+    note = "\n\n".join(text for text in (RULES.get(name, ""), first.note) if text)
+    return [replace(first, note=note), *others]
