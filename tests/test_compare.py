@@ -117,6 +117,17 @@ def test_the_budget_is_gradient_evaluations(tmp_path: Path) -> None:
     assert [point[0] for point in runs[1]["curve"]][-1] == 20
 
 
+def test_accumulated_gradients_cost_evaluations_and_the_run_is_as_long_as_its_updates(tmp_path: Path) -> None:
+    specs = ("sgd(lr=0.1)", "accumulate(4) | sgd(lr=linear(0.1, 0.0))", "accumulate(3) | evaluates_twice | sgd(lr=0.1)")
+    metaopt.register(wrappers={"evaluates_twice": Twice})
+    contenders = run_comparison(small(tmp_path, specs=specs, tune=False, steps=40))
+    runs = [contender.runs[0] for contender in contenders]
+    assert [(run["updates"], run["evaluations"]) for run in runs] == [(40, 40), (10, 40), (6, 36)]
+    # one look at the weights per update, and the schedule ends with the run: its last rate is that after 9 of 10
+    assert [at for at, _ in runs[1]["curve"]] == [4 * update for update in range(1, 11)]
+    assert dict(runs[1]["points"])[10]["train/learning_rate"] == pytest.approx(0.01)
+
+
 def test_every_run_has_one_thread_and_the_others_are_given_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,7 +291,8 @@ def test_times_are_shown_for_runs_made_one_at_a_time(tmp_path: Path) -> None:
         ({"specs": ("sgd", "sgd(lr=constant(0.1))")}, "schedule owns the learning rate"),
         ({"specs": ("sgd", "clip_grad_norm | sgd")}, "max_norm"),
         ({"specs": ("sgd", "sparse_adam")}, "sparse_adam.*cannot train noisyquadratic.*RuntimeError"),
-        ({"specs": ("sgd", "evaluates_twice | sgd"), "steps": 1}, "2 gradient evaluations"),
+        ({"specs": ("sgd", "evaluates_twice | sgd"), "steps": 1}, "more gradient evaluations than --steps 1"),
+        ({"specs": ("sgd", "accumulate(4) | sgd"), "steps": 3}, "than --steps 3 .accumulated 3 of 4"),
         ({"seeds": 1}, "--seeds 1"),
         ({"lrs": 0}, "--lrs 0"),
         ({"jobs": 0}, "--jobs 0"),

@@ -324,6 +324,14 @@ def test_a_run_trains_and_resumes_on_every_device(tmp_path, device):
         assert torch.equal(one, other)
 
 
+def test_a_schedule_ends_with_the_run_where_gradients_are_accumulated(tmp_path):
+    opt = train(problem(), "accumulate(4) | sgd(lr=linear(0.1, 0.0))", steps=40, log=tmp_path, checkpoint_every=7).stack
+    assert (opt.updates, opt.total_steps, opt.param_groups[0]["lr"]) == (10, 10, 0.0)
+    train(problem(), "accumulate(4) | sgd(lr=linear(0.1, 0.0))", steps=40, log=tmp_path, resume=True)
+    with pytest.raises(ProblemError, match="than --steps 3"):
+        train(problem(), "accumulate(4) | sgd(lr=linear(0.1, 0.0))", steps=3)
+
+
 def test_a_device_that_does_not_exist_is_one_clear_sentence(tmp_path):
     status, _, errors = warm.run(["train", "--problem=xor", "--device=nosuch"], tmp_path)
     assert status == 2

@@ -12,7 +12,7 @@ from metaopt.errors import ProblemError, SpecError
 from metaopt.lab.circumstances import circumstances, digest
 from metaopt.lab.device import usable_device
 from metaopt.lab.named import problem_named
-from metaopt.lab.trial import Trial, evaluations_per_update
+from metaopt.lab.trial import Trial, cost_of_an_update
 from metaopt.schedule import Schedule
 from metaopt.spec import Part, Pipeline, parse
 
@@ -33,6 +33,7 @@ class Plan:
     problem: str
     specs: tuple[str, ...]
     updates: tuple[int, ...]
+    steps: tuple[int, ...]
     baseline: int
     seeds: int
     budget: int
@@ -48,7 +49,8 @@ class Plan:
         """Return one run of a contender; a rate of None leaves the spec's own."""
         spec = self.specs[position] if rate is None else with_rate(self.specs[position], rate)
         common = digest(self.circumstances)
-        return Trial(self.problem, spec, seed, self.budget, self.updates[position], self.device, final, common)
+        updates, steps = self.updates[position], self.steps[position]
+        return Trial(self.problem, spec, seed, self.budget, updates, steps, self.device, final, common)
 
     def tuning(self, position: int) -> dict[float, list[Trial]]:
         """Return the runs that choose a contender's rate: every rate of the grid with every tuning seed."""
@@ -88,18 +90,24 @@ def plan_comparison(
         raise SpecError(f"two contenders are the same, {twice}: give each -o SPEC once")
     first = _position(baseline, chosen)
     device, budget = usable_device(device), steps or found.default_steps
-    updates = []
-    for spec in chosen:
-        trained = with_rate(spec, rates[0]) if tune else spec
-        each = evaluations_per_update(found, trained, device, budget)
-        if each > budget:
-            raise ProblemError(f"{spec}: an update takes {each} gradient evaluations, --steps {budget} allows none")
-        updates.append(budget // each)
+    costs = [cost_of_an_update(found, with_rate(spec, rates[0]) if tune else spec, device, budget) for spec in chosen]
     common = circumstances(problem, pipelines, device, plugins)
-    names = tuple(plugins)
     return Plan(
-        problem, chosen, tuple(updates), first, seeds, budget, rates, tune, device, out, jobs, names, common
-    )  # fmt: skip
+        problem=problem,
+        specs=chosen,
+        updates=tuple(budget // evaluations for _, evaluations in costs),
+        steps=tuple(steps for steps, _ in costs),
+        baseline=first,
+        seeds=seeds,
+        budget=budget,
+        rates=rates,
+        tune=tune,
+        device=device,
+        out=out,
+        jobs=jobs,
+        plugins=tuple(plugins),
+        circumstances=common,
+    )
 
 
 def _grid(lowest: float, highest: float, count: int) -> tuple[float, ...]:

@@ -15,8 +15,10 @@ from metaopt.lab import checkpoint
 from metaopt.lab.device import usable_device
 from metaopt.lab.holding import held
 from metaopt.lab.telling import told
+from metaopt.lab.trial import cost_of_an_update
 from metaopt.lab.weights import evaluated, shown
 from metaopt.problem import Problem
+from metaopt.spec import parse
 from metaopt.stack import Stack
 
 CONTENT = {"run", "step", "model", "stack", "random"}
@@ -44,9 +46,10 @@ def train(
     resume: bool | Path = False,
     progress: Callable[[int], None] | None = None,
 ) -> Result:
-    """Train for `steps` steps; checkpoints lie in `log/checkpoints`. `resume` continues the newest, or the one named.
+    """Train for `steps` calls of `step()`; checkpoints lie in `log/checkpoints`.
 
-    Raises MetaoptError, for a loss that is not finite and a full disk or memory too: the last checkpoint stays.
+    `resume` continues the newest of them, or the one named. Raises MetaoptError, for a loss that is not finite and a
+    full disk or memory too: the last checkpoint stays.
     """
     device = usable_device(device)
     folder = None if log is None else log / "checkpoints"
@@ -54,7 +57,7 @@ def train(
     with told(where, lambda: _kept(folder)), _owned(folder):
         model = problem.model(seed, device)
         # parameters, not the module: nobody could follow build's hint about decay here
-        opt = build(model.named_parameters(), spec, total_steps=steps, log=log)
+        opt = build(model.named_parameters(), spec, total_steps=_updates(problem, spec, steps, device), log=log)
         opt.train()
         run = {"problem": repr((type(problem).__name__, problem.given)), "spec": str(opt.spec), "seed": seed}
         run |= {"steps": steps, "data": problem.data_hash()}
@@ -76,6 +79,12 @@ def train(
         with shown(opt):
             evaluation = problem.evaluate(model, "validation")
     return Result(model, opt, evaluation, evaluated(opt))
+
+
+def _updates(problem: Problem, spec: str, steps: int, device: str) -> int:
+    """Return how many updates so many steps make: fewer where gradients are accumulated."""
+    holds = any(getattr(part.target, "holds_updates", False) for part in parse(spec))
+    return steps // cost_of_an_update(problem, spec, device, steps)[0] if holds else steps
 
 
 def _kept(folder: Path | None) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from metaopt.building import build
+from metaopt.errors import ProblemError
 from metaopt.lab.circumstances import digest
 from metaopt.lab.named import problem_named
 from metaopt.lab.telling import told
@@ -24,7 +25,8 @@ POINTS = 20
 class Trial:
     """What is run: a problem, a spec with its learning rate, a seed, a budget of gradient evaluations.
 
-    `updates` is how many updates the budget pays for. A `final` run is looked at as it goes and reads the test data
+    `updates` is how many updates the budget pays for, `steps` how many `step()`s each takes: more than one where
+    gradients are accumulated. A `final` run is looked at as it goes and reads the test data
     once; one that only tunes is evaluated at its end, on validation data. `circumstances` is the rest, hashed.
     """
 
@@ -33,6 +35,7 @@ class Trial:
     seed: int
     budget: int
     updates: int
+    steps: int
     device: str
     final: bool
     circumstances: str
@@ -70,10 +73,13 @@ class _Run:
         self._batches = problem.batches(seed, device)
         self._batch: Any = None
 
-    def update(self) -> Any:
-        """Make one update; return its loss."""
-        self._batch = next(self._batches)
-        return self.opt.step(self._closure)
+    def update(self, steps: int = 1) -> Any:
+        """Make one update, in so many steps; return the loss of the last."""
+        loss = None
+        for _ in range(steps):
+            self._batch = next(self._batches)
+            loss = self.opt.step(self._closure)
+        return loss
 
     def _closure(self) -> torch.Tensor:
         self.evaluations += 1
@@ -83,13 +89,22 @@ class _Run:
         return loss
 
 
-def evaluations_per_update(problem: Problem, spec: str, device: str, budget: int) -> int:
-    """Return how many gradients an update takes, seen at a first one: 1 for most, 2 for SAM. Raises MetaoptError."""
+def cost_of_an_update(problem: Problem, spec: str, device: str, budget: int) -> tuple[int, int]:
+    """Return how many steps and how many gradients an update takes, seen at a first one, which is thrown away.
 
+    One of each for most, two gradients for SAM, several steps where gradients are accumulated. Raises MetaoptError,
+    also where the budget of gradients makes no update.
+    """
     with told(f"{spec} cannot train {type(problem).__name__.lower()}"):
         run = _Run(problem, spec, 0, device, budget)
-        run.update()
-    return max(1, run.evaluations)
+        steps = 0
+        while not run.opt.updates and run.evaluations < budget:
+            run.update()
+            steps += 1
+    if run.evaluations > budget or not run.opt.updates:
+        why = "" if run.opt.skipped is None else f" ({run.opt.skipped})"
+        raise ProblemError(f"{spec}: an update takes more gradient evaluations than --steps {budget}{why}")
+    return steps, run.evaluations
 
 
 def run_trial(trial: Trial) -> dict[str, Any]:
@@ -114,7 +129,7 @@ def _run(trial: Trial) -> dict[str, Any]:
     diverged = False
     seconds, began = 0.0, time.perf_counter()
     while run.evaluations + per_update <= trial.budget:
-        loss = run.update()
+        loss = run.update(trial.steps)
         last = run.evaluations + per_update > trial.budget
         if run.opt.updates % every and not last:
             continue
