@@ -12,6 +12,7 @@ import torch
 import warm
 
 from metaopt import CheckpointError, ProblemError
+from metaopt.cli import main
 from metaopt.lab import checkpoint
 from metaopt.lab.holding import held
 from metaopt.lab.train import train
@@ -128,6 +129,16 @@ class Beginning(Xor):
 def metaopt_problems():
     return {"beginning": Beginning}
 """
+
+
+def test_a_run_says_where_it_is_and_one_that_is_not_there_that_it_begins_anew(tmp_path, capsys):
+    for more in (["--resume"], ["--resume"]):
+        with pytest.raises(SystemExit) as ended:
+            main(command(tmp_path / "run", steps=6, more=more))
+        assert not ended.value.code
+    out, err = capsys.readouterr()
+    assert out.count(f"tensorboard --logdir {tmp_path / 'run'}") == 2
+    assert err.splitlines() == [f"metaopt: {tmp_path / 'run'} holds no checkpoint: the run begins anew"]
 
 
 def test_an_interrupted_run_without_a_log_says_that_nothing_was_saved(tmp_path):

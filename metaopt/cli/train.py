@@ -1,5 +1,6 @@
 """`metaopt train`: one run, with checkpoints, that `--resume` continues bit for bit."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -25,12 +26,16 @@ def train(
     plugin: Plugins = [],  # noqa: B006  typer reads the default, nothing changes it
 ) -> None:
     """Train a problem with a stack and print its evaluation on validation data."""
+    from metaopt.lab import checkpoint
     from metaopt.lab.named import problem_named
     from metaopt.lab.train import train as run
 
     chosen = problem_named(problem)
     length = steps or chosen.default_steps
     done = 0
+    if resume and log is not None and not checkpoint.found(log / "checkpoints"):
+        # a run killed before its first checkpoint is continued so, and a mistyped directory looks the same
+        print(f"metaopt: {log} holds no checkpoint: the run begins anew", file=sys.stderr)
     with progress_of(f"training {problem}") as show:
 
         def progress(step: int) -> None:
@@ -54,6 +59,8 @@ def train(
             raise Interrupted(_kept(done, log)) from None
     values = ", ".join(f"{name} {value:.6g}" for name, value in result.evaluation.items())
     print(f"{result.stack.updates} updates: validation {values} ({result.weights} weights)")
+    if log is not None:
+        print(f"log and checkpoints: {log}; look at: tensorboard --logdir {log}")
 
 
 def _kept(done: int, log: Path | None) -> str:
