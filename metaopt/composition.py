@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -155,13 +156,21 @@ def _check_shared(stack: "Stack", group: Entry, key: str, wrapper: Wrapper, name
         )
 
 
+def _scale_of(value: Any, entry: Entry) -> float:
+    number = not isinstance(value, bool) and isinstance(value, Real | torch.Tensor)
+    if not number or not 0.0 <= float(value) < float("inf"):
+        where = f"group {entry['name']}" if "name" in entry else "a group"
+        raise HyperparameterError(f"{where} sets lr_scale={value!r:.60}: it multiplies the rate, give a number >= 0")
+    return float(value)
+
+
 def complete(stack: "Stack", entry: Entry) -> None:
     """Give a group the entries that wrappers and engine keep in it, and apply its `lr_scale` once."""
     entry.setdefault("metaopt.updates", 0)
     entry.setdefault("metaopt.total_steps", stack.total_steps)
     entry.setdefault("metaopt.swapped", "")
     entry.setdefault("metaopt.template", "")
-    scale = float(entry.pop("lr_scale", 1.0))
+    scale = _scale_of(entry.pop("lr_scale", 1.0), entry)
     if "metaopt.lr_scale" not in entry:
         entry["metaopt.lr_scale"] = scale
         if scale != 1.0 and "lr" not in stack.schedules_of(entry):

@@ -30,6 +30,8 @@ def explain(
     """
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ParameterError(f"explain(): batch_size={batch_size!r} is no number of examples: give an integer >= 1")
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise ParameterError(f"explain() takes a module as the model, not {type(model).__name__}")
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ParameterError(f"explain() takes a torch.optim.Optimizer, not {type(optimizer).__name__}")
     stack = optimizer if isinstance(optimizer, Stack) else None

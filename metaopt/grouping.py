@@ -24,6 +24,10 @@ def groups(
     """
     if no_decay not in (None, "1d"):
         raise ParameterError(f"groups: no_decay={no_decay!r} is not allowed; use '1d' or None")
+    if not isinstance(model, torch.nn.Module):
+        raise ParameterError(f"groups: takes a module, whose parameters have names, not {type(model).__name__}")
+    if rules is not None and not (isinstance(rules, Mapping) and all(isinstance(r, Mapping) for r in rules.values())):
+        raise ParameterError(f"groups: rules are a dict of dicts, {{'*.bias': dict(lr_scale=0.1)}}, not {rules!r:.60}")
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise ParameterError("groups: the model has no parameter that requires a gradient")

@@ -107,7 +107,11 @@ class Registry:
         """Register parts from a running program; see `metaopt.register`."""
         self._load()
         offered = {kind: offers.get(f"{kind}s") or {} for kind in KINDS}
-        for parts in offered.values():
+        for kind, parts in offered.items():
+            if not isinstance(parts, dict):
+                raise PluginError(
+                    f"register: {kind}s is a dict of classes by name, not {with_article(type(parts).__name__)}"
+                )
             for name, target in parts.items():
                 known = self._entries.get(name, [])
                 if any(entry.target is not target for entry in known):
@@ -211,7 +215,9 @@ class Registry:
             if not NAME.fullmatch(name):
                 raise PluginError(f"{origin}: {name!r} is no name: lower-case letters, digits, underscores, one dot")
             if not callable(target):
-                raise PluginError(f"{origin}: {name!r} is a {type(target).__name__}, neither a class nor a factory")
+                raise PluginError(
+                    f"{origin}: {name!r} is {with_article(type(target).__name__)}, neither a class nor a factory"
+                )
 
     def _take(self, kind: str, parts: dict[str, Any], origin: str, version: str = "") -> None:
         for name, target in parts.items():

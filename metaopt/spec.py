@@ -156,7 +156,13 @@ def as_pipeline(parts: Any) -> Pipeline:
         return as_pipeline(parts())
     if isinstance(parts, list | tuple):
         return Pipeline(tuple(p for item in parts for p in as_pipeline(item).parts))
-    raise SpecError(f"{parts!r:.80} is no part: give text, metaopt's parts, a Wrapper or an optimizer class")
+    if isinstance(parts, torch.optim.Optimizer):
+        raise SpecError(
+            f"{type(parts).__name__} is an optimizer that exists already: metaopt.wrap(optimizer, parts) puts parts "
+            f"around it, build() takes its class"
+        )
+    shown = " ".join(repr(parts).split())
+    raise SpecError(f"{shown:.80} is no part: give text, metaopt's parts, a Wrapper or an optimizer class")
 
 
 def parse(text: str) -> Pipeline:

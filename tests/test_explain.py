@@ -223,3 +223,8 @@ def test_the_command_explains_a_spec_with_the_state_it_will_keep():
     told = json.loads(done.stdout)
     assert {finding["code"] for finding in told["findings"]} == {"default-rate", "ends-inside-cycle"}
     assert told["rows"][0]["state_bytes"] > 3 * 256 * 4
+
+
+def test_a_model_that_is_none_is_refused():
+    with pytest.raises(metaopt.ParameterError, match="takes a module as the model, not list"):
+        metaopt.explain(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1), [1])

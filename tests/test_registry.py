@@ -74,6 +74,13 @@ def test_a_malformed_name_is_refused(name: str) -> None:
         Registry().register(optimizers={name: Mine})
 
 
+def test_what_is_no_dict_of_classes_is_refused() -> None:
+    with pytest.raises(metaopt.PluginError, match="optimizers is a dict of classes by name, not a list"):
+        Registry().register(optimizers=[Mine])  # type: ignore[arg-type]
+    with pytest.raises(metaopt.PluginError, match="'three' is an int"):
+        Registry().register(optimizers={"three": 3})
+
+
 def test_a_taken_name_is_refused() -> None:
     with pytest.raises(metaopt.PluginError, match=r"'adamw'.*metaopt"):
         Registry().register(wrappers={"adamw": Mine})

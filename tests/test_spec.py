@@ -177,3 +177,9 @@ def test_a_value_that_is_no_literal_has_no_text_but_a_repr() -> None:
     assert "adamw" in repr(pipeline)
     with pytest.raises(metaopt.SpecError, match="lr"):
         str(pipeline)
+
+
+def test_an_optimizer_in_place_of_parts_is_told_of_wrap():
+    weight = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(metaopt.SpecError, match=r"SGD is an optimizer that exists already: metaopt\.wrap"):
+        metaopt.build([weight], torch.optim.SGD([weight], lr=0.1))

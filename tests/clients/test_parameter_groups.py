@@ -306,3 +306,22 @@ def test_groups_may_be_split_under_a_schedule() -> None:
     train(model, opt, range(4, 9))
     train(twin, plain, range(9))
     assert_same_weights(model, twin)
+
+
+@pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf"), "half", True, None])
+def test_a_scale_of_the_rate_that_is_no_factor_is_refused(scale: Any) -> None:
+    with pytest.raises(metaopt.HyperparameterError, match="group head sets lr_scale"):
+        metaopt.build([{"params": small_model().parameters(), "name": "head", "lr_scale": scale}], "sgd(lr=0.1)")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (lambda model: metaopt.groups(list(model.parameters())), "takes a module"),
+        (lambda model: metaopt.groups(model, {"*": 3}), "a dict of dicts"),
+        (lambda model: metaopt.groups(model, ["*"]), "a dict of dicts"),
+    ],
+)
+def test_groups_of_something_else_are_refused(given: Any, told: str) -> None:
+    with pytest.raises(metaopt.ParameterError, match=told):
+        given(small_model())
