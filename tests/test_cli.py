@@ -9,11 +9,13 @@ import sys
 import types
 
 import pytest
+import torch
 
 import metaopt
 from metaopt.cli import fitted, main, progress_of
+from metaopt.cli.list import _as_lines
 from metaopt.optimizers.torch_optim import RULES
-from metaopt.registry import Entry, registry
+from metaopt.registry import BrokenPlugin, Entry, Registry, registry
 
 
 def run(*arguments: str, cwd: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -134,6 +136,41 @@ def test_on_a_terminal_lines_are_broken_between_words(monkeypatch, width):
 
 def test_a_pipe_gets_whole_lines():
     assert fitted("word " * 100) == "word " * 100
+
+
+def test_a_list_on_a_terminal_names_an_origin_once_and_fits(monkeypatch, tmp_path):
+    (tmp_path / "listed_here.py").write_text(
+        "import torch\nfrom metaopt import hookimpl\n"
+        "class Mine(torch.optim.SGD):\n    'Descends, which takes a good many words to say, and then some more words.'\n"
+        "@hookimpl\ndef metaopt_optimizers():\n    return {'mine.of_a_rather_long_name': Mine}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "80")
+    fresh = Registry()
+    fresh.load_plugin_module("listed_here")
+    print(_as_lines(fresh.entries(), [BrokenPlugin("ill", "RuntimeError: " + "a long reason " * 12)]))
+    lines = terminal.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.startswith("optimizers of metaopt ") for line in lines) == 1
+    assert lines[lines.index("optimizers of listed_here") + 1].startswith(
+        "  mine.of_a_rather_long_name  Descends, which"
+    )
+    # what is wrong is told whole
+    assert " ".join(" ".join(lines[lines.index("broken plugins") :]).split()).count("a long reason") == 12
+
+
+def test_a_name_that_two_plugins_offer_is_listed_as_such(monkeypatch):
+    for name in ("first_of_them", "second_of_them"):
+        module = types.ModuleType(name)
+        parts = {"offered_twice": type("Twice", (torch.optim.SGD,), {})}
+        module.metaopt_optimizers = metaopt.hookimpl(specname="metaopt_optimizers")(lambda parts=parts: parts)
+        monkeypatch.setitem(sys.modules, name, module)
+    fresh = Registry()
+    fresh.load_plugin_module("first_of_them")
+    fresh.load_plugin_module("second_of_them")
+    assert "  offered_twice: first_of_them and second_of_them" in _as_lines(fresh.entries(), []).splitlines()
 
 
 def test_without_a_terminal_progress_is_a_line_now_and_then(capsys, monkeypatch):

@@ -4,11 +4,12 @@ import json
 import shutil
 import sys
 from enum import StrEnum
+from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from metaopt.cli import Plugins
+from metaopt.cli import Plugins, fitted
 
 if TYPE_CHECKING:
     from metaopt.registry import BrokenPlugin, Entry
@@ -22,6 +23,9 @@ class Kinds(StrEnum):
     SCHEDULES = "schedules"
     LOGGERS = "loggers"
     PROBLEMS = "problems"
+
+
+KINDS = tuple(Kinds)
 
 
 def register(app: typer.Typer) -> None:
@@ -61,20 +65,41 @@ def _as_json(entries: "list[Entry]", broken: "list[BrokenPlugin]") -> str:
 
 
 def _as_lines(entries: "list[Entry]", broken: "list[BrokenPlugin]") -> str:
+    lines = _for_a_terminal(entries) if sys.stdout.isatty() else _for_a_pipe(entries)
+    offered = {entry.name: [other.origin for other in entries if other.name == entry.name] for entry in entries}
+    twice = {name: origins for name, origins in offered.items() if len(origins) > 1}
+    if not entries:
+        lines.append("nothing is registered here")
+    if twice:
+        lines += ["", "names that several plugins offer, so that none can be used"]
+        lines += [f"  {name}: {' and '.join(origins)}" for name, origins in twice.items()]
+    if broken:
+        lines += ["", "broken plugins", *(f"  {plugin.name}: {' '.join(plugin.error.split())}" for plugin in broken)]
+    return fitted("\n".join(lines))
+
+
+def _for_a_pipe(entries: "list[Entry]") -> list[str]:
+    """Return whole lines, each with everything on it."""
     names = max((len(entry.name) for entry in entries), default=0)
     origins = max((len(_origin(entry)) for entry in entries), default=0)
     lines: list[str] = []
-    kind = ""
-    for entry in entries:
-        if entry.kind != kind:
-            kind = entry.kind
-            lines += ["", f"{kind}s"] if lines else [f"{kind}s"]
-        lines.append(f"  {entry.name:{names}}  {_origin(entry):{origins}}  {entry.description}")
-    if not entries:
-        lines.append("nothing is registered here")
-    if broken:
-        lines += ["", "broken plugins", *(f"  {plugin.name}: {' '.join(plugin.error.split())}" for plugin in broken)]
-    if sys.stdout.isatty():  # a pipe gets whole lines, a terminal lines that fit
-        width = shutil.get_terminal_size().columns
-        lines = [line if len(line) <= width else f"{line[: width - 3]}..." for line in lines]
-    return "\n".join(lines)
+    for kind, members in groupby(entries, lambda entry: entry.kind):
+        lines += ["", f"{kind}s"] if lines else [f"{kind}s"]
+        lines += [f"  {entry.name:{names}}  {_origin(entry):{origins}}  {entry.description}" for entry in members]
+    return lines
+
+
+def _for_a_terminal(entries: "list[Entry]") -> list[str]:
+    """Return one line per part, as long as the terminal is wide: the origin stands above those that share it."""
+    width = shutil.get_terminal_size().columns
+    lines: list[str] = []
+    ordered = sorted(
+        entries, key=lambda entry: (KINDS.index(f"{entry.kind}s"), entry.origin != "metaopt", entry.origin)
+    )
+    for (kind, origin), shared in groupby(ordered, lambda entry: (entry.kind, _origin(entry))):
+        members = list(shared)
+        names = max(len(entry.name) for entry in members)
+        lines += [""] * bool(lines) + [f"{kind}s of {origin}"]
+        told = [f"  {entry.name:{names}}  {entry.description}" for entry in members]
+        lines += [line if len(line) <= width else f"{line[: width - 3]}..." for line in told]
+    return lines
