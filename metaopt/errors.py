@@ -55,7 +55,15 @@ def with_article(kind: str) -> str:
 
 def near_misses(name: str, known: Iterable[str], *, most: int = 3) -> list[str]:
     """Return up to `most` of the known names that look like `name`, the nearest first."""
-    return difflib.get_close_matches(name, sorted(known), n=most, cutoff=0.6)
+    every = sorted(known)
+    wanted = _bare(name)
+    same = [own for own in every if wanted and wanted in (_bare(own), _bare(own.rpartition(".")[2]))]
+    return same[:most] or difflib.get_close_matches(name.lower(), every, n=most, cutoff=0.6)
+
+
+def _bare(name: str) -> str:
+    """Return a name as people who write it another way have in common: `SparseAdam` and `sparse_adam`."""
+    return name.lower().replace("_", "").replace("-", "")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -141,7 +141,7 @@ def test_a_pipe_gets_whole_lines():
 def test_a_list_on_a_terminal_names_an_origin_once_and_fits(monkeypatch, tmp_path):
     (tmp_path / "listed_here.py").write_text(
         "import torch\nfrom metaopt import hookimpl\n"
-        "class Mine(torch.optim.SGD):\n    'Descends, which takes a good many words to say, and then some more words.'\n"
+        "class Mine(torch.optim.SGD):\n    'Descends, which takes a good many words to say, and then some more.'\n"
         "@hookimpl\ndef metaopt_optimizers():\n    return {'mine.of_a_rather_long_name': Mine}\n"
     )
     monkeypatch.syspath_prepend(tmp_path)

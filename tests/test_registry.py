@@ -55,6 +55,17 @@ def test_an_unknown_name_names_near_ones_and_the_list() -> None:
         Registry().find("adm", "optimizer")
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("AdamW", "adamw"), ("SGD", "sgd"), ("SparseAdam", "sparse_adam"), ("mine", "lab.mine"), ("Mine", "lab.mine")],
+)
+def test_a_name_written_as_a_class_or_without_its_package_is_understood(typed: str, meant: str) -> None:
+    registry = Registry()
+    registry.register(optimizers={"lab.mine": Mine})
+    with pytest.raises(metaopt.UnknownPart, match=rf"Did you mean {meant}\? "):
+        registry.find(typed)
+
+
 def test_a_part_of_another_kind_says_which() -> None:
     with pytest.raises(metaopt.UnknownPart, match="'lookahead' is a wrapper, no optimizer"):
         Registry().find("lookahead", "optimizer")
