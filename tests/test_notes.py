@@ -54,5 +54,5 @@ def test_a_third_party_says_the_same_way_what_its_class_does_not(tmp_path, monke
 
 
 def test_a_part_without_a_note_is_shown_without_one(capsys: pytest.CaptureFixture[str]) -> None:
-    assert registry.notes("rprop") == () and registry.known_as(registry.find("rprop")) == ()
-    assert "elsewhere called" not in shown(capsys, "rprop")
+    assert registry.notes("xor") == () and registry.known_as(registry.find("xor")) == ()
+    assert "elsewhere called" not in shown(capsys, "xor")
