@@ -25,6 +25,7 @@ from metaopt.lab.compare import run_comparison
 from metaopt.lab.holding import held
 from metaopt.lab.plan import Plan, plan_comparison
 from metaopt.lab.report import remarks, rows, write_results
+from metaopt.lab.statistics import verdicts
 from metaopt.registry import registry
 
 SPECS = ("sgd(momentum=0.9)", "sgd(momentum=0.9) | lookahead(k=5)")
@@ -264,6 +265,30 @@ def test_a_best_rate_at_the_edge_says_that_the_grid_is_too_small(tmp_path: Path)
     plan = small(tmp_path, lr_min=1e-5, lr_max=1e-4)
     said = [remark for remark in remarks(plan, run_comparison(plan)) if remark.startswith("Grid too small")]
     assert len(said) == 2 and all("--lr-max" in remark for remark in said)
+
+
+@pytest.mark.parametrize(
+    ("difference", "at_edge", "told"),
+    [
+        (-1.0, {0}, "better on a grid too small for the baseline"),
+        (-1.0, {1}, "better"),  # more rates could only make it better still
+        (1.0, {1}, "worse on a grid too small for it"),
+        (1.0, {0}, "worse"),
+        (0.0, {0, 1}, "no difference shown"),
+    ],
+)
+def test_a_verdict_says_where_the_beaten_one_had_no_fair_grid(
+    tmp_path: Path, difference: float, at_edge: set[int], told: str
+) -> None:
+    plan = small(tmp_path, seeds=8)
+    contenders = run_comparison(plan)
+    base = [1.0 + 0.01 * seed for seed in range(8)]
+    noise = [0.001 * (-1) ** seed for seed in range(8)]
+    losses = [base, [loss + difference + off for loss, off in zip(base, noise, strict=True)]]
+    for position, verdict in enumerate(verdicts(losses)):
+        contenders[position].verdict = verdict
+        contenders[position].at_edge = position in at_edge
+    assert rows(plan, contenders)[1]["verdict"] == told
 
 
 def test_the_rate_in_a_spec_that_the_grid_replaces_is_named(tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ from metaopt.lab.statistics import DRAWS, EXACT_UP_TO, LEVEL, fewest_seeds
 def rows(plan: Plan, contenders: list[Contender]) -> list[dict[str, str]]:
     """Return the table: one row per contender, every cell as text."""
     timed = all(run["jobs"] == 1 for contender in contenders for run in contender.runs)
-    return [_row(plan, contender, timed) for contender in contenders]
+    baseline = contenders[plan.baseline]
+    return [_row(plan, contender, baseline, timed) for contender in contenders]
 
 
-def _row(plan: Plan, contender: Contender, timed: bool) -> dict[str, str]:
+def _row(plan: Plan, contender: Contender, baseline: Contender, timed: bool) -> dict[str, str]:
     runs = contender.runs
     row = {
         "stack": contender.spec,
@@ -33,7 +34,7 @@ def _row(plan: Plan, contender: Contender, timed: bool) -> dict[str, str]:
         "updates": str(max(run["updates"] for run in runs)),
         "difference [95%]": _difference(contender),
         "p (Holm)": "" if contender.verdict is None else f"{contender.verdict.corrected_p:.3g}",
-        "verdict": _word(plan, contender),
+        "verdict": _word(plan, contender, baseline),
         "could have shown": _smallest(contender),
     }
     if timed:
@@ -61,13 +62,16 @@ def _difference(contender: Contender) -> str:
     return "" if v is None else f"{v.difference:+.4f} [{v.low:+.4f}, {v.high:+.4f}]"
 
 
-def _word(plan: Plan, contender: Contender) -> str:
+def _word(plan: Plan, contender: Contender, baseline: Contender) -> str:
     verdict = contender.verdict
     if verdict is None:
         return "baseline"
     word = verdict.word
     if not plan.tune and word in ("better", "worse"):
         word = "settings differ"
+    beaten = {"better": baseline, "worse": contender}.get(word)
+    if beaten is not None and beaten.at_edge:
+        word = f"{word} on a grid too small for {'the baseline' if beaten is baseline else 'it'}"
     return f"{word} (by ranks)" if verdict.by_ranks else word
 
 
