@@ -229,11 +229,11 @@ def _cut(piece: Piece, most: int, *, rows: bool = False) -> list[Piece]:
     if sum(p.numel() for p in piece.params) <= most:
         return [piece]
     cut: list[tuple[list[int], list[Span]]] = []
-    filled = most
+    filled = 0
     for i, (owner, tensor) in enumerate(zip(piece.owners, piece.params, strict=True)):
         whole = rows and (tensor.dim() < 2 or not is_plain(owner))
         for span, size in [(None, tensor.numel())] if whole else _spans(tensor, most):
-            if filled + size > most:
+            if not cut or filled + size > most:
                 cut.append(([], []))
                 filled = 0
             cut[-1][0].append(i)
