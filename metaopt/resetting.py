@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from metaopt.averaging import swap_back
 from metaopt.errors import StepError, did_you_mean
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def reset(stack: "Stack", names: tuple[str, ...]) -> None:
         )
     if stack.inside_averaged:
         raise StepError("reset_state() inside averaged(): leave the context first, the weights are an average now")
+    swap_back(stack)  # an average may hold the fast weights now
     chosen = set(names or WORDS)
     for entry in stack.param_groups:
         lane = stack.lane_of(entry)
