@@ -11,7 +11,7 @@ import torch
 
 from metaopt.begun_anew import of_wrappers
 from metaopt.errors import StepError
-from metaopt.fusing import refuses_shards
+from metaopt.fusing import serves
 from metaopt.lanes import ANEW, Entry, Lane
 from metaopt.views import is_moment
 from metaopt.wrapper import Slot
@@ -160,9 +160,9 @@ def _store_moments(lane: Lane, p: torch.Tensor, held: dict[str, Any], key: str) 
 
 
 def leave_refused_kernels(stack: "Stack", copies: Copies) -> None:
-    """Turn the fused kernel off for groups whose tensors it refuses, where it was our choice.
+    """Turn the fused kernel off for groups whose tensors it cannot update, where it was our choice.
 
-    Gradients may turn out sparse, and a client may have put DTensors in the parameters' places since construction.
+    Gradients may turn out sparse, and parameters may have another dtype or be DTensors since construction, or new.
     For one update alone where a parameter has its first gradient when others of its group had theirs before: the
     resumed run, which knows no more of it, is to take the same kernel as this one.
     """
@@ -172,7 +172,7 @@ def leave_refused_kernels(stack: "Stack", copies: Copies) -> None:
         if not (lane.fused_by_default and entry.get("fused")):
             continue
         sparse = any(p.grad is not None and p.grad.is_sparse for p in entry["params"])
-        if sparse or refuses_shards(type(lane.base), taken_by_constructor(lane.base), entry["params"]):
+        if sparse or not serves(type(lane.base), taken_by_constructor(lane.base), entry["params"]):
             entry["fused"] = None
         elif stack.awaits_latecomers and _mixes(stack, lane, entry, copies):
             entry["fused"] = None
