@@ -36,7 +36,7 @@ def take_copies(stack: "Stack") -> Copies:
     copies: Copies = {}
     for entry in stack.param_groups:
         lane = stack.lane_of(entry)
-        _check_members(entry)
+        _check_members(stack, entry)
         of_template = entry["metaopt.template"]
         for p in entry["params"]:
             if p.grad is None:
@@ -52,9 +52,10 @@ def take_copies(stack: "Stack") -> Copies:
     return copies
 
 
-def _check_members(entry: Entry) -> None:
+def _check_members(stack: "Stack", entry: Entry) -> None:
+    """Refuse a group with other members than it was made with, and another number; names may be out of date."""
     names, members = entry.get("param_names"), entry["params"]
-    if names is not None and len(names) != len(members):
+    if names is not None and len(names) != len(members) and not all(map(stack.is_known, members)):
         raise StepError(
             f"a group of {len(names)} parameters ({', '.join(names[:3])}, ...) holds {len(members)} now: a client has "
             f"put others in their places. DeepSpeed's ZeRO does so: a rank gets a flat share, of which norms, shapes "

@@ -242,3 +242,18 @@ def test_a_step_without_gradients_for_one_part_updates_the_others() -> None:
     bias.grad = torch.ones_like(bias)
     opt.step()
     assert torch.equal(weight, before) and opt.updates == 1
+
+
+def test_a_new_group_that_says_its_part_needs_no_names_and_may_come_from_a_generator() -> None:
+    opt = metaopt.build(small_model(), SPEC)
+    head, tail = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False)
+    opt.add_param_group({"params": head.parameters(), "metaopt.part": "*"})
+    opt.add_param_group({"params": tail.named_parameters(prefix="tail")})
+    assert [len(entry["params"]) for entry in opt.param_groups[2:]] == [2, 1]
+    assert [entry["metaopt.part"] for entry in opt.param_groups[2:]] == ["*", "*.weight & matrix"]
+    for p in [*head.parameters(), *tail.parameters()]:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    assert "exp_avg" in opt.state[head.bias] and "momentum_buffer" in opt.state[tail.weight]
+    with pytest.raises(metaopt.ParameterError, match=r"metaopt\.part"):
+        opt.add_param_group({"params": torch.nn.Linear(2, 2).parameters()})
