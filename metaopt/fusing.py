@@ -46,7 +46,7 @@ def _computes_otherwise(
     """
     sixteen_bits = {(p.device, p.dtype) for p in params if p.element_size() == 2}
     settings = tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in given.items())
-    return any(not _agree(kind, settings, device, dtype) for device, dtype in sixteen_bits)
+    return any(not _agree(kind, settings, device, dtype) for device, dtype in sixteen_bits)  # type: ignore[arg-type]
 
 
 @cache  # asked anew whenever parameters may have changed
