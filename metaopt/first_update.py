@@ -73,8 +73,8 @@ def all_whole(stack: "Stack") -> bool:
             held = state.get(p)
             if held is None or any(key not in held for key in keys):
                 return False
-            # dropped by a wrapper, and without a gradient since
-            if lane.resets and (held.get(ANEW) or not any(lane.is_base_key(key) for key in held)):
+            # dropped by a wrapper or a reset, and without a gradient since
+            if held.get(ANEW) or (lane.resets and not any(lane.is_base_key(key) for key in held)):
                 return False
     return True
 
@@ -124,8 +124,10 @@ def store_copies(stack: "Stack", copies: Copies) -> None:
             continue  # neither base nor wrapper keeps anything: no state at all, as for the bare base
         held = stack.state[p]
         held.update(entries)
-        if lanes[p].resets:
+        if lanes[p].resets:  # all hold the mark, as a distributed checkpoint wants it
             held.setdefault(ANEW, 0.0)
+        else:
+            held.pop(ANEW, None)
         for key, _ in lanes[p].moment_slots:
             _store_moments(lanes[p], p, held, key)
 

@@ -244,6 +244,25 @@ def test_a_step_without_gradients_for_one_part_updates_the_others() -> None:
     assert torch.equal(weight, before) and opt.updates == 1
 
 
+def test_a_factor_of_gradients_that_were_not_there_does_not_reach_what_is_lent_in_their_place() -> None:
+    def end(spec: str, *, clip_each: bool) -> list[torch.Tensor]:
+        x, y = (torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2))
+        opt = metaopt.build([("x", x), ("y", y)], spec)
+        # y has no gradient when the window ends, at which x alone is clipped
+        for gradients in ((3.0, 4.0), (100.0, None)):
+            for p, g in zip((x, y), gradients, strict=True):
+                p.grad = None if g is None else torch.tensor([g], dtype=torch.float64)
+            if clip_each:
+                torch.nn.utils.clip_grad_norm_([x, y], 1.0)
+            opt.step()
+        return [x.detach(), y.detach()]
+
+    parts = "partition({'x': sgd(lr=1.0), 'y': sgd(lr=1.0)})"
+    found = end(f"clip_grad_norm(1.0) | accumulate(2) | {parts}", clip_each=False)
+    torch.testing.assert_close(found, end(f"accumulate(2) | {parts}", clip_each=True))
+    torch.testing.assert_close(found[1], torch.full_like(found[1], -0.4))
+
+
 def test_a_new_group_that_says_its_part_needs_no_names_and_may_come_from_a_generator() -> None:
     opt = metaopt.build(small_model(), SPEC)
     head, tail = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False)
