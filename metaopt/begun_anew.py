@@ -1,8 +1,8 @@
 """Parameters whose base begins anew: nothing of the base's is kept of them, but a checkpoint holds them whole (law 1).
 
-A wrapper, or `reset_state`, may drop the base's entries of a parameter, which then start lazily. A distributed checkpoint wants to find
-the same keys for every parameter, so what the base would make is filled in before a state dict is taken, and
-`state[p]["metaopt.anew"]` says 1: at the next update it is dropped again.
+A wrapper, or `reset_state`, may drop the base's entries of a parameter, which then start lazily. A distributed
+checkpoint wants to find the same keys for every parameter, so what the base would make is filled in before a state
+dict is taken, and `state[p]["metaopt.anew"]` says 1: at the next update it is dropped again.
 """
 
 from typing import TYPE_CHECKING, Any
