@@ -7,6 +7,7 @@ import torch
 
 from metaopt import composition
 from metaopt.dividing import Divided
+from metaopt.errors import ParameterError
 from metaopt.lanes import Entry
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ def complete(stack: "Stack") -> list[Entry]:
 
 def _listed(group: Entry) -> Entry:
     """Return a copy of a group with its members, which may come from a generator, in a list."""
+    if not isinstance(group, dict) or "params" not in group:
+        raise ParameterError(f"add_param_group: a group is a dict with the key 'params', not {group!r:.60}")
     members = group["params"]
     if isinstance(members, set):  # torch refuses it: its order is no order
         return dict(group)

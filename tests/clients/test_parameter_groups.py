@@ -370,3 +370,11 @@ def test_a_kernel_that_the_stack_chose_is_given_up_for_parameters_that_it_cannot
         first.grad, second.grad = torch.ones_like(first), torch.ones_like(second)
         opt.step()
     assert (second.detach().real < 1).all()
+
+
+@pytest.mark.parametrize("group", [{}, {"lr": 0.1}, [torch.nn.Parameter(torch.ones(1))], None])
+def test_what_is_no_group_is_refused_by_name(group: Any) -> None:
+    opt = metaopt.build(small_model(), SPEC)
+    with pytest.raises(metaopt.ParameterError, match="a dict with the key 'params'"):
+        opt.add_param_group(group)
+    assert len(opt.param_groups) == 1
