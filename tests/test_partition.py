@@ -81,6 +81,34 @@ def test_a_group_holds_its_own_part_s_hyperparameters_alone() -> None:
     assert (muon["lookahead.k"], adamw["lookahead.k"]) == (2, 3)
 
 
+@pytest.mark.parametrize(
+    ("patterns", "dealt"),
+    [
+        (["scalar", "vector", "matrix", "*"], {"gain": 0, "norm.weight": 1, "fc.weight": 2, "conv.weight": 3}),
+        (["*.weight & vector", "*"], {"gain": 1, "norm.weight": 0, "norm.bias": 1, "fc.weight": 1}),
+        (["*.weight", "matrix", "*"], {"gain": 2, "norm.weight": 0, "norm.bias": 2, "fc.weight": 0, "table": 1}),
+        (["fc.* & *.weight&matrix", "[!f]*"], {"gain": 1, "fc.weight": 0, "conv.weight": 1}),
+        (["*.Weight", "*"], None),  # capitals count
+    ],
+)
+def test_the_first_pattern_of_which_every_term_fits_takes_the_parameter(patterns, dealt) -> None:
+    shapes = {"gain": (), "norm.weight": (3,), "norm.bias": (3,), "fc.weight": (2, 3), "table": (4, 3)}
+    shapes["conv.weight"] = (2, 3, 1, 1)
+    used = list(shapes) if dealt is None else list(dealt)
+    named = [(name, torch.nn.Parameter(torch.ones(shapes[name]))) for name in used]
+    spec = "partition({" + ", ".join(f"{pattern!r}: sgd(lr=0.1)" for pattern in patterns) + "})"
+    if dealt is None:
+        with pytest.raises(metaopt.ParameterError, match="takes no parameter"):
+            metaopt.build(named, spec)
+        return
+    found = {
+        name: patterns.index(entry["metaopt.part"])
+        for entry in metaopt.build(named, spec).param_groups
+        for name in entry["param_names"]
+    }
+    assert found == dealt
+
+
 def test_the_text_of_a_partition_builds_it_again() -> None:
     model, twin = small_model(), small_model()
     opt = metaopt.build(model, SPEC)
