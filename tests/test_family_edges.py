@@ -170,6 +170,23 @@ def test_sam_s_gradient_is_the_second_one_alone_also_where_the_closure_clears_no
     assert loss.item() == 25.0
 
 
+def test_a_gradient_that_is_not_a_number_leads_sam_nowhere() -> None:
+    x, y = (torch.nn.Parameter(torch.tensor([3.0, 4.0])) for _ in range(2))
+    opt = metaopt.build([x, y], "sam(rho=0.5) | skip_nonfinite(2) | sgd(lr=0.1)")
+    evaluations = []
+
+    def closure() -> torch.Tensor:
+        # the first evaluation alone overflows, so there is no direction to climb in
+        evaluations.append(1)
+        x.grad = 2 * x.detach()
+        y.grad = torch.full_like(y, math.nan) if len(evaluations) == 1 else 2 * y.detach()
+        return torch.zeros(())
+
+    opt.step(closure)
+    assert opt.skipped == "gradients that are not finite" and opt.updates == 0
+    assert torch.equal(x.detach(), torch.tensor([3.0, 4.0])) and torch.equal(x, y)
+
+
 def test_grad_scaler_and_sam_refuse_each_other_with_the_reason() -> None:
     x = torch.nn.Parameter(torch.ones(2))
     opt = metaopt.build([x], "sam | sgd(lr=0.1)")
