@@ -67,3 +67,40 @@ def test_a_state_dict_taken_between_a_reset_and_the_next_gradient_is_whole_and_c
     assert [set(held) - {"metaopt.anew"} for held in run.opt.state_dict()["state"].values()] == keys
     run.steps(5, 9, saved=True)
     torch.testing.assert_close(run.params, after_a_reset(spec).params, rtol=0, atol=0)
+
+
+def start() -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((4, 3), (3,), ())]
+
+
+def fill(members: list[torch.nn.Parameter], step: int) -> None:
+    """Leave gradients that depend on the weights and on the step."""
+    for p in members:
+        p.grad = p.detach() + torch.sin(3 * p.detach() + step)
+
+
+def test_what_is_reset_begins_as_in_a_new_run_and_the_rest_goes_on() -> None:
+    spec = "adam(lr=linear(0.1, 0.2, steps=50)) | lookahead(k=7)"
+    opt = metaopt.build(members := start(), spec)
+    for step in range(10):
+        fill(members, step)
+        opt.step()
+    x = opt.param_groups[0]["params"][0]
+    slow = opt.state[x]["lookahead.slow"].clone()
+    opt.reset_state("moments")
+    assert {key for key in opt.state[x] if "metaopt." not in key} == {"lookahead.slow"} and torch.equal(
+        opt.state[x]["lookahead.slow"], slow
+    )
+    opt.reset_state("lookahead", "counters")
+    assert not opt.state and opt.updates == 0 and opt.param_groups[0]["lr"] == 0.1
+    weights = [p.detach().clone() for p in opt.param_groups[0]["params"]]
+    fresh = metaopt.build([torch.nn.Parameter(w) for w in weights], spec)
+    for step in range(9):
+        for stack in (opt, fresh):
+            fill(stack.param_groups[0]["params"], step)
+            stack.step()
+    for p, q in zip(opt.param_groups[0]["params"], fresh.param_groups[0]["params"], strict=True):
+        assert torch.equal(p, q)
+    with pytest.raises(metaopt.StepError, match="Did you mean moments"):
+        opt.reset_state("moment")
