@@ -29,8 +29,7 @@ def swapped(stack: "Stack", label: str | None) -> Iterator[None]:
     shown = stack.param_groups[0]["metaopt.swapped"]
     if shown and stack.inside_averaged:
         raise StepError(f"averaged() inside averaged({shown!r}): leave that one first")
-    if shown:  # as a checkpoint that was taken inside one brought it
-        _swap_back(stack, shown)
+    swap_back(stack)
     swap_in(stack, label)
     _mark(stack, label)
     _tell_shards(stack)
@@ -54,7 +53,7 @@ def before_step(stack: "Stack") -> None:
         return
     if stack.inside_averaged:
         raise StepError(f"step() inside averaged({label!r}): leave the context before the next update")
-    _swap_back(stack, label)
+    swap_back(stack)
 
 
 def before_gradients(stack: "Stack") -> None:
@@ -67,13 +66,16 @@ def before_gradients(stack: "Stack") -> None:
     if label and not stack.inside_averaged:
         members = tuple(local(p) for entry in stack.param_groups for p in entry["params"])
         with _unsafe_preserve_version_counter(members):
-            _swap_back(stack, label)
+            swap_back(stack)
 
 
-def _swap_back(stack: "Stack", label: str) -> None:
-    swap_out(stack, label)
-    _mark(stack, "")
-    _tell_shards(stack)
+def swap_back(stack: "Stack") -> None:
+    """Give the parameters the fast weights where a checkpoint that was taken inside `averaged()` has brought others."""
+    label = stack.param_groups[0].get("metaopt.swapped")
+    if label:
+        swap_out(stack, label)
+        _mark(stack, "")
+        _tell_shards(stack)
 
 
 def _choose(stack: "Stack", label: str | None) -> str:

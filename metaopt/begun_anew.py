@@ -1,8 +1,8 @@
 """Parameters whose base begins anew: nothing of the base's is kept of them, but a checkpoint holds them whole (law 1).
 
-A wrapper may drop the base's entries of a parameter, which then start lazily. A distributed checkpoint wants to find
-the same keys for every parameter, so what the base would make is filled in before a state dict is taken, and
-`state[p]["metaopt.anew"]` says 1: at the next update it is dropped again.
+A wrapper, or `reset_state`, may drop the base's entries of a parameter, which then start lazily. A distributed
+checkpoint wants to find the same keys for every parameter, so what the base would make is filled in before a state
+dict is taken, and `state[p]["metaopt.anew"]` says 1: at the next update it is dropped again.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -28,11 +28,9 @@ def fill_in(stack: "Stack") -> None:
     """Give every parameter whose base begins anew the entries that the base would make for it."""
     for entry in stack.param_groups:
         lane = stack.lane_of(entry)
-        if not lane.resets:
-            continue
         for p in entry["params"]:
             held = stack.state.get(p)
-            if held and not any(lane.is_base_key(key) for key in held):
+            if held and (lane.resets or held.get(ANEW)) and not any(lane.is_base_key(key) for key in held):
                 held.update({**stepped_once(lane, entry, p)[0], ANEW: 1.0})
                 stack.look_again()
 

@@ -1,7 +1,7 @@
 """What a stack may be made of: order, labels, and the entries that its groups must hold."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ RUN_FLAGS = frozenset({"foreach", "fused", "capturable", "differentiable"})
 
 def check(stack: "Stack") -> None:
     """Raise SpecError or HyperparameterError for parts that cannot work together."""
+    _check_order(stack.wrappers)
     for lane in stack.lanes:
         if lane.name and lane.needs_closure:
             raise SpecError(
@@ -37,6 +38,18 @@ def check(stack: "Stack") -> None:
             _check_evaluation(lane, wrapper)
         _check_moments(lane)
         _check_resets(stack, lane)
+
+
+def _check_order(wrappers: Sequence[Wrapper]) -> None:
+    """A wrapper that evaluates the loss does so before any other sees a gradient, so it cannot stand behind one."""
+    for position, wrapper in enumerate(wrappers):
+        earlier = [
+            w.label for w in wrappers[:position] if "around" not in w.acts_on() and "on_gradients" in w.acts_on()
+        ]
+        if "around" in wrapper.acts_on() and earlier:
+            raise SpecError(
+                f"{wrapper.label} makes the gradients that {earlier[0]} works on: write it before {earlier[0]}"
+            )
 
 
 def _check_base(base: torch.optim.Optimizer) -> None:

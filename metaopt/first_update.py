@@ -11,7 +11,7 @@ import torch
 
 from metaopt.begun_anew import of_wrappers
 from metaopt.errors import StepError
-from metaopt.fusing import refuses_shards
+from metaopt.fusing import serves
 from metaopt.lanes import ANEW, Entry, Lane
 from metaopt.views import is_moment
 from metaopt.wrapper import Slot
@@ -36,7 +36,7 @@ def take_copies(stack: "Stack") -> Copies:
     copies: Copies = {}
     for entry in stack.param_groups:
         lane = stack.lane_of(entry)
-        _check_members(entry)
+        _check_members(stack, entry)
         of_template = entry["metaopt.template"]
         for p in entry["params"]:
             if p.grad is None:
@@ -52,9 +52,10 @@ def take_copies(stack: "Stack") -> Copies:
     return copies
 
 
-def _check_members(entry: Entry) -> None:
+def _check_members(stack: "Stack", entry: Entry) -> None:
+    """Refuse a group with other members than it was made with, and another number; names may be out of date."""
     names, members = entry.get("param_names"), entry["params"]
-    if names is not None and len(names) != len(members):
+    if names is not None and len(names) != len(members) and not all(map(stack.is_known, members)):
         raise StepError(
             f"a group of {len(names)} parameters ({', '.join(names[:3])}, ...) holds {len(members)} now: a client has "
             f"put others in their places. DeepSpeed's ZeRO does so: a rank gets a flat share, of which norms, shapes "
@@ -72,8 +73,8 @@ def all_whole(stack: "Stack") -> bool:
             held = state.get(p)
             if held is None or any(key not in held for key in keys):
                 return False
-            # dropped by a wrapper, and without a gradient since
-            if lane.resets and (held.get(ANEW) or not any(lane.is_base_key(key) for key in held)):
+            # dropped by a wrapper or a reset, and without a gradient since
+            if held.get(ANEW) or (lane.resets and not any(lane.is_base_key(key) for key in held)):
                 return False
     return True
 
@@ -123,8 +124,10 @@ def store_copies(stack: "Stack", copies: Copies) -> None:
             continue  # neither base nor wrapper keeps anything: no state at all, as for the bare base
         held = stack.state[p]
         held.update(entries)
-        if lanes[p].resets:
+        if lanes[p].resets:  # all hold the mark, as a distributed checkpoint wants it
             held.setdefault(ANEW, 0.0)
+        else:
+            held.pop(ANEW, None)
         for key, _ in lanes[p].moment_slots:
             _store_moments(lanes[p], p, held, key)
 
@@ -160,9 +163,9 @@ def _store_moments(lane: Lane, p: torch.Tensor, held: dict[str, Any], key: str) 
 
 
 def leave_refused_kernels(stack: "Stack", copies: Copies) -> None:
-    """Turn the fused kernel off for groups whose tensors it refuses, where it was our choice.
+    """Turn the fused kernel off for groups whose tensors it cannot update, where it was our choice.
 
-    Gradients may turn out sparse, and a client may have put DTensors in the parameters' places since construction.
+    Gradients may turn out sparse, and parameters may have another dtype or be DTensors since construction, or new.
     For one update alone where a parameter has its first gradient when others of its group had theirs before: the
     resumed run, which knows no more of it, is to take the same kernel as this one.
     """
@@ -172,7 +175,7 @@ def leave_refused_kernels(stack: "Stack", copies: Copies) -> None:
         if not (lane.fused_by_default and entry.get("fused")):
             continue
         sparse = any(p.grad is not None and p.grad.is_sparse for p in entry["params"])
-        if sparse or refuses_shards(type(lane.base), taken_by_constructor(lane.base), entry["params"]):
+        if sparse or not serves(type(lane.base), taken_by_constructor(lane.base), entry["params"]):
             entry["fused"] = None
         elif stack.awaits_latecomers and _mixes(stack, lane, entry, copies):
             entry["fused"] = None

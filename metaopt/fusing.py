@@ -1,13 +1,24 @@
 """Which fused kernels torch can run, and runs rightly: found by trying them on a few elements."""
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 
-def refuses_shards(kind: type[torch.optim.Optimizer], given: Mapping[str, Any], params: Iterable[torch.Tensor]) -> bool:
+def serves(kind: type[torch.optim.Optimizer], given: Mapping[str, Any], params: Sequence[torch.Tensor]) -> bool:
+    """Tell whether `kind(..., fused=True)` updates all of these parameters, and rightly."""
+    devices = _get_fused_kernels_supported_devices()
+    possible = all(p.device.type in devices and p.is_floating_point() and not p.is_sparse for p in params)
+    return possible and not _refuses_shards(kind, given, params) and not _computes_otherwise(kind, given, params)
+
+
+def _refuses_shards(
+    kind: type[torch.optim.Optimizer], given: Mapping[str, Any], params: Sequence[torch.Tensor]
+) -> bool:
     """Tell whether `kind(..., fused=True)` cannot step over the DTensors among `params`: torch has no rule for it.
 
     Found by trying on one element, without communication. False where there is no DTensor.
@@ -26,19 +37,21 @@ def refuses_shards(kind: type[torch.optim.Optimizer], given: Mapping[str, Any], 
     return False
 
 
-def computes_otherwise(
-    kind: type[torch.optim.Optimizer], given: Mapping[str, Any], params: Iterable[torch.Tensor]
+def _computes_otherwise(
+    kind: type[torch.optim.Optimizer], given: Mapping[str, Any], params: Sequence[torch.Tensor]
 ) -> bool:
     """Tell whether `kind(..., fused=True)` moves 16-bit parameters elsewhere than the plain loop does.
 
     The fused SGD of torch 2.13 on a CPU leaves whole vectors of them unmoved (pytorch#191763).
     """
     sixteen_bits = {(p.device, p.dtype) for p in params if p.element_size() == 2}
-    return any(not _agree(kind, given, device, dtype) for device, dtype in sixteen_bits)
+    settings = tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in given.items())
+    return any(not _agree(kind, settings, device, dtype) for device, dtype in sixteen_bits)  # type: ignore[arg-type]
 
 
+@cache  # asked anew whenever parameters may have changed
 def _agree(
-    kind: type[torch.optim.Optimizer], given: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+    kind: type[torch.optim.Optimizer], settings: tuple[tuple[str, Any], ...], device: torch.device, dtype: torch.dtype
 ) -> bool:
     # whole vectors and a remainder, whatever the processor's vectors hold
     gradient = torch.linspace(-1.0, 1.0, 130, device=device).to(dtype)
@@ -47,7 +60,7 @@ def _agree(
         probe = torch.ones_like(gradient).requires_grad_()
         probe.grad = gradient.clone()
         # a warm-up begins at 0, where nothing would show
-        kind([probe], **{**given, "lr": 0.1, "fused": fused}).step()
+        kind([probe], **{**dict(settings), "lr": 0.1, "fused": fused}).step()
         ends.append(probe.detach().float())
     found, expected = ends
     return torch.allclose(found, expected, rtol=0.05, atol=0.02)

@@ -8,7 +8,7 @@ import torch
 from metaopt.composition import NO_DECAY, RUN_FLAGS, check_labels
 from metaopt.dividing import Divided, Division
 from metaopt.errors import HyperparameterError, ParameterError, SpecError, did_you_mean
-from metaopt.fusing import computes_otherwise, refuses_shards
+from metaopt.fusing import serves
 from metaopt.grouping import Group
 from metaopt.lanes import Lane
 from metaopt.schedule import Schedule
@@ -149,20 +149,11 @@ def _fuse(groups: list[Group], base: Part, given: dict[str, Any]) -> bool:
     chosen = RUN_FLAGS & (given.keys() | {key for group in groups for key in group})
     if chosen or any(isinstance(value, torch.Tensor) for value in given.values()):
         return False
-    if not all(_fusible(p) for group in groups for p in group["params"]):
-        return False
     try:
         base.target([torch.zeros(1, requires_grad=True)], **given, fused=True)
     except Exception:  # this class, or this choice of hyperparameters, has no fused kernel
         return False
-    members = [p for group in groups for p in group["params"]]
-    if refuses_shards(base.target, given, members) or computes_otherwise(base.target, given, members):
+    if not serves(base.target, given, [p for group in groups for p in group["params"]]):
         return False
     given["fused"] = True
     return True
-
-
-def _fusible(p: torch.Tensor) -> bool:
-    from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
-
-    return p.device.type in _get_fused_kernels_supported_devices() and p.is_floating_point() and not p.is_sparse

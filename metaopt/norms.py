@@ -12,6 +12,8 @@ def total_norm(tensors: list[torch.Tensor], norm_type: float = 2.0) -> torch.Ten
 
     |g| = (sum_i |g_i|^p)^(1/p), with one reduction for each device mesh; tensors that are no DTensors count once.
     """
+    if math.isinf(norm_type):  # which has no value over no elements
+        tensors = [tensor for tensor in tensors if tensor.numel()]
     plain: list[torch.Tensor] = []
     # tensors of one mesh that are split over the same of its dimensions are reduced together
     meshes: dict[tuple[Any, tuple[bool, ...]], list[Any]] = {}
@@ -36,7 +38,7 @@ def _norm_here(tensors: list[torch.Tensor], p: float) -> torch.Tensor:
     first = tensors[0] if tensors else None
     if first is None or any(t.dtype != first.dtype or t.device != first.device for t in tensors):
         return torch.nn.utils.get_total_norm(tensors, p)
-    if p == math.inf and first.device.type == "cpu" and first.is_floating_point() and all(t.numel() for t in tensors):
+    if p == math.inf and first.device.type == "cpu" and first.is_floating_point():
         # the same number as torch's own infinity norm, in a ninth of its time on a processor
         extremes = [extreme for tensor in tensors for extreme in torch.aminmax(tensor)]
         return torch.stack(extremes).abs().amax()

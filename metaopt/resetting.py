@@ -2,7 +2,11 @@
 
 from typing import TYPE_CHECKING
 
+import torch
+
+from metaopt.averaging import swap_back
 from metaopt.errors import StepError, did_you_mean
+from metaopt.lanes import ANEW, Lane
 
 if TYPE_CHECKING:
     from metaopt.stack import Stack
@@ -26,20 +30,26 @@ def reset(stack: "Stack", names: tuple[str, ...]) -> None:
         )
     if stack.inside_averaged:
         raise StepError("reset_state() inside averaged(): leave the context first, the weights are an average now")
+    swap_back(stack)  # an average may hold the fast weights now
     chosen = set(names or WORDS)
     for entry in stack.param_groups:
         lane = stack.lane_of(entry)
         gone = {label for label in lane.labelled if "averages" in chosen or label in chosen}
         for p in entry["params"]:
-            held = stack.state.get(p, {})
-            for key in list(held):
-                of_base = lane.is_base_key(key)
-                if ("moments" in chosen) if of_base else (key.split(".")[0] in gone):
-                    del held[key]
-            if not held:
-                stack.state.pop(p, None)
+            _forget(stack, lane, p, gone, moments="moments" in chosen)
         for key in lane.counter_keys:
             if "counters" in chosen or key.split(".")[0] in gone:
                 entry[key] = 0
         if "counters" in chosen:
             entry["metaopt.updates"] = 0
+
+
+def _forget(stack: "Stack", lane: Lane, p: torch.Tensor, labels: set[str], *, moments: bool) -> None:
+    held = stack.state.get(p, {})
+    of_base = [key for key in held if lane.is_base_key(key)]
+    for key in [key for key in held if key.split(".")[0] in labels] + (of_base if moments else []):
+        del held[key]
+    if moments and of_base:
+        held[ANEW] = 1.0
+    if not held.keys() - {ANEW}:
+        stack.state.pop(p, None)

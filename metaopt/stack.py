@@ -1,5 +1,6 @@
 """Stack: a base optimizer with wrappers around it, itself a `torch.optim.Optimizer`."""
 
+import weakref
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +8,17 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from metaopt import averaging, begun_anew, compiling, composition, first_update, loading, resetting, updating
+from metaopt import (
+    averaging,
+    begun_anew,
+    compiling,
+    composition,
+    first_update,
+    later_groups,
+    loading,
+    resetting,
+    updating,
+)
 from metaopt.dividing import Divided, step_bases
 from metaopt.errors import StepError
 from metaopt.fusing import refuses_latecomers
@@ -60,6 +71,7 @@ class Stack(torch.optim.Optimizer):
         for position, entry in enumerate(self.param_groups):
             composition.check_group(self, entry, position, built=True)
             composition.complete(self, entry)
+        self._know_members(self.param_groups)
         self._fix_timetables()
 
     # ---- structure that never changes after construction
@@ -89,6 +101,7 @@ class Stack(torch.optim.Optimizer):
         self.lifted: first_update.Copies = {}
         self.moved: dict[int, list[torch.Tensor]] = {}
         self.unfused: list[Entry] = []
+        self._known: dict[int, weakref.ref[torch.Tensor]] = {}
         self.look_again()
 
     def look_again(self) -> None:
@@ -109,20 +122,20 @@ class Stack(torch.optim.Optimizer):
         groups, (known, number) = self.base.param_groups, self.settled_groups
         if groups is known and len(groups) == number:
             return
-        incomplete = [entry for entry in groups if "metaopt.updates" not in entry]
-        count = next((entry["metaopt.updates"] for entry in groups if "metaopt.updates" in entry), 0)
-        for position, entry in enumerate(groups):
-            if "metaopt.updates" in entry:
-                continue
-            if isinstance(self.base, Divided):
-                entry["metaopt.part"] = self.base.lane_for(entry).name
-            composition.check_group(self, entry, position, built=True)
-            entry["metaopt.updates"] = count
-            composition.complete(self, entry)
-        if incomplete or len(groups) != len(self.timetables):
+        completed = later_groups.complete(self)
+        self._know_members(completed)
+        if completed or len(groups) != len(self.timetables):
             self._fix_timetables()
         self.look_again()
         self.settled_groups = groups, len(groups)
+
+    def _know_members(self, entries: Sequence[Entry]) -> None:
+        self._known.update((id(p), weakref.ref(p)) for entry in entries for p in entry["params"])
+
+    def is_known(self, p: torch.Tensor) -> bool:
+        """Tell whether a group was made with this parameter: a client may put others in their places."""
+        known = self._known.get(id(p))
+        return known is not None and known() is p
 
     def lane_of(self, entry: Entry) -> Lane:
         """Return the lane that a group belongs to."""
@@ -288,16 +301,8 @@ class Stack(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does; wrapper hyperparameters may stand in it under their labelled keys."""
-        group = dict(param_group)
-        if isinstance(self.base, Divided):
-            group["metaopt.part"] = self.base.lane_for(group).name
-        composition.check_group(self, group, len(self.param_groups))
-        before = set(self.state)
-        self.base.add_param_group(group)
-        for p in [p for p in self.state if p not in before]:
-            self.set_aside[p] = self.state.pop(p)
-        group["metaopt.updates"] = self.param_groups[0]["metaopt.updates"]
-        composition.complete(self, group)
+        later_groups.add(self, param_group)
+        self._know_members(self.param_groups[-1:])
         self._fix_timetables()
         self.look_again()
 
@@ -337,6 +342,7 @@ class Stack(torch.optim.Optimizer):
         self.metrics_of_run = Metrics()
         self._settle_structure()
         self._patch_step_function()
+        self._know_members(self.param_groups)
         self._fix_timetables()
 
     def __repr__(self) -> str:
@@ -356,6 +362,7 @@ _DERIVED = frozenset(
         "_traced_step",
         "timetables",
         "settled_groups",
+        "_known",
         *HOOKS,
     ]
 )

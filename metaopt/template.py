@@ -6,7 +6,7 @@ Distributed checkpoint makes one, and the engine does for wrappers that need sta
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -31,8 +31,11 @@ def is_template_step(stack: "Stack") -> bool:
     return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
 
 
-def make_state(stack: "Stack") -> None:
-    """Let the base and the wrappers make their state; counters, schedules and parameters stay as they are."""
+def make_state(stack: "Stack", mark: Literal["asked", "made"]) -> None:
+    """Let the base and the wrappers make their state; counters, schedules and parameters stay as they are.
+
+    It stands in the groups whether a client has asked for it, with nothing gathered yet, or a wrapper has needed it.
+    """
     known = [set(entry) for entry in stack.param_groups]
     copies = first_update.take_copies(stack)
     with _undone(stack):
@@ -47,7 +50,13 @@ def make_state(stack: "Stack") -> None:
             raise
     # entries that the base added stay until the first update: a flattened checkpoint is read by the keys of the groups
     for entry, before in zip(stack.param_groups, known, strict=True):
-        entry["metaopt.template"] = " ".join(["made", *(key for key in entry if key not in before)])
+        added = [*_added(entry), *(key for key in entry if key not in before)]
+        entry["metaopt.template"] = " ".join([mark, *added])
+
+
+def _added(entry: dict[str, Any]) -> list[str]:
+    """Return the entries that the base has added to a group in template steps."""
+    return str(entry["metaopt.template"]).split()[1:]
 
 
 @contextmanager
@@ -79,6 +88,9 @@ def _undone(stack: "Stack") -> Iterator[None]:
 
 def make_early_state(stack: "Stack") -> None:
     """Give parameters with a gradient the state that a wrapper needs before the base's first update of them."""
+    if any(entry["metaopt.template"].startswith("asked") for entry in stack.param_groups):
+        # made for all parameters, also for those that never have a gradient
+        leave(stack, keep_early=False)
     lacking = [
         p
         for entry in stack.param_groups
@@ -108,7 +120,7 @@ def make_early_state(stack: "Stack") -> None:
         for entry in stack.param_groups:
             if "lr" in entry:
                 entry["lr"] = torch.zeros_like(entry["lr"]) if isinstance(entry["lr"], torch.Tensor) else 0.0
-        make_state(stack)
+        make_state(stack, "made")
     finally:
         for p, gradient in zip(members, gradients, strict=True):
             p.grad = gradient
@@ -117,18 +129,18 @@ def make_early_state(stack: "Stack") -> None:
                 entry["lr"] = rate
 
 
-def leave(stack: "Stack") -> None:
+def leave(stack: "Stack", *, keep_early: bool = True) -> None:
     """Before a real update: forget what a template step left, so that the base starts as if it had never stepped.
 
-    What a wrapper has gathered since stays: its early state.
+    What a wrapper has gathered since stays, its early state, unless nothing was.
     """
     for entry in stack.param_groups:
         if not entry["metaopt.template"]:
             continue
-        for added in entry["metaopt.template"].split()[1:]:
+        for added in _added(entry):
             entry.pop(added, None)
         entry["metaopt.template"] = ""
-        early = stack.lane_of(entry).early_keys
+        early = stack.lane_of(entry).early_keys if keep_early else frozenset()
         for p in entry["params"]:
             held = {key: value for key, value in stack.state.pop(p, {}).items() if key in early}
             if held:

@@ -49,7 +49,7 @@ def begin(stack: "Stack", closure: Closure | None) -> tuple[Any, Evaluation | No
     if first["metaopt.swapped"]:
         averaging.before_step(stack)
     if not stack.base.state and closure is None and template.is_template_step(stack):
-        template.make_state(stack)
+        template.make_state(stack, "asked")
         return None, None, False
     if stack.scheduled:
         for timetable, entry in zip(stack.timetables, groups, strict=True):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metaopt.errors import StepError
-from metaopt.lanes import Lane
+from metaopt.lanes import ANEW, Lane
 from metaopt.scaling import apply_scale
 from metaopt.shards import all_local, dense, is_plain, local, mean_over_shards, norm_over_shards
 from metaopt.wrapper import Group, Reduce, Wrapper
@@ -124,7 +124,7 @@ class Piece(Group):
     @property
     def base_moments(self) -> dict[str, list[torch.Tensor]]:
         state, first = self._stack.state, self.owners[0]
-        keys = [k for k, v in state[first].items() if self._lane.is_base_key(k) and is_moment(v, k, first)]
+        keys = [k for k in _base_keys(self._lane, state[first]) if is_moment(state[first][k], k, first)]
         return {key: [local(state[p][key]) for p in self.owners] for key in keys}
 
     def norms(self, tensors: list[torch.Tensor], *, rows: bool = False) -> list[torch.Tensor]:
@@ -134,6 +134,7 @@ class Piece(Group):
         return [mean_over_shards(t, owner, rows=rows) for t, owner in zip(tensors, self.owners, strict=True)]
 
     def lend(self, gradients: list[torch.Tensor]) -> None:
+        apply_scale(self._stack, self._lane)  # meant for the gradients that these take the place of
         for owner, lent in zip(self.owners, gradients, strict=True):
             owner.grad = _like(owner, lent)
             self._stack.borrowers.append(owner)
@@ -185,6 +186,11 @@ def _like(owner: torch.Tensor, lent: torch.Tensor) -> torch.Tensor:
     return wrapped
 
 
+def _base_keys(lane: Lane, held: dict[str, Any]) -> list[str]:
+    """Return the keys of what the base keeps: nothing where its entries are fillings alone."""
+    return [] if held.get(ANEW) else [key for key in held if lane.is_base_key(key)]
+
+
 def pieces(stack: "Stack", entry: Entry, wrapper: Wrapper, owners: list[torch.Tensor]) -> list[Piece]:
     """Split parameters by device, dtype and the moments that the base keeps of them; none of the pieces is empty."""
     if not owners:
@@ -192,7 +198,7 @@ def pieces(stack: "Stack", entry: Entry, wrapper: Wrapper, owners: list[torch.Te
     lane = stack.lane_of(entry)
     kinds: list[Any] = [(owner.dtype, owner.device) for owner in owners]
     if lane.seat(wrapper).per_moment:
-        moments = [tuple(key for key in stack.base.state[owner] if lane.is_base_key(key)) for owner in owners]
+        moments = [tuple(_base_keys(lane, stack.base.state[owner])) for owner in owners]
         kinds = list(zip(kinds, moments, strict=True))
     if len(set(kinds)) == 1:
         return [Piece(stack, entry, wrapper, owners)]
@@ -229,11 +235,11 @@ def _cut(piece: Piece, most: int, *, rows: bool = False) -> list[Piece]:
     if sum(p.numel() for p in piece.params) <= most:
         return [piece]
     cut: list[tuple[list[int], list[Span]]] = []
-    filled = most
+    filled = 0
     for i, (owner, tensor) in enumerate(zip(piece.owners, piece.params, strict=True)):
         whole = rows and (tensor.dim() < 2 or not is_plain(owner))
         for span, size in [(None, tensor.numel())] if whole else _spans(tensor, most):
-            if filled + size > most:
+            if not cut or filled + size > most:
                 cut.append(([], []))
                 filled = 0
             cut[-1][0].append(i)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from small_runs import assert_same
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import metaopt
 
@@ -42,6 +43,28 @@ def mean_gradients(spec: str, patterns: Sequence[tuple[bool, ...]], window: int)
     return [p.detach() for p in params]
 
 
+@pytest.mark.parametrize("through", ["the step", "its checkpoint"])
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("base", ["sgd(lr=0.1, weight_decay=0.1)", "adamw(lr=0.1)"])
+def test_a_template_step_gathers_nothing_for_a_parameter_that_never_has_a_gradient(
+    base: str, steps: int, through: str
+) -> None:
+    spec = f"accumulate({steps}) | {base} | lookahead(k=2)"
+    used, unused = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    opt = metaopt.build([used, unused], spec)
+    get_optimizer_state_dict(torch.nn.ParameterList([used, unused]), opt)
+    assert opt.state and opt.updates == 0
+    if through == "its checkpoint":
+        saved = copy.deepcopy(opt.state_dict())
+        opt = metaopt.build([used, unused], spec)
+        opt.load_state_dict(saved)
+    for _ in range(3 * steps):
+        used.grad = torch.ones(2)
+        opt.step()
+    assert opt.updates == 3 and unused not in opt.state
+    assert torch.equal(unused.detach(), torch.ones(2))
+
+
 PATTERNS = {
     "one, then the other": [(True, False), (False, True)] * 4,
     "the second from the second window on": [(True, False)] * 2 + [(False, True), (True, False)] * 3,
@@ -65,3 +88,21 @@ def test_accumulation_is_the_mean_whichever_parameter_has_a_gradient_when(
 def test_what_was_gathered_survives_a_checkpoint_at_every_step(base: str, patterns: list[tuple[bool, ...]]) -> None:
     spec = f"accumulate(2) | {base} | lookahead(k=2)"
     assert_same(run(spec, patterns, through_checkpoints=True), run(spec, patterns))
+
+
+def test_what_a_base_counts_in_its_groups_begins_at_the_first_update_whenever_the_gradients_came() -> None:
+    class Counting(torch.optim.SGD):
+        """SGD that counts its steps in its groups, from the first one on."""
+
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["steps"] = group.get("steps", 0) + 1
+            return super().step(closure)
+
+    first, second = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    opt = metaopt.wrap(Counting([first, second], lr=0.1), "accumulate(2)")
+    for window in range(1, 3):
+        for p in (first, second):  # each has its first gradient in another step
+            p.grad = torch.ones(2)
+            opt.step()
+        assert opt.param_groups[0]["steps"] == opt.updates == window

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import metaopt
 
@@ -189,12 +190,25 @@ def test_an_update_from_gradients_that_are_not_finite_is_skipped_and_counted() -
         opt.step()
 
 
-def test_a_large_finite_gradient_is_no_reason_to_skip() -> None:
-    x = torch.nn.Parameter(torch.ones(2))
-    opt = metaopt.build([x], "skip_nonfinite(1) | sgd(lr=1e-38)")
-    x.grad = torch.full((2,), 3e38)  # its 2-norm overflows
-    opt.step()
-    assert opt.updates == 1
+def test_the_decision_to_skip_waits_for_one_number_per_update() -> None:
+    class Reads(TorchDispatchMode):
+        """Counts the values that the host reads from tensors."""
+
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    members = [torch.nn.Parameter(w) for w in start()]
+    opt = metaopt.build([{"params": members[:2]}, {"params": members[2:]}], "skip_nonfinite(3) | sgd(lr=0.1)")
+    for bad in (1.0, math.nan, 1.0):
+        for p in members:
+            p.grad = torch.full_like(p, bad)
+        with Reads() as reads:
+            opt.step()
+        assert reads.count == 1
+    assert opt.updates == 2
 
 
 @pytest.mark.parametrize("base", ["sgd(lr=0.1, momentum=0.9, {})", "adam(lr=0.1, {})", "rmsprop(lr=0.1, {})"])
@@ -238,10 +252,19 @@ def test_outer_steps_along_the_way_of_k_updates(momentum: float, nesterov: bool)
 
 
 def test_outer_without_momentum_is_lookahead() -> None:
-    plain = run("adam(lr=0.1) | lookahead(k=5, alpha=0.7)")[0]
-    outer = run("adam(lr=0.1) | outer(k=5, lr=0.7, momentum=0)")[0]
-    for a, b in zip(plain[-1], outer[-1], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
+    # gradients that do not depend on the weights: a loss would enlarge what the last digits differ in
+    gradients = [[g.clone() for g in gradient(start(), step)] for step in range(STEPS)]
+    members = [[torch.nn.Parameter(w) for w in start()] for _ in range(2)]
+    specs = ("adam(lr=0.1) | lookahead(k=5, alpha=0.7)", "adam(lr=0.1) | outer(k=5, lr=0.7, momentum=0)")
+    opts = [metaopt.build(own, spec) for own, spec in zip(members, specs, strict=True)]
+    for given in gradients:
+        for own, opt in zip(members, opts, strict=True):
+            for p, g in zip(own, given, strict=True):
+                p.grad = g.clone()
+            opt.step()
+        ours, theirs = (torch.cat([p.detach().flatten() for p in own]) for own in members)
+        assert (ours - theirs).norm() <= 1e-14 * theirs.norm()
+    assert not torch.equal(members[0][0], start()[0])
 
 
 @pytest.mark.parametrize("warmup", [False, True])
@@ -260,12 +283,13 @@ def test_the_average_follows_the_weights_from_where_training_starts(warmup: bool
 def test_several_averages_are_chosen_by_label() -> None:
     _, opt = run("adam(lr=0.1) | ema(0.9, label='short') | ema(0.99, label='long')")
     x = opt.param_groups[0]["params"][0]
-    shown = []
-    for label in ("short", "long"):
+    fast = x.detach().clone()
+    averages = {label: opt.state[x][f"{label}.average"].clone() for label in ("short", "long")}
+    assert not torch.equal(*averages.values())
+    for label, average in averages.items():
         with opt.averaged(label):
-            shown.append(x.detach().clone())
-            assert torch.equal(opt.state[x][f"{label}.average"], opt.state[x][f"{label}.average"])
-    assert not torch.equal(*shown)
+            assert torch.equal(x, average)
+        assert torch.equal(x, fast)
     with pytest.raises(metaopt.StepError, match="short, long"), opt.averaged():
         pass
 
@@ -290,101 +314,15 @@ def test_cautious_masks_what_goes_up_the_gradient_and_makes_up_for_it(base: str)
     same(run(f"{base} | cautious")[0], expected)
 
 
-def test_sam_without_a_closure_says_what_it_needs() -> None:
-    x = torch.nn.Parameter(torch.ones(2))
-    opt = metaopt.build([x], "sam | sgd(lr=0.1)")
-    x.grad = torch.ones(2)
-    with pytest.raises(metaopt.StepError, match=r"step\(closure\)"):
-        opt.step()
-
-
-def test_the_weights_come_back_when_the_second_evaluation_raises() -> None:
-    x = torch.nn.Parameter(torch.ones(2))
-    opt = metaopt.build([x], "sam | sgd(lr=0.1)")
-    calls = []
-
-    def closure() -> torch.Tensor:
-        calls.append(x.detach().clone())
-        if len(calls) == 2:
-            raise ValueError("out of data")
-        x.grad = torch.ones(2)
-        return torch.zeros(())
-
-    with pytest.raises(ValueError, match="out of data"):
-        opt.step(closure)
-    assert not torch.equal(calls[0], calls[1])
-    assert torch.equal(x, calls[0])
-    assert opt.updates == 0
-
-
-@pytest.mark.parametrize("part", ["sam", "accumulate(2)", "skip_nonfinite(3)"])
-def test_a_base_that_evaluates_by_itself_is_refused_with_the_reason(part: str) -> None:
-    with pytest.raises(metaopt.SpecError, match="do not go together"):
-        metaopt.build([torch.nn.Parameter(torch.ones(2))], f"{part} | lbfgs")
-
-
-def test_cautious_over_a_base_that_evaluates_by_itself_is_refused() -> None:
-    with pytest.raises(metaopt.SpecError, match="do not go together"):
-        metaopt.build([torch.nn.Parameter(torch.ones(2))], "lbfgs | cautious")
-
-
 def test_sam_clips_and_looks_ahead_like_any_other() -> None:
-    path, opt = run("sam | clip_grad_norm(0.5) | adamw(lr=0.1) | lookahead(k=3)")
-    assert opt.updates == STEPS and all(torch.isfinite(w).all() for w in path[-1])
-
-
-def test_a_group_cannot_set_apart_what_acts_on_all_groups() -> None:
-    x, y = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
-    groups = [{"params": [x], "clip_grad_norm.max_norm": 2.0}, {"params": [y]}]
-    with pytest.raises(metaopt.HyperparameterError, match="acts on all groups"):
-        metaopt.build(groups, "clip_grad_norm(1.0) | sgd(lr=0.1)")
-
-
-@pytest.mark.parametrize(
-    ("spec", "expected"),
-    [("adam(lr=1e-2) | outer(k=10, lr=0.7, momentum=0.9)", (0.982045850918885, 0.9642838511845989))],
-)
-def test_rosenbrock_ends_where_the_outer_rule_leads(spec: str, expected: tuple[float, float]) -> None:
-    x = torch.nn.Parameter(torch.tensor([-0.5, 0.5], dtype=torch.float64))
-    opt = metaopt.build([x], spec)
-    for _ in range(500):
-        a, b = x.detach()
-        x.grad = torch.stack([-2 * (1 - a) - 400 * a * (b - a**2), 200 * (b - a**2)])
-        opt.step()
-    assert x.detach().tolist() == pytest.approx(expected, abs=1e-9)
-
-
-def test_what_is_reset_begins_as_in_a_new_run_and_the_rest_goes_on() -> None:
-    spec = "adam(lr=linear(0.1, 0.2, steps=50)) | lookahead(k=7)"
-    opt = run(spec, steps=10)[1]
-    x = opt.param_groups[0]["params"][0]
-    slow = opt.state[x]["lookahead.slow"].clone()
-    opt.reset_state("moments")
-    assert set(opt.state[x]) == {"lookahead.slow"} and torch.equal(opt.state[x]["lookahead.slow"], slow)
-    opt.reset_state("lookahead", "counters")
-    assert not opt.state and opt.updates == 0 and opt.param_groups[0]["lr"] == 0.1
-    weights = [p.detach().clone() for p in opt.param_groups[0]["params"]]
-    fresh = metaopt.build([torch.nn.Parameter(w) for w in weights], spec)
-    for step in range(9):
-        for stack in (opt, fresh):
-            members = stack.param_groups[0]["params"]
-            for p, g in zip(members, gradient([p.detach() for p in members], step), strict=True):
-                p.grad = g
-            stack.step()
-    for p, q in zip(opt.param_groups[0]["params"], fresh.param_groups[0]["params"], strict=True):
-        assert torch.equal(p, q)
-    with pytest.raises(metaopt.StepError, match="Did you mean moments"):
-        opt.reset_state("moment")
-
-
-def test_cautious_over_a_base_that_takes_gradients_away_says_so() -> None:
-    class Taking(torch.optim.SGD):
-        def step(self, closure=None):
-            super().step(closure)
-            self.zero_grad()
-
-    x = torch.nn.Parameter(torch.ones(2))
-    opt = metaopt.build([x], [Taking, metaopt.cautious()])
-    x.grad = torch.ones(2)
-    with pytest.raises(metaopt.StepError, match="takes them away"):
-        opt.step()
+    weights, slow, expected = start(), start(), []
+    for step in range(1, STEPS + 1):
+        g = gradient(weights, step - 1)
+        g = gradient([w + 0.1 * x / norm(g) for w, x in zip(weights, g, strict=True)], step - 1)
+        factor = min(1.0, 0.5 / (float(norm(g)) + 1e-6))
+        weights = [w - 0.1 * factor * x for w, x in zip(weights, g, strict=True)]
+        if step % 3 == 0:
+            slow = [s + 0.5 * (w - s) for s, w in zip(slow, weights, strict=True)]
+            weights = list(slow)
+        expected.append(weights)
+    same(run("sam(rho=0.1) | clip_grad_norm(0.5) | sgd(lr=0.1) | lookahead(k=3)")[0], expected)

@@ -170,6 +170,23 @@ def test_sam_s_gradient_is_the_second_one_alone_also_where_the_closure_clears_no
     assert loss.item() == 25.0
 
 
+def test_a_gradient_that_is_not_a_number_leads_sam_nowhere() -> None:
+    x, y = (torch.nn.Parameter(torch.tensor([3.0, 4.0])) for _ in range(2))
+    opt = metaopt.build([x, y], "sam(rho=0.5) | skip_nonfinite(2) | sgd(lr=0.1)")
+    evaluations = []
+
+    def closure() -> torch.Tensor:
+        # the first evaluation alone overflows, so there is no direction to climb in
+        evaluations.append(1)
+        x.grad = 2 * x.detach()
+        y.grad = torch.full_like(y, math.nan if len(evaluations) == 1 else 1.0)
+        return torch.zeros(())
+
+    opt.step(closure)
+    assert opt.skipped == "gradients that are not finite" and opt.updates == 0
+    assert torch.equal(x.detach(), torch.tensor([3.0, 4.0])) and torch.equal(x, y)
+
+
 def test_grad_scaler_and_sam_refuse_each_other_with_the_reason() -> None:
     x = torch.nn.Parameter(torch.ones(2))
     opt = metaopt.build([x], "sam | sgd(lr=0.1)")
@@ -226,3 +243,62 @@ def test_a_cautious_update_of_complex_weights_goes_by_their_direction() -> None:
     agrees = (update * second.conj()).real < 0
     assert agrees.tolist() == [True, True, False, False]
     torch.testing.assert_close(x.detach() - before, update * agrees / 0.5)
+
+
+def test_sam_without_a_closure_says_what_it_needs() -> None:
+    x = torch.nn.Parameter(torch.ones(2))
+    opt = metaopt.build([x], "sam | sgd(lr=0.1)")
+    x.grad = torch.ones(2)
+    with pytest.raises(metaopt.StepError, match=r"step\(closure\)"):
+        opt.step()
+
+
+def test_the_weights_come_back_when_the_second_evaluation_raises() -> None:
+    x = torch.nn.Parameter(torch.ones(2))
+    opt = metaopt.build([x], "sam | sgd(lr=0.1)")
+    calls = []
+
+    def closure() -> torch.Tensor:
+        calls.append(x.detach().clone())
+        if len(calls) == 2:
+            raise ValueError("out of data")
+        x.grad = torch.ones(2)
+        return torch.zeros(())
+
+    with pytest.raises(ValueError, match="out of data"):
+        opt.step(closure)
+    assert not torch.equal(calls[0], calls[1])
+    assert torch.equal(x, calls[0])
+    assert opt.updates == 0
+
+
+@pytest.mark.parametrize("part", ["sam", "accumulate(2)", "skip_nonfinite(3)"])
+def test_a_base_that_evaluates_by_itself_is_refused_with_the_reason(part: str) -> None:
+    with pytest.raises(metaopt.SpecError, match="do not go together"):
+        metaopt.build([torch.nn.Parameter(torch.ones(2))], f"{part} | lbfgs")
+
+
+def test_cautious_over_a_base_that_evaluates_by_itself_is_refused() -> None:
+    with pytest.raises(metaopt.SpecError, match="do not go together"):
+        metaopt.build([torch.nn.Parameter(torch.ones(2))], "lbfgs | cautious")
+
+
+def test_cautious_over_a_base_that_takes_gradients_away_says_so() -> None:
+    class Taking(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            self.zero_grad()
+
+    x = torch.nn.Parameter(torch.ones(2))
+    opt = metaopt.build([x], [Taking, metaopt.cautious()])
+    x.grad = torch.ones(2)
+    with pytest.raises(metaopt.StepError, match="takes them away"):
+        opt.step()
+
+
+def test_a_large_finite_gradient_is_no_reason_to_skip() -> None:
+    x = torch.nn.Parameter(torch.ones(2))
+    opt = metaopt.build([x], "skip_nonfinite(1) | sgd(lr=1e-38)")
+    x.grad = torch.full((2,), 3e38)  # its 2-norm overflows
+    opt.step()
+    assert opt.updates == 1

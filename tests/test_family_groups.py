@@ -227,3 +227,10 @@ def test_moments_that_a_bare_checkpoint_lacks_begin_at_zero() -> None:
     expected = 0.25 * (0.5 * v + gradient(y.detach()))
     train(opt, 1)
     torch.testing.assert_close(opt.state[y]["momentum_buffer"], expected, rtol=1e-12, atol=1e-15)
+
+
+def test_a_group_cannot_set_apart_what_acts_on_all_groups() -> None:
+    x, y = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    groups = [{"params": [x], "clip_grad_norm.max_norm": 2.0}, {"params": [y]}]
+    with pytest.raises(metaopt.HyperparameterError, match="acts on all groups"):
+        metaopt.build(groups, "clip_grad_norm(1.0) | sgd(lr=0.1)")

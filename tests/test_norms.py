@@ -24,9 +24,17 @@ def test_what_is_not_finite_is_not_hidden(bad, p, device):
     assert not expected.isfinite()
 
 
-def test_an_empty_tensor_adds_nothing(device):
-    assert total_norm([torch.empty(0, device=device), torch.full((4,), 3.0, device=device)]).item() == 6.0
-
-
 def test_no_tensors_have_no_norm():
     assert total_norm([]).item() == 0.0
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_an_empty_tensor_adds_nothing_to_any_norm(p, dtype, device):
+    if device.type == "mps" and dtype != torch.float32:
+        pytest.skip("no such tensors there")
+    full = torch.arange(4, device=device).to(dtype)
+    empty = torch.empty(2, 0, device=device, dtype=dtype)
+    assert torch.equal(total_norm([empty, full, empty], p), total_norm([full], p))
+    assert total_norm([empty], p).item() == 0.0
+    assert torch.equal(total_norm([empty.to(torch.float32), full], p), total_norm([full], p))

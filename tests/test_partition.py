@@ -81,6 +81,34 @@ def test_a_group_holds_its_own_part_s_hyperparameters_alone() -> None:
     assert (muon["lookahead.k"], adamw["lookahead.k"]) == (2, 3)
 
 
+@pytest.mark.parametrize(
+    ("patterns", "dealt"),
+    [
+        (["scalar", "vector", "matrix", "*"], {"gain": 0, "norm.weight": 1, "fc.weight": 2, "conv.weight": 3}),
+        (["*.weight & vector", "*"], {"gain": 1, "norm.weight": 0, "norm.bias": 1, "fc.weight": 1}),
+        (["*.weight", "matrix", "*"], {"gain": 2, "norm.weight": 0, "norm.bias": 2, "fc.weight": 0, "table": 1}),
+        (["fc.* & *.weight&matrix", "[!f]*"], {"gain": 1, "fc.weight": 0, "conv.weight": 1}),
+        (["*.Weight", "*"], None),  # capitals count
+    ],
+)
+def test_the_first_pattern_of_which_every_term_fits_takes_the_parameter(patterns, dealt) -> None:
+    shapes = {"gain": (), "norm.weight": (3,), "norm.bias": (3,), "fc.weight": (2, 3), "table": (4, 3)}
+    shapes["conv.weight"] = (2, 3, 1, 1)
+    used = list(shapes) if dealt is None else list(dealt)
+    named = [(name, torch.nn.Parameter(torch.ones(shapes[name]))) for name in used]
+    spec = "partition({" + ", ".join(f"{pattern!r}: sgd(lr=0.1)" for pattern in patterns) + "})"
+    if dealt is None:
+        with pytest.raises(metaopt.ParameterError, match="takes no parameter"):
+            metaopt.build(named, spec)
+        return
+    found = {
+        name: patterns.index(entry["metaopt.part"])
+        for entry in metaopt.build(named, spec).param_groups
+        for name in entry["param_names"]
+    }
+    assert found == dealt
+
+
 def test_the_text_of_a_partition_builds_it_again() -> None:
     model, twin = small_model(), small_model()
     opt = metaopt.build(model, SPEC)
@@ -242,3 +270,37 @@ def test_a_step_without_gradients_for_one_part_updates_the_others() -> None:
     bias.grad = torch.ones_like(bias)
     opt.step()
     assert torch.equal(weight, before) and opt.updates == 1
+
+
+def test_a_factor_of_gradients_that_were_not_there_does_not_reach_what_is_lent_in_their_place() -> None:
+    def end(spec: str, *, clip_each: bool) -> list[torch.Tensor]:
+        x, y = (torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2))
+        opt = metaopt.build([("x", x), ("y", y)], spec)
+        # y has no gradient when the window ends, at which x alone is clipped
+        for gradients in ((3.0, 4.0), (100.0, None)):
+            for p, g in zip((x, y), gradients, strict=True):
+                p.grad = None if g is None else torch.tensor([g], dtype=torch.float64)
+            if clip_each:
+                torch.nn.utils.clip_grad_norm_([x, y], 1.0)
+            opt.step()
+        return [x.detach(), y.detach()]
+
+    parts = "partition({'x': sgd(lr=1.0), 'y': sgd(lr=1.0)})"
+    found = end(f"clip_grad_norm(1.0) | accumulate(2) | {parts}", clip_each=False)
+    torch.testing.assert_close(found, end(f"accumulate(2) | {parts}", clip_each=True))
+    torch.testing.assert_close(found[1], torch.full_like(found[1], -0.4))
+
+
+def test_a_new_group_that_says_its_part_needs_no_names_and_may_come_from_a_generator() -> None:
+    opt = metaopt.build(small_model(), SPEC)
+    head, tail = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False)
+    opt.add_param_group({"params": head.parameters(), "metaopt.part": "*"})
+    opt.add_param_group({"params": tail.named_parameters(prefix="tail")})
+    assert [len(entry["params"]) for entry in opt.param_groups[2:]] == [2, 1]
+    assert [entry["metaopt.part"] for entry in opt.param_groups[2:]] == ["*", "*.weight & matrix"]
+    for p in [*head.parameters(), *tail.parameters()]:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    assert "exp_avg" in opt.state[head.bias] and "momentum_buffer" in opt.state[tail.weight]
+    with pytest.raises(metaopt.ParameterError, match=r"metaopt\.part"):
+        opt.add_param_group({"params": torch.nn.Linear(2, 2).parameters()})

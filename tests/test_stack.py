@@ -151,6 +151,8 @@ def test_a_group_may_set_a_wrapper_s_hyperparameter() -> None:
         ("adamw | sgd", "one base"),
         ("adamw | clip_grad_norm(1.0)", "write it before adamw"),
         ("lookahead | adamw", "write it behind adamw"),
+        ("clip_grad_norm(1.0) | sam | adamw", "write it before clip_grad_norm"),
+        ("sam | accumulate(2) | sam(label='again') | adamw", "again makes the gradients.*write it before accumulate"),
         ("adamw | lookahead | lookahead", "label="),
         ("adamw | lookahead(label='metaopt')", "reserved"),
         ("lookahead", "needs a base"),

@@ -8,8 +8,9 @@ from metaopt import Gradients, Wrapper, counter, hookimpl, hyper, zeros
 class Accumulate(Wrapper):
     """sum <- sum + g at every `step()`; at every `steps`-th, g <- sum / steps makes the update and sum <- 0.
 
-    It owns the gradients: it takes them away at every `step()`, so a loop may call `zero_grad()` or not. A parameter
-    that had a gradient in an earlier window counts as having a zero one in a window without.
+    It owns the gradients: it takes them away at every `step()`, so a loop may call `zero_grad()` or not; those that a
+    GradScaler skips never come here, and are the loop's to clear. A parameter that had a gradient in an earlier window
+    counts as having a zero one in a window without.
     """
 
     known_as = ("MultiSteps", "accumulate_grad_batches", "gradient_accumulation_steps", "grad_accum_steps")

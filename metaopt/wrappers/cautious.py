@@ -9,7 +9,8 @@ class Cautious(Wrapper):
     """u <- u m / max(mean(m), 0.001), m = 1 where u g < 0 and else 0, for each tensor's update u. arXiv:2411.16085
 
     u is the whole change that the base made: a decay of the weights inside it is masked as well, one that is written
-    before the base, as `decay(0.1) | adam | cautious`, is not. Where the base maximizes, m = 1 where u g > 0.
+    before the base, as `decay(0.1) | adam | cautious`, is not. Where the base maximizes, m = 1 where u g > 0. It moves
+    the weights at every update, and slow weights nearer the base follow: write a Lookahead behind it.
     """
 
     known_as = ("C-AdamW", "C-Lion", "caution", "cautious optimizer")

@@ -48,7 +48,7 @@ class Sam(Wrapper):
 def _climb(group: Group, norm: torch.Tensor, *, adaptive: bool) -> None:
     norm = norm.to(group.params[0].device)
     # gradients that are all zero have no direction; a small number added to the norm would be lost in 16 bits
-    directions = torch._foreach_div(group.grads, torch.where(norm > 0, norm, 1.0))
+    directions = torch._foreach_div(group.grads, torch.where(norm == 0, 1.0, norm))
     torch._foreach_mul_(directions, -group.rho if group.maximizes else group.rho)
     if adaptive:
         sizes = torch._foreach_abs(group.params)

@@ -325,3 +325,75 @@ def test_a_scale_of_the_rate_that_is_no_factor_is_refused(scale: Any) -> None:
 def test_groups_of_something_else_are_refused(given: Any, told: str) -> None:
     with pytest.raises(metaopt.ParameterError, match=told):
         given(small_model())
+
+
+@pytest.mark.parametrize("added", [[{"params": 2}], [{"params": 1}, {"params": 1, "lr": 0.5}]], ids=["one", "two"])
+def test_a_group_without_names_joins_a_stack_built_from_a_model(added: list[dict[str, Any]]) -> None:
+    # as Lightning's BaseFinetuning adds what it unfreezes; the user of `build(model)` gave no names
+    head = torch.nn.Linear(3, 2)
+    opt = metaopt.build(small_model(), SPEC)
+    members = iter(head.parameters())
+    for group in added:
+        opt.add_param_group({**group, "params": [next(members) for _ in range(group["params"])]})
+    for p in head.parameters():
+        p.grad = torch.ones_like(p)
+    before = weights(head)
+    opt.step()
+    assert all(not torch.equal(p, old) for p, old in zip(head.parameters(), before, strict=True))
+    names = [name for entry in opt.param_groups for name in entry["param_names"]]
+    assert len(set(names)) == len(names) == 6
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+
+def test_stale_names_of_a_split_group_are_no_reason_to_refuse_it() -> None:
+    model, twin = small_model(), small_model()
+    opt, plain = metaopt.build(model, SPEC), metaopt.build(twin, SPEC)
+    (entry,) = opt.param_groups
+    # the names of the whole group stay behind in both halves, as torch allows
+    opt.param_groups = [{**entry, "params": entry["params"][half]} for half in (slice(2), slice(2, None))]
+    train(model, opt, range(5))
+    train(twin, plain, range(5))
+    copied, its = copy.deepcopy((model, opt))
+    for m, o in ((model, opt), (copied, its), (twin, plain)):
+        train(m, o, range(5, 8))
+        assert_same_weights(m, model)
+
+
+def test_parameters_may_leave_a_group_that_has_names() -> None:
+    model = small_model()
+    opt = metaopt.build(model, SPEC)
+    left = opt.param_groups[0]["params"].pop()
+    before = left.detach().clone()
+    train(model, opt, range(4))
+    assert opt.updates == 4 and torch.equal(left.detach(), before)
+
+
+@pytest.mark.parametrize("late", ["added", "converted"])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.bfloat16])
+@pytest.mark.parametrize("base", ["sgd(lr=0.1)", "sgd(lr=0.1, momentum=0.9)", "adamw(lr=0.1)"])
+def test_a_kernel_that_the_stack_chose_is_given_up_for_parameters_that_it_cannot_update(
+    base: str, dtype: torch.dtype, late: str
+) -> None:
+    # fused kernels refuse complex numbers, and torch 2.13's SGD leaves whole vectors of 16-bit weights unmoved on a CPU
+    first, second = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(130))
+    opt = metaopt.build([first, second] if late == "converted" else [first], f"{base} | lookahead(k=2)")
+    assert opt.param_groups[0]["fused"]
+    if late == "added":
+        second = torch.nn.Parameter(second.detach().to(dtype))
+        first.grad = torch.ones_like(first)
+        opt.step()
+        opt.add_param_group({"params": [second]})
+    else:
+        second.data = second.data.to(dtype)
+    for _ in range(2):
+        first.grad, second.grad = torch.ones_like(first), torch.ones_like(second)
+        opt.step()
+    assert (second.detach().real < 1).all()
+
+
+@pytest.mark.parametrize("group", [{}, {"lr": 0.1}, [torch.nn.Parameter(torch.ones(1))], None])
+def test_what_is_no_group_is_refused_by_name(group: Any) -> None:
+    opt = metaopt.build(small_model(), SPEC)
+    with pytest.raises(metaopt.ParameterError, match="a dict with the key 'params'"):
+        opt.add_param_group(group)
+    assert len(opt.param_groups) == 1

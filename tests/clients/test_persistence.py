@@ -280,3 +280,19 @@ def test_loading_twice_is_loading_once() -> None:
     train(model, opt, range(4, 8))
     train(twin, again, range(4, 8))
     assert_same_weights(twin, model)
+
+
+@pytest.mark.parametrize("names", [(), ("averages",), ("moments",), ("counters",)])
+@pytest.mark.parametrize("spec", ["sgd(lr=1.0) | ema(0.5)", "sgd(lr=1.0) | lookahead(k=3)"])
+def test_what_is_reset_after_such_a_load_is_not_the_fast_weights(spec: str, names: tuple[str, ...]) -> None:
+    model, opt = made(spec)
+    advance(model, opt, range(4))
+    with opt.averaged():
+        saved = through_a_file({"model": model.state_dict(), "opt": opt.state_dict()})
+    twin, again = made(spec)
+    twin.load_state_dict(saved["model"])
+    again.load_state_dict(saved["opt"])
+    for m, o in ((model, opt), (twin, again)):
+        o.reset_state(*names)
+        advance(m, o, range(4, 9))
+    assert_same_weights(model, twin)

@@ -1,0 +1,186 @@
+"""Stacks of any make-up, trained with uneven gradients and interrupted in any way, follow the rules of their parts."""
+
+import copy
+import pickle
+import random
+
+import pytest
+import torch
+from plain_stack import Held, Lane, PlainStack, Rule
+
+import metaopt
+from metaopt import views
+
+SHAPES = ((4, 3), (3,), (2, 2, 2), (), (0,), (2, 0), (5, 1))
+BEFORE = {
+    "clip_grad_norm": {"max_norm": [0.3, 5.0]},
+    "clip_grad_value": {"clip_value": [0.3, 2.0]},
+    "centralize": {},
+    "adaptive_grad_clip": {"clipping": [0.05, 1.0]},
+    "l2": {"weight_decay": [0.1]},
+    "decay": {"weight_decay": [0.2]},
+}
+BEHIND = {
+    "lookahead": {"k": [1, 2, 3], "alpha": [0.5, 0.8]},
+    "outer": {"k": [1, 2, 3], "lr": [0.7, 1.2], "momentum": [0.0, 0.6]},
+    "ema": {"decay": [0.9], "warmup": [False, True]},
+    "cautious": {},
+}
+BASES = [
+    Rule("sgd", "sgd", {"lr": 0.1}),
+    Rule("sgd", "sgd", {"lr": 0.1, "momentum": 0.9}),
+    Rule("adam", "adam", {"lr": 0.1}),
+    Rule("adamw", "adamw", {"lr": 0.05, "weight_decay": 0.1}),
+    Rule("adagrad", "adagrad", {"lr": 0.1}),
+]
+WAYS = ["none"] * 4 + [
+    "checkpoint",
+    "copy",
+    "pickle",
+    "averaged",
+    "checkpoint inside averaged",
+    "add",
+    "reset",
+    "split",
+]
+
+
+class Trial:
+    """A random stack beside its rules, with the parameters of both."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.seed, self.taken = seed, 0
+        choice = self.random.choice
+        before = self._rules(BEFORE, choice([0, 1, 2]))
+        if choice([0, 0, 1]):
+            where = self.random.randint(0, len(before))
+            before.insert(where, Rule("accumulate", "accumulate", {"steps": choice([2, 3])}))
+        before[:0] = [Rule("sam", "sam", {"rho": 0.1})] if choice([0, 0, 1]) else []
+        self.parted = choice([False, True])
+        names = ["a.*", "*"] if self.parted else ["*"]
+        lanes = {name: self._lane() for name in names}
+        behind = self._rules(BEHIND, choice([0, 1])) if self.parted else lanes["*"].behind
+        if not self.parted:
+            lanes["*"] = Lane([], lanes["*"].base, [])
+        middle = f"partition({{{', '.join(f'{n!r}: {lane}' for n, lane in lanes.items())}}})" if self.parted else None
+        self.spec = " | ".join([*map(str, before), middle or str(lanes["*"]), *map(str, behind)])
+        self.rules = PlainStack(before, lanes, behind)
+        self.groups: list[list[int]] = []
+        self.built = 0
+        for name in names:
+            self.groups.append([self._new(name) for _ in range(choice([1, 2, 3]))])
+        self.built = len(self.groups)
+        self.params, self.opt = self.build([h.weights for h in self.rules.held])
+
+    def _rules(self, table: dict[str, dict[str, list]], number: int) -> list[Rule]:
+        found = []
+        for name in self.random.choices(list(table), k=number):
+            self.taken += 1
+            given = {key: self.random.choice(values) for key, values in table[name].items()}
+            found.append(Rule(name, f"{name}_{self.taken}", given))
+        return found
+
+    def _lane(self) -> Lane:
+        behind = self._rules(BEHIND, self.random.choice([0, 1, 2, 3]))
+        first = next((rule for rule in behind if rule.name == "lookahead"), None)
+        if first is not None:  # the innermost alone may act on moments
+            first.given["pullback_momentum"] = self.random.choice(["none", "reset", "pullback"])
+        return Lane(self._rules(BEFORE, self.random.choice([0, 1])), self.random.choice(BASES), behind)
+
+    def _new(self, lane: str) -> int:
+        generator = torch.Generator().manual_seed(100 * self.seed + len(self.rules.held))
+        weights = torch.randn(self.random.choice(SHAPES), generator=generator, dtype=torch.float64)
+        self.rules.held.append(Held(weights, lane, self.rules.lanes[lane].base.given["lr"]))
+        return len(self.rules.held) - 1
+
+    def build(self, weights: list[torch.Tensor]) -> tuple[list[torch.nn.Parameter], metaopt.Stack]:
+        """Return parameters with these weights, and a stack over them in the groups as they are now."""
+        params = [torch.nn.Parameter(w.clone()) for w in weights]
+        groups = [{"params": [self._named(i, params[i]) for i in group]} for group in self.groups]
+        opt = metaopt.build(groups[: self.built], self.spec)
+        for group in groups[self.built :]:
+            opt.add_param_group(group)
+        return params, opt
+
+    def _named(self, i: int, p: torch.nn.Parameter) -> tuple[str, torch.nn.Parameter]:
+        return f"{'a' if self.rules.held[i].lane == 'a.*' else 'b'}.{i}", p
+
+    def interrupt(self, way: str) -> None:
+        """Do something to the stack that must not change where training goes, or that the rules can follow."""
+        weights = [p.detach() for p in self.params]
+        if way == "copy":
+            self.params, self.opt = copy.deepcopy((self.params, self.opt))
+        elif way == "pickle":
+            self.params, self.opt = pickle.loads(pickle.dumps((self.params, self.opt)))
+        elif way == "checkpoint":
+            self._resume(weights)
+        elif way.endswith("averaged") and self._averages():
+            label = self.random.choice(self._averages())
+            with self.opt.averaged(label):
+                self._assert_shown(label)
+                if way == "checkpoint inside averaged":
+                    self._resume([p.detach().clone() for p in self.params])
+        elif way == "add":
+            lane = self.random.choice(list(self.rules.lanes))
+            self.groups.append([self._new(lane)])
+            self.params.append(torch.nn.Parameter(self.rules.held[-1].weights.clone()))
+            self.opt.add_param_group({"params": [self._named(len(self.params) - 1, self.params[-1])]})
+        elif way == "reset":
+            self.opt.reset_state("moments")
+            self.rules.reset_moments()
+        elif way == "split" and not self.parted and len(self.groups[0]) > 1:
+            entry, *others = self.opt.param_groups
+            halves = [{**entry, "params": entry["params"][part]} for part in (slice(1), slice(1, None))]
+            self.opt.param_groups = [*halves, *others]
+            self.groups[:1] = [self.groups[0][:1], self.groups[0][1:]]
+            self.built += 1
+
+    def _resume(self, weights: list[torch.Tensor]) -> None:
+        saved = copy.deepcopy(self.opt.state_dict())
+        self.params, resumed = self.build(weights)
+        resumed.load_state_dict(saved)
+        self.opt = resumed
+
+    def _averages(self) -> list[str]:
+        rules = [*self.rules.behind, *(rule for lane in self.rules.lanes.values() for rule in lane.behind)]
+        return [rule.label for rule in rules if rule.name != "cautious"]
+
+    def _assert_shown(self, label: str) -> None:
+        for p, held in zip(self.params, self.rules.held, strict=True):
+            expected = held.state.get((label, "kept"), held.weights)
+            torch.testing.assert_close(p.detach(), expected, rtol=1e-8, atol=1e-10)
+
+    def step(self, number: int) -> None:
+        present = [self.random.random() < 0.5 for _ in self.params]
+        size = self.random.choice([0.1, 1.0, 10.0])
+
+        def gradient(i: int, w: torch.Tensor) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(10_000 * self.seed + 50 * number + i)
+            return size * (0.7 * w + torch.randn(w.shape, generator=generator, dtype=torch.float64))
+
+        def closure() -> torch.Tensor:
+            for i, p in enumerate(self.params):
+                p.grad = gradient(i, p.detach()) if present[i] else None
+            return torch.zeros(())
+
+        self.opt.zero_grad(set_to_none=self.random.choice([True, False]))
+        self.opt.step(closure)
+        self.rules.step(gradient, present)
+        assert self.opt.updates == self.rules.updates
+        for p, held in zip(self.params, self.rules.held, strict=True):
+            torch.testing.assert_close(p.detach(), held.weights, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(80))
+def test_a_random_stack_follows_the_rules_whatever_happens_to_it(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = Trial(seed)
+    monkeypatch.setattr(views, "CPU_PIECE", trial.random.choice([1 << 19, 2, 5]))
+    done = []
+    for number in range(12):
+        done.append(trial.random.choice(WAYS))
+        try:
+            trial.interrupt(done[-1])
+            trial.step(number)
+        except Exception as error:
+            raise AssertionError(f"{trial.spec}\nafter {', '.join(done)}") from error
