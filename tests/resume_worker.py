@@ -1,7 +1,11 @@
-"""Run in a new process: load the stack saved at every step and continue; print the final weights of each, exactly."""
+"""A run saved at every step, and what another process makes of it: the final weights from each, exactly."""
 
+import copy
 import json
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 
@@ -44,13 +48,32 @@ def weights(model: torch.nn.Module) -> list[str]:
     return [float(x).hex() for p in model.parameters() for x in p.detach().flatten()]
 
 
-if __name__ == "__main__":
-    saved = torch.load(sys.argv[1], weights_only=True)
-    results = []
+def save_at_every_step(
+    spec: str, path: Path, inside: Callable[[metaopt.Stack], AbstractContextManager[None]] = lambda opt: nullcontext()
+) -> list[str]:
+    """Save checkpoints that are taken after every step, inside some context; return the final weights."""
+    model, opt = make(spec)
+    checkpoints = {}
+    for step in range(STEPS):
+        train(model, opt, step, step + 1)
+        with inside(opt):
+            checkpoints[step + 1] = copy.deepcopy({"model": model.state_dict(), "opt": opt.state_dict()})
+    torch.save({"spec": spec, "checkpoints": checkpoints}, path)
+    return weights(model)
+
+
+def resume_from_every_step(path: Path | str) -> dict[int, list[str]]:
+    """Load each of the checkpoints into a new stack and go on; return the final weights by step."""
+    saved = torch.load(path, weights_only=True)
+    found = {}
     for step, checkpoint in saved["checkpoints"].items():
         model, opt = make(saved["spec"])
         model.load_state_dict(checkpoint["model"])
         opt.load_state_dict(checkpoint["opt"])
         train(model, opt, step, STEPS)
-        results.append(weights(model))
-    print(json.dumps(results))
+        found[step] = weights(model)
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(resume_from_every_step(sys.argv[1])))

@@ -3,18 +3,16 @@
 import copy
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import resume_worker
-import torch
+import warm
+from documents import python
 
 import metaopt
 from metaopt.registry import registry
 
-HERE = Path(__file__).parent
 OFFERED = [entry.name for entry in registry.entries("optimizer") if entry.origin == "metaopt"]
 BASES = [name for name in OFFERED if not metaopt.spec.part(name).divides]
 BASE_SPECS = {"muon": "muon(lr=0.01)", "lbfgs": "lbfgs(lr=0.1, max_iter=3)", "sgd": "sgd(lr=0.1, momentum=0.9)"}
@@ -34,21 +32,15 @@ SPECS += [
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_resumed_at_every_step_in_a_new_process(spec: str, tmp_path: Path) -> None:
-    model, opt = resume_worker.make(spec)
-    checkpoints = {}
-    for step in range(resume_worker.STEPS):
-        resume_worker.train(model, opt, step, step + 1)
-        checkpoints[step + 1] = {
-            "model": copy.deepcopy(model.state_dict()),
-            "opt": copy.deepcopy(opt.state_dict()),
-        }
-    path = tmp_path / "saved.pt"
-    torch.save({"spec": spec, "checkpoints": checkpoints}, path)
-    command = [sys.executable, str(HERE / "resume_worker.py"), str(path)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    expected = resume_worker.weights(model)
-    for step, found in zip(checkpoints, json.loads(output.splitlines()[-1]), strict=True):
+    expected = resume_worker.save_at_every_step(spec, tmp_path / "saved.pt")
+    for step, found in warm.called(resume_worker.resume_from_every_step, tmp_path / "saved.pt").items():
         assert found == expected, f"saved at step {step}"
+
+
+def test_resumed_at_every_step_by_an_interpreter_that_starts_from_nothing(tmp_path: Path) -> None:
+    expected = resume_worker.save_at_every_step(SPECS[-1], tmp_path / "saved.pt")
+    printed = python(resume_worker.__file__, str(tmp_path / "saved.pt"), folder=tmp_path)
+    assert json.loads(printed) == {str(step): expected for step in range(1, resume_worker.STEPS + 1)}
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -1,19 +1,27 @@
-"""The real command line in processes that start warm: one server imports torch, every command is a fork of it."""
+"""New processes that start warm: one server imports torch and makes nothing, every process is a fork of it."""
 
 import contextlib
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 with contextlib.suppress(ImportError):
     import resource  # not on every system
+
+
+def called(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function of a module in a new process; return what it returns, raise what it raises."""
+    with ProcessPoolExecutor(1, mp_context=_warm()) as new:
+        return new.submit(function, *arguments).result()
 
 
 class Command:

@@ -1,16 +1,14 @@
 """deepcopy, pickle, torch.save and torch.load: from any step, inside averaged() too, in a new process."""
 
 import copy
-import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import resume_worker
 import torch
+import warm
 from small_runs import assert_same, assert_same_weights, loss_of, small_model, through_a_file, train, weights
 
 import metaopt
@@ -133,20 +131,11 @@ def test_a_checkpoint_taken_inside_averaged_goes_on_from_the_fast_weights(spec: 
     "spec", ["clip_grad_norm(0.5) | adamw(lr=0.01) | lookahead(k=3)", "sgd(lr=0.1, momentum=0.9) | ema(0.9)"]
 )
 def test_saved_inside_averaged_at_every_step_and_resumed_in_a_new_process(spec: str, tmp_path: Path) -> None:
-    model, opt = resume_worker.make(spec)
-    checkpoints = {}
-    for step in range(resume_worker.STEPS):
-        resume_worker.train(model, opt, step, step + 1)
-        with opt.averaged():
-            checkpoints[step + 1] = copy.deepcopy({"model": model.state_dict(), "opt": opt.state_dict()})
-    path = tmp_path / "saved.pt"
-    torch.save({"spec": spec, "checkpoints": checkpoints}, path)
-    command = [sys.executable, resume_worker.__file__, str(path)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    expected = resume_worker.weights(model)
-    found = json.loads(output.splitlines()[-1])
+    expected = resume_worker.save_at_every_step(spec, tmp_path / "saved.pt", metaopt.Stack.averaged)
+    found = warm.called(resume_worker.resume_from_every_step, tmp_path / "saved.pt")
     # the last was saved when nothing was left to do: no step swaps it back, it shows the average
-    for step, resumed in zip(list(checkpoints)[:-1], found, strict=False):
+    assert found.pop(resume_worker.STEPS) != expected
+    for step, resumed in found.items():
         assert resumed == expected, f"saved at step {step}"
 
 
