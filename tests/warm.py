@@ -20,7 +20,7 @@ with contextlib.suppress(ImportError):
 
 def called(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function of a module in a new process; return what it returns, raise what it raises."""
-    with ProcessPoolExecutor(1, mp_context=_warm()) as new:
+    with ProcessPoolExecutor(1, mp_context=context()) as new:
         return new.submit(function, *arguments).result()
 
 
@@ -28,10 +28,10 @@ class Command:
     """`metaopt <arguments>`, running in a folder; `largest_file` bounds its files, as a full disk does."""
 
     def __init__(self, arguments: Sequence[str], folder: Path, *, largest_file: int | None = None) -> None:
-        context = _warm()
-        self._printed = [context.Pipe(duplex=False) for _ in range(2)]
+        warm = context()
+        self._printed = [warm.Pipe(duplex=False) for _ in range(2)]
         ends = [writing for _, writing in self._printed]
-        self.process = context.Process(target=_run, args=(list(arguments), str(folder), largest_file, *ends))
+        self.process = warm.Process(target=_run, args=(list(arguments), str(folder), largest_file, *ends))
         self.process.start()
         for writing in ends:
             writing.close()
@@ -61,14 +61,14 @@ def run(arguments: Sequence[str], folder: Path, *, largest_file: int | None = No
     return Command(arguments, folder, largest_file=largest_file).end()
 
 
-def _warm() -> ForkServerContext:
+def context() -> ForkServerContext:
     """Return how processes start, after the server has imported all that they need: it looks for modules of its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["warmed"])
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["warmed"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         forkserver.ensure_running()
-    return context
+    return found
 
 
 def _all(reading: Connection) -> str:

@@ -1,7 +1,9 @@
-"""Imported by the server of `warm` alone: all that a command imports before it begins."""
+"""Imported by the server of `warm` alone: all that commands and ranks import before they begin."""
 
 import rich.progress  # noqa: F401
 import torch._dynamo
+import torch.distributed.checkpoint.state_dict
+import torch.distributed.fsdp
 import torch.utils.tensorboard.summary  # noqa: F401
 
 import metaopt.lab.train  # noqa: F401

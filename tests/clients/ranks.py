@@ -1,22 +1,22 @@
 """Tests whose bodies run in several processes at once: one start of the processes serves a whole test file."""
 
-import contextlib
 import functools
 import importlib.util
 import json
-import subprocess
+import os
 import sys
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from filelock import FileLock
 
-HERE = Path(__file__).parent
 # a rank that waits for one that died learns of it at once; this is for the rest
 PATIENCE = 60
 
@@ -64,32 +64,26 @@ def _body(test: object) -> Callable[[], None] | None:
 
 
 def _run(path: Path, names: list[str], scratch: Path) -> dict[str, list[str]]:
-    command = [sys.executable, str(HERE / "ranks.py"), str(path), ",".join(names), str(scratch)]
-    # files, not pipes: a rank that waits for a reader would keep the other one waiting
-    errors = [scratch / f"rank{rank}.err" for rank in (0, 1)]
-    with contextlib.ExitStack() as files:
-        told_to = [files.enter_context(error.open("w")) for error in errors]
-        running = [
-            subprocess.Popen([*command, str(rank)], cwd=scratch, stderr=file) for rank, file in enumerate(told_to)
-        ]
-        for process in running:
-            process.wait()
+    with ProcessPoolExecutor(2, mp_context=warm.context()) as ranks:
+        running = [ranks.submit(_be_rank, path, names, scratch, rank) for rank in (0, 1)]
+        died = [rank.exception() for rank in running]
     told = []
-    for rank, error in enumerate(errors):
+    for rank, error in enumerate(died):
         written = scratch / f"rank{rank}.json"
         said = json.loads(written.read_text()) if written.exists() else {}
-        told.append({name: said.get(name, f"did not finish:\n{error.read_text()}") for name in names})
+        told.append({name: said.get(name, f"did not finish: {error!r}") for name in names})
     return {name: [told[0][name], told[1][name]] for name in names}
 
 
-def _be_rank(path: str, names: str, scratch: str, rank: int) -> None:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+def _be_rank(path: Path, names: list[str], scratch: Path, rank: int) -> None:
+    os.chdir(scratch)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module
     spec.loader.exec_module(module)
     torch.set_num_threads(1)
     told = {}
-    for name in names.split(","):
+    for name in names:
         # a group of its own for each: what one test leaves behind cannot fail the next
         torch.distributed.init_process_group(
             "gloo",
@@ -106,9 +100,3 @@ def _be_rank(path: str, names: str, scratch: str, rank: int) -> None:
             told[name] = traceback.format_exc()
         torch.distributed.destroy_process_group()
         Path(scratch, f"rank{rank}.json").write_text(json.dumps(told))
-
-
-if __name__ == "__main__":
-    # so that the tests find it as clients.ranks
-    sys.path.insert(0, str(HERE.parent))
-    _be_rank(*sys.argv[1:4], int(sys.argv[4]))
