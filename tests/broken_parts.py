@@ -207,7 +207,7 @@ class DecaysWithoutAGradient(Descent):
             p.mul_(1 - group["lr"])
 
 
-@broken(OPTIMIZERS, "begins_all_at_once", "works_without_some_gradients", "raised KeyError: 'momentum'")
+@broken(OPTIMIZERS, "begins_all_at_once", "works_without_some_gradients", "when gradients come to some parameters")
 class MakesStateAtItsFirstStepAlone(Descent):
     def begin(self, group):
         if not self.state:
@@ -251,7 +251,7 @@ class Remembered:
     """Something that a checkpoint would need a class for."""
 
 
-@broken(OPTIMIZERS, "holds_an_object", "state_dict_round_trip", "weights_only=True")
+@broken(OPTIMIZERS, "holds_an_object", "state_dict_round_trip", "GLOBAL broken_parts.Remembered")
 class KeepsAnObjectInTheState(Descent):
     def move(self, p, state, group):
         state.setdefault("remembered", Remembered())
@@ -476,7 +476,7 @@ class ForgetsTheLoss(Wrapper):
         closure()
 
 
-@broken(WRAPPERS, "mixed_dtypes", "takes_every_dtype", "raised RuntimeError")
+@broken(WRAPPERS, "mixed_dtypes", "takes_every_dtype", "over torch.float64 parameters: step 1 of")
 class MixesDtypes(Wrapper):
     """average <- (average + w) / 2, in float32 whatever the weights are."""
 

@@ -51,7 +51,8 @@ if __name__ == "__main__":
         "sound": {name: [r.reason for r in results if r.bad] for name, results in sound.items()},
         "passed": {name: [r.check for r in results if r.status == "passed"] for name, results in sound.items()},
         "broken": {name: [result.status, result.reason] for name, result in found.items()},
-        "table": command("late_slow", "silent_mover", "remembers"),
+        "presuming": outcome(cases("counts_outside")[0], CHECKS["takes_every_dtype"]).reason,
+        "table": command("late_slow", "silent_mover", "remembers", "shared_count"),
         "json": command("remembers", "sound_descent", "--only", "is_pure", "--json"),
         "suite": tests(sys.argv[1]),
     }

@@ -22,6 +22,10 @@ def same_random_numbers():
     torch.manual_seed(0)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=20, help="how often test_train kills a running `metaopt train`")
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

@@ -51,6 +51,22 @@ def test_the_command_fails_broken_parts_and_says_what_is_wrong(found):
     assert "is_pure: failed" in told
 
 
+def test_a_failure_that_another_explains_names_that_one(found):
+    assert found["presuming"] == "It presumes resumes_in_a_new_process, which fails: mend that first."
+
+
+def test_what_many_checks_say_alike_is_printed_once(found):
+    _, printed = found["table"]
+    told = " ".join(printed.split())
+    assert told.count("presumes stacks_do_not_disturb_each_other") == 1
+    assert "evaluates_a_closure, skipped_update_advances_nothing," in told
+
+
+def test_every_check_that_is_presumed_exists_for_the_same_parts():
+    for check in CHECKS.values():
+        assert all(set(check.kinds) <= set(CHECKS[name].kinds) for name in check.presumes), check.name
+
+
 def test_the_command_prints_json(found):
     status, printed = found["json"]
     told = json.loads(printed)

@@ -72,7 +72,11 @@ def uninterrupted(tmp_path_factory):
 # ---- a run that was stopped goes on bit for bit
 
 
-@pytest.mark.parametrize("part", range(2))
+def pytest_generate_tests(metafunc):
+    if "part" in metafunc.fixturenames:
+        metafunc.parametrize("part", range(metafunc.config.getoption("kills") // 10))
+
+
 def test_a_run_killed_at_ten_random_moments_ends_where_the_uninterrupted_one_ends(tmp_path, part, uninterrupted):
     log = tmp_path / "killed"
     moments = random.Random(part)
@@ -87,6 +91,7 @@ def test_a_run_killed_at_ten_random_moments_ends_where_the_uninterrupted_one_end
         until(lambda before=before, run=run: newest() != before or not run.running())
         time.sleep(moments.uniform(0, 0.05))
         run.kill()
+        assert run.process.exitcode == -signal.SIGKILL, "the run ended before it was killed"
     status, _, errors = warm.run(command(log, steps=300, more=["--resume"]), tmp_path)
     assert (status, errors) == (0, "")
     assert equal(last(log), uninterrupted)

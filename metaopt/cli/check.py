@@ -110,7 +110,7 @@ def _in_full(found: "Iterable[Result]") -> Iterator[str]:
     for result in found:
         yield f"  {SIGNS[result.status]:8} {result.check:{width}}  {result.claim}".rstrip()
         if result.reason:
-            yield from _reason(result, "    ")
+            yield from _wrapped(result.reason, "    ")
 
 
 def _in_short(found: "list[Result]", width: int) -> Iterator[str]:
@@ -119,13 +119,15 @@ def _in_short(found: "list[Result]", width: int) -> Iterator[str]:
     told = ", ".join(f"{count} {status}" for status, count in counts.items())
     sign = "FAILED" if any(result.bad for result in found) else "not run" if counts["not run"] else "ok"
     yield f"{sign:8} {found[0].part:{width}}  {told}"
+    alike: dict[tuple[str, str], list[str]] = {}
     for result in found:
         if result.bad or result.status in ("excused", "not run"):
-            yield f"    {result.check}: {result.status}"
-            yield from _reason(result, "      ")
+            alike.setdefault((result.status, result.reason), []).append(result.check)
+    for (status, reason), checks in alike.items():
+        if status != "not run":
+            yield from _wrapped(f"{', '.join(checks)}: {status}", "    ")
+        yield from _wrapped(reason, "      ")
 
 
-def _reason(result: "Result", indent: str) -> Iterator[str]:
-    yield from textwrap.wrap(
-        result.reason, width=116, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
-    )
+def _wrapped(text: str, indent: str) -> Iterator[str]:
+    yield from textwrap.wrap(text, width=116, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)

@@ -12,7 +12,7 @@ from metaopt.errors import MetaoptError
 from metaopt.stack import Stack
 from metaopt.testing.comparing import same
 from metaopt.testing.feeding import STEPS, Halves, own_random_numbers
-from metaopt.testing.outcome import CheckFailed, NotApplicable, check
+from metaopt.testing.outcome import REPEATS, RESUMES, CheckFailed, NotApplicable, check, failing
 from metaopt.testing.subject import StackSubject, Weights, checkpoint
 
 FEW = 3
@@ -35,7 +35,7 @@ def bare_optimizer(subject: StackSubject, parameters: Sequence[torch.Tensor], li
     return made
 
 
-@check("optimizer")
+@check("optimizer", presumes=(REPEATS,))
 def is_the_bare_class_bit_for_bit(subject: StackSubject) -> None:
     """A stack of the optimizer alone trains exactly like the class outside of metaopt."""
     if _is_division(subject):
@@ -51,7 +51,7 @@ def is_the_bare_class_bit_for_bit(subject: StackSubject) -> None:
         )
 
 
-@check("optimizer")
+@check("optimizer", presumes=(REPEATS, RESUMES))
 def works_inside_wrappers(subject: StackSubject) -> None:
     """Inside clip_grad_norm and lookahead it trains, saves and loads; lookahead(alpha=1.0) changes nothing."""
     identity = f"{subject.text} | lookahead(k=2, alpha=1.0) | lookahead(k=1000, label='outer')"
@@ -81,28 +81,37 @@ def works_inside_wrappers(subject: StackSubject) -> None:
         )
 
 
-@check("optimizer", "wrapper")
+@check("optimizer", "wrapper", presumes=(REPEATS, RESUMES))
 def takes_every_dtype(subject: StackSubject) -> None:
     """float64, and what the base can of bfloat16 and complex numbers: trained, saved and loaded unrounded."""
-    able = [dtype for dtype in DTYPES if _base_can(subject, dtype)]
-    for dtype in able:
-        model, opt = subject.pair(dtype)
-        run = subject.train(model, opt, 0, FEW)
+    for dtype in DTYPES:
+        if not _base_can(subject, dtype):
+            continue
+        with failing(
+            f"over {dtype} parameters",
+            "The base alone trains them, so users will",
+            "Compute in the parameter's dtype; cast where state is kept in another (a wrapper: group.move_to casts)",
+        ):
+            model, opt = subject.pair(dtype)
+            run = subject.train(model, opt, 0, FEW)
         _same_dtype(subject, model, run, dtype)
-        saved = checkpoint(model, opt)
-        twin, other = subject.pair(dtype)
-        twin.load_state_dict(saved["model"])
-        other.load_state_dict(saved["opt"])
-        expected, found = subject.train(model, opt, FEW, FEW + 2), subject.train(twin, other, FEW, FEW + 2)
-        difference = subject.parting(expected, found, FEW + 1)
-        if difference:
-            raise CheckFailed(
-                f"{subject} over {dtype} parameters, saved after step {FEW} and loaded: {difference}",
-                "torch casts every floating entry of a loaded state to the parameter's dtype: wider ones come back "
-                "rounded",
-                "A wrapper: declare the slot with dtype='float32', and it is restored. An optimizer: keep its state in "
-                "the parameter's dtype, or put it back in load_state_dict",
-            )
+        _resumes_unrounded(subject, model, opt, dtype)
+
+
+def _resumes_unrounded(subject: StackSubject, model: Halves, opt: Stack, dtype: torch.dtype) -> None:
+    saved = checkpoint(model, opt)
+    twin, other = subject.pair(dtype)
+    twin.load_state_dict(saved["model"])
+    other.load_state_dict(saved["opt"])
+    expected, found = subject.train(model, opt, FEW, FEW + 2), subject.train(twin, other, FEW, FEW + 2)
+    difference = subject.parting(expected, found, FEW + 1)
+    if difference:
+        raise CheckFailed(
+            f"{subject} over {dtype} parameters, saved after step {FEW} and loaded: {difference}",
+            "torch casts every floating entry of a loaded state to the parameter's dtype: wider ones come back rounded",
+            "A wrapper: declare the slot with dtype='float32', and it is restored. An optimizer: keep its state in "
+            "the parameter's dtype, or put it back in load_state_dict",
+        )
 
 
 def _is_division(subject: StackSubject) -> bool:

@@ -2,11 +2,11 @@
 
 from metaopt.testing.comparing import first_difference
 from metaopt.testing.feeding import MIDDLE, STEPS
-from metaopt.testing.outcome import CheckFailed, NotApplicable, check
+from metaopt.testing.outcome import REPEATS, RESUMES, CheckFailed, NotApplicable, check
 from metaopt.testing.subject import StackSubject, checkpoint, weights
 
 
-@check("wrapper")
+@check("wrapper", presumes=(REPEATS, RESUMES))
 def averages_swap_in_and_out(subject: StackSubject) -> None:
     """`opt.averaged()` shows the average and gives the weights back exactly, in a loaded checkpoint too."""
     model, opt = subject.pair()

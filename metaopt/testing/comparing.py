@@ -10,7 +10,9 @@ import torch
 from metaopt.stack import Stack
 
 # what torch and the engine keep on an optimizer, which no checkpoint needs
-_ENGINE = frozenset({"param_groups", "state", "defaults", "step", "_opt_called", "grad_scale", "found_inf"})
+_ENGINE = frozenset({"param_groups", "state", "defaults", "step", "_opt_called", "grad_scale", "found_inf"}) | {
+    "_need_device_dtype_check_for_fused"
+}
 
 
 def same(a: Any, b: Any) -> bool:

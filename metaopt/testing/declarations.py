@@ -10,7 +10,7 @@ from metaopt.hyperparameters import Hyperparameter
 from metaopt.spec import part
 from metaopt.testing.allowed_values import allowed
 from metaopt.testing.feeding import STEPS
-from metaopt.testing.outcome import CheckFailed, check
+from metaopt.testing.outcome import REPEATS, CheckFailed, check
 from metaopt.testing.subject import StackSubject, Subject, refused
 
 FEW = 3
@@ -31,7 +31,7 @@ def says_what_it_does(subject: Subject) -> None:
         )
 
 
-@check("optimizer", "wrapper")
+@check("optimizer", "wrapper", presumes=(REPEATS,))
 def text_rebuilds_the_stack(subject: StackSubject) -> None:
     """`str(opt.spec)` is text from which the same stack is built, which trains the same way bit for bit."""
     _, opt = subject.pair()

@@ -3,11 +3,11 @@
 from typing import Any
 
 from metaopt.testing.feeding import MIDDLE, STEPS
-from metaopt.testing.outcome import CheckFailed, check
+from metaopt.testing.outcome import REPEATS, RESUMES, CheckFailed, check
 from metaopt.testing.subject import StackSubject, weights
 
 
-@check("optimizer", "wrapper")
+@check("optimizer", "wrapper", presumes=(REPEATS, RESUMES))
 def template_step_leaves_the_run_alone(subject: StackSubject) -> None:
     """Taking a distributed checkpoint's state dict before the first update changes nothing, and loading one works."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict

@@ -101,7 +101,7 @@ def outcome(case: Case, check: Check) -> Result:
         except Exception as error:
             if excuse is not None:
                 return Result(case.name, check.name, check.claim, "excused", excuse)
-            return Result(case.name, check.name, check.claim, "failed", _told(error))
+            return Result(case.name, check.name, check.claim, "failed", _cause(subject, check) or _told(error))
     if excuse is not None:
         return Result(
             case.name,
@@ -113,6 +113,22 @@ def outcome(case: Case, check: Check) -> Result:
     if len(reasons) == len(case.subjects):
         return Result(case.name, check.name, check.claim, "not applicable", reasons[0])
     return Result(case.name, check.name, check.claim, "passed")
+
+
+def _cause(subject: Subject, check: Check) -> str:
+    """Return which of the checks that this one presumes fails, or an empty text."""
+    for name in check.presumes:
+        if name not in subject.faults:
+            subject.faults[name] = False
+            try:
+                CHECKS[name].holds(subject)
+            except NotApplicable:
+                pass
+            except Exception:
+                subject.faults[name] = True
+        if subject.faults[name]:
+            return f"It presumes {name}, which fails: mend that first."
+    return ""
 
 
 def _told(error: Exception) -> str:

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from metaopt.stack import Stack
 from metaopt.testing.comparing import attributes, changed_attributes, first_difference
 from metaopt.testing.feeding import MIDDLE, STEPS, Halves
 from metaopt.testing.new_process import continue_from_every_step
-from metaopt.testing.outcome import CheckFailed, check
+from metaopt.testing.outcome import REPEATS, CheckFailed, check
 from metaopt.testing.subject import StackSubject
 
 
@@ -28,7 +29,7 @@ def state_dict_round_trip(subject: StackSubject) -> None:
         read = torch.load(file, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckFailed(
-            f"{subject}: its state dict cannot be read with weights_only=True: {str(error).splitlines()[0][:200]}",
+            f"{subject}: its state dict cannot be read with weights_only=True: {_refused_by_torch(error)}",
             "A checkpoint that needs a class to be read can also run code",
             "Keep only tensors, numbers, text and lists, tuples and dicts of these in the state and the groups",
         ) from error
@@ -43,6 +44,12 @@ def state_dict_round_trip(subject: StackSubject) -> None:
             )
 
 
+def _refused_by_torch(error: pickle.UnpicklingError) -> str:
+    """Return the one line of torch's message that names what it does not read."""
+    found = re.search(r"WeightsUnpickler error: (.+?)(\. |\n|$)", str(error))
+    return (found.group(1) if found else " ".join(str(error).split()))[:200]
+
+
 def _said(state_dict: dict[str, Any]) -> dict[str, Any]:
     # looking into a defaultdict leaves an empty entry, which says nothing; how to run is the live stack's
     groups = [{k: v for k, v in group.items() if k not in RUN_FLAGS} for group in state_dict["param_groups"]]
@@ -55,7 +62,7 @@ def _loaded_twice(subject: StackSubject, saved: dict[str, Any]) -> tuple[Halves,
     return model, opt
 
 
-@check("optimizer", "wrapper")
+@check("optimizer", "wrapper", presumes=("state_dict_round_trip", REPEATS))
 def resumes_in_a_new_process(subject: StackSubject) -> None:
     """Saved at every step and loaded in a new process, the run goes on bit for bit as if never interrupted."""
     before = attributes(subject.pair()[1])
@@ -73,7 +80,7 @@ def resumes_in_a_new_process(subject: StackSubject) -> None:
             )
 
 
-@check("optimizer", "wrapper")
+@check("optimizer", "wrapper", presumes=(REPEATS,))
 def rewinds_in_place(subject: StackSubject) -> None:
     """A checkpoint loaded into the running stack takes the run back to it, exactly."""
     model, opt = subject.pair()
@@ -93,7 +100,7 @@ def rewinds_in_place(subject: StackSubject) -> None:
         )
 
 
-@check("optimizer", "wrapper")
+@check("optimizer", "wrapper", presumes=(REPEATS,))
 def survives_replaced_tensors(subject: StackSubject) -> None:
     """Clients may replace state tensors by equal ones at any time, as ZeRO and Lightning do."""
     model, opt = subject.pair()
@@ -121,7 +128,7 @@ def _through_pickle(pair: Any) -> Any:
     return pickle.loads(pickle.dumps(pair))
 
 
-@check("optimizer", "wrapper")
+@check("optimizer", "wrapper", presumes=(REPEATS,))
 def copies_and_pickles(subject: StackSubject) -> None:
     """`copy.deepcopy` and `pickle` give stacks that continue like the original and leave it alone."""
     model, opt = subject.pair()

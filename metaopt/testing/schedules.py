@@ -63,7 +63,7 @@ def gives_finite_floats(subject: ScheduleSubject) -> None:
             )
 
 
-@check("schedule")
+@check("schedule", presumes=("gives_finite_floats",))
 def is_pure(subject: ScheduleSubject) -> None:
     """The same t gives the same value, however often and in whatever order it is asked, from old and new objects."""
     expected = [subject.curve()(t) for t in range(RUN + BEYOND)]
@@ -83,7 +83,7 @@ def is_pure(subject: ScheduleSubject) -> None:
                 )
 
 
-@check("schedule")
+@check("schedule", presumes=("gives_finite_floats",))
 def honours_its_length(subject: ScheduleSubject) -> None:
     """After its length a schedule holds its last value; a length that needs the run's and lacks it is refused."""
     schedule = subject.made()
@@ -113,7 +113,7 @@ def honours_its_length(subject: ScheduleSubject) -> None:
         )
 
 
-@check("schedule")
+@check("schedule", presumes=("gives_finite_floats", "is_pure"))
 def text_rebuilds_the_schedule(subject: ScheduleSubject) -> None:
     """Its text, a copy and a pickle give an equal schedule with the same values."""
     schedule = subject.made()
@@ -133,7 +133,7 @@ def text_rebuilds_the_schedule(subject: ScheduleSubject) -> None:
             )
 
 
-@check("schedule")
+@check("schedule", presumes=("gives_finite_floats", "is_pure"))
 def drives_a_rate(subject: ScheduleSubject) -> None:
     """In a stack it sets the rate of every update to its value, and a loaded checkpoint goes on in the middle."""
     import torch
@@ -166,7 +166,7 @@ def drives_a_rate(subject: ScheduleSubject) -> None:
             )
 
 
-@check("schedule")
+@check("schedule", presumes=("gives_finite_floats", "is_pure"))
 def follows_its_reference(subject: ScheduleSubject) -> None:
     """Every value is that of the author's reference, to 1e-12."""
     reference = subject.example.reference

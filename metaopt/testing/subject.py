@@ -35,6 +35,11 @@ class Subject:
     def __str__(self) -> str:
         return self.text or self.entry.name
 
+    @cached_property
+    def faults(self) -> dict[str, bool]:
+        """Whether it fails a check that others presume, as far as that was asked."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Run:

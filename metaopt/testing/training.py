@@ -8,7 +8,7 @@ import torch
 from metaopt.stack import Stack
 from metaopt.testing.comparing import first_difference, same
 from metaopt.testing.feeding import STEPS, Halves, make_batch, own_random_numbers
-from metaopt.testing.outcome import CheckFailed, NotApplicable, check
+from metaopt.testing.outcome import REPEATS, RESUMES, CheckFailed, NotApplicable, check, failing
 from metaopt.testing.subject import StackSubject, refused, weights
 
 
@@ -68,10 +68,18 @@ def works_without_some_gradients(subject: StackSubject) -> None:
             "State is made at a parameter's first update, so that it starts where training starts",
             "Skip every parameter whose grad is None before you touch its state",
         )
-    for number in range(4, STEPS):
-        subject.step(model, opt, number)
-    # and after that the other way round: state that exists, and no gradient
-    subject.step(model, opt, STEPS, halves=(0,))
+    with failing(
+        "when gradients come to some parameters after four steps without",
+        "Layers are unfrozen and experts are chosen late",
+        "Make a parameter's state at its own first update, and find it by the parameter, never by a place in a list",
+    ):
+        subject.train(model, opt, 4, STEPS)
+    with failing(
+        "when some parameters have no gradient after six steps",
+        "An expert that was chosen may not be chosen again",
+        "Skip every parameter whose grad is None, whatever its state; keep no list of those of the step before",
+    ):
+        subject.step(model, opt, STEPS, halves=(0,))
     if same(before, weights(model.right)):
         raise CheckFailed(
             f"{subject} never updated a parameter whose gradient came after the first step",
@@ -80,7 +88,7 @@ def works_without_some_gradients(subject: StackSubject) -> None:
         )
 
 
-@check("optimizer", "wrapper")
+@check("optimizer", "wrapper", presumes=(REPEATS,))
 def evaluates_a_closure(subject: StackSubject) -> None:
     """`step(closure)` returns the closure's loss and trains like `step()` after `backward()`."""
     model, opt = subject.pair()
@@ -140,7 +148,7 @@ def _closure_step(
     return returned, losses[0] if losses else None
 
 
-@check("optimizer", "wrapper")
+@check("optimizer", "wrapper", presumes=(REPEATS, RESUMES))
 def takes_a_group_later(subject: StackSubject) -> None:
     """`add_param_group` in the middle of a run gives parameters that are updated, saved and loaded like the others."""
     model = subject.model()
@@ -197,7 +205,7 @@ def _bare_refuses_groups(subject: StackSubject) -> bool:
     return False
 
 
-@check("optimizer", "wrapper")
+@check("optimizer", "wrapper", presumes=(REPEATS,))
 def skipped_update_advances_nothing(subject: StackSubject) -> None:
     """A step without gradients, and one that GradScaler skips, change no weight, no counter and no average."""
     model, opt = subject.pair()
