@@ -154,8 +154,12 @@ class Registry:
 
     def _take_plugin(self, plugin: Any, origin: str, version: str) -> None:
         known = {*hooks.HOOKS.values(), hooks.EXAMPLES}
-        misspelt = sorted(n for n in dir(plugin) if n.startswith("metaopt_") and n not in known)
-        misspelt = [n for n in misspelt if getattr(getattr(plugin, n), "metaopt_impl", None) is not None]
+        named = sorted(n for n in dir(plugin) if n.startswith("metaopt_"))
+        marked = [n for n in named if getattr(getattr(plugin, n), "metaopt_impl", None) is not None]
+        forgotten = [n for n in named if n in known and n not in marked]
+        if forgotten:
+            raise PluginError(f"plugin {origin!r}: {forgotten[0]} is not marked as a hook: write @hookimpl above it")
+        misspelt = [n for n in marked if n not in known]
         if misspelt:
             raise PluginError(
                 f"plugin {origin!r} implements no known hook with {misspelt[0]}.{did_you_mean(misspelt[0], known)}"

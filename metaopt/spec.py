@@ -13,6 +13,7 @@ from metaopt import wrapper as wrapper_module
 from metaopt.dividing import Division
 from metaopt.errors import HyperparameterError, MetaoptError, SpecError, with_article
 from metaopt.hyperparameters import Hyperparameter, bind, from_signature
+from metaopt.kinds import check_kind
 from metaopt.registry import Entry, registry
 from metaopt.schedule import Schedule
 from metaopt.syntax import Source
@@ -128,6 +129,7 @@ def part(name: str, kind: str | None = None) -> Part:
 
 
 def _from_entry(entry: Entry) -> Part:
+    check_kind(entry.kind, entry.name, entry.target, entry.origin)
     return Part(entry.kind, entry.name, entry.target)
 
 

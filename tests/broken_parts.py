@@ -434,6 +434,44 @@ class IgnoresTheGroupsAlpha(Pull, every="k"):
         group.move_to(group.slow)
 
 
+@broken(WRAPPERS, "misspelt_hook", "acts_in_a_hook", "Did you mean on_gradients?")
+class MisspellsItsHook(Wrapper):
+    """g <- 0.5 g."""
+
+    def on_gradient(self, groups):
+        groups.scale(0.5)
+
+
+@broken(WRAPPERS, "misses_a_state", "changes_parameters", "raised AttributeError at broken_parts.py:")
+class ReadsWhatItDoesNotDeclare(Wrapper):
+    """w <- slow."""
+
+    def after_update(self, group):
+        group.move_to(group.slow)
+
+
+@broken(WRAPPERS, "fails_in_every_group", "groups_have_values_of_their_own", "raised RuntimeError")
+class FailsAtTheThirdStep(Wrapper):
+    """g <- alpha g, twice."""
+
+    alpha: float = hyper(0.5, above=0.0, doc="how much is left of a gradient")
+
+    def on_gradients(self, groups):
+        for group in groups:
+            if group.updates > 1:
+                raise RuntimeError("no more")
+            torch._foreach_mul_(group.grads, group.alpha)
+
+
+@broken(OPTIMIZERS, "keeps_a_graph", "is_the_bare_class_bit_for_bit", "@torch.no_grad()")
+class StepsUnderAutograd(Descent):
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.add_(p.grad.sign(), alpha=-group["lr"])
+
+
 @broken(WRAPPERS, "class_attribute", "object_is_configuration", "SharesAList.history")
 class SharesAList(Wrapper):
     """g <- g / (number of gradients so far)."""

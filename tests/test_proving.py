@@ -10,7 +10,7 @@ import torch
 import metaopt
 from metaopt.cli import main
 from metaopt.errors import MetaoptError, PluginError
-from metaopt.registry import Registry
+from metaopt.registry import Entry, Registry
 from metaopt.testing import CHECKS, cases, outcome, prove
 
 
@@ -99,6 +99,34 @@ def test_an_example_that_is_none_is_an_error():
     plugin = offering(metaopt_optimizers={"mine": torch.optim.SGD}, metaopt_examples={"mine": "mine(lr=1.0)"})
     with pytest.raises(PluginError, match=r"no metaopt\.Example"):
         Registry()._take_plugin(plugin, "some plugin", "")
+
+
+def test_a_hook_that_is_not_marked_is_an_error():
+    def metaopt_wrappers():
+        return {}
+
+    plugin = type("Plugin", (), {"metaopt_wrappers": staticmethod(metaopt_wrappers)})
+    with pytest.raises(PluginError, match="metaopt_wrappers is not marked as a hook: write @hookimpl above it"):
+        Registry()._take_plugin(plugin, "some plugin", "")
+
+
+class NoCurve(metaopt.Schedule):
+    """v(t) = ?"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "told"),
+    [
+        ("wrapper", torch.optim.SGD, "SGD is no subclass of metaopt.Wrapper"),
+        ("schedule", metaopt.Wrapper, "Wrapper is no subclass of metaopt.Schedule"),
+        ("schedule", lambda: 0.1, "is no subclass of metaopt.Schedule"),
+        ("schedule", NoCurve, r"NoCurve leaves out what a schedule must have: define over\(\)"),
+    ],
+)
+def test_what_is_not_of_its_kind_is_an_error_where_it_is_looked_up(kind, target, told):
+    entry = Entry("mine", kind, target, "some plugin")
+    with pytest.raises(PluginError, match=f"some plugin offers 'mine'.*{told}"):
+        metaopt.spec._from_entry(entry)
 
 
 def test_a_new_process_answers_without_inherited_memory():

@@ -107,10 +107,12 @@ def _in_full(found: "Iterable[Result]") -> Iterator[str]:
     found = list(found)
     width = max(len(result.check) for result in found)
     yield f"{found[0].part}"
+    told: dict[str, str] = {}
     for result in found:
         yield f"  {SIGNS[result.status]:8} {result.check:{width}}  {result.claim}".rstrip()
         if result.reason:
-            yield from _wrapped(result.reason, "    ")
+            first = told.setdefault(result.reason, result.check)
+            yield from _wrapped(result.reason if first == result.check else f"as {first}", "    ")
 
 
 def _in_short(found: "list[Result]", width: int) -> Iterator[str]:

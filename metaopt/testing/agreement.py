@@ -42,7 +42,13 @@ def is_the_bare_class_bit_for_bit(subject: StackSubject) -> None:
         raise NotApplicable("it is made of other optimizers")
     model = subject.model()
     bare = bare_optimizer(subject, list(model.parameters()), subject.pair()[1])
-    difference = subject.parting(subject.run.weights[1:], subject.train(model, bare, 0, STEPS), 1)
+    with failing(
+        f"{subject.entry.target.__name__} outside of a stack",
+        "A stack promises to be the optimizer, unchanged",
+        "Make it work as any torch.optim.Optimizer does: step() runs under @torch.no_grad(), and calls the closure",
+    ):
+        alone = subject.train(model, bare, 0, STEPS)
+    difference = subject.parting(subject.run.weights[1:], alone, 1)
     if difference:
         raise CheckFailed(
             f"{subject}: {difference} between the stack and {subject.entry.target.__name__} itself",
@@ -152,7 +158,7 @@ def _same_dtype(subject: StackSubject, model: Halves, run: list[Weights], dtype:
             )
 
 
-@check("optimizer", "wrapper")
+@check("optimizer", "wrapper", presumes=("changes_parameters",))
 def takes_every_shape(subject: StackSubject) -> None:
     """Scalars, vectors, matrices and kernels, as far as the base can, beside each other in one group."""
     if subject.example.gradients == "sparse" or subject.example.parameters == "matrices":

@@ -5,15 +5,17 @@ from typing import Any
 
 import torch
 
-from metaopt.errors import HyperparameterError, MetaoptError
+from metaopt.errors import HyperparameterError, MetaoptError, did_you_mean
 from metaopt.hyperparameters import Hyperparameter
 from metaopt.spec import part
 from metaopt.testing.allowed_values import allowed
 from metaopt.testing.feeding import STEPS
 from metaopt.testing.outcome import REPEATS, CheckFailed, check
 from metaopt.testing.subject import StackSubject, Subject, refused
+from metaopt.wrapper import Wrapper
 
 FEW = 3
+HOOKS = ("around", "on_gradients", "before_update", "after_update", "averaged")
 
 
 @check("wrapper", "schedule", "logger", "problem")
@@ -28,6 +30,26 @@ def says_what_it_does(subject: Subject) -> None:
             f"{subject.entry.name} has {what}",
             "`metaopt list` and `metaopt show` print them, and errors quote them",
             'Write one sentence and the rule as a formula; hyper(..., doc="...")',
+        )
+
+
+@check("wrapper")
+def acts_in_a_hook(subject: StackSubject) -> None:
+    """The class defines a hook of the contract, and no public method that is nearly called like one."""
+    cls = subject.entry.target
+    own = [name for name, value in vars(cls).items() if inspect.isfunction(value) and not name.startswith("_")]
+    contract = [name for name, value in vars(Wrapper).items() if not name.startswith("_") and callable(value)]
+    nearly = next((name for name in own if name not in contract and did_you_mean(name, HOOKS)), "")
+    if nearly or not cls.acts_on():
+        what = (
+            f"defines {nearly}(), which the engine does not call" if nearly else f"defines none of {', '.join(HOOKS)}"
+        )
+        raise CheckFailed(
+            f"{subject.label} {what}",
+            "A wrapper acts where the engine calls it, and does nothing elsewhere without a word",
+            f"{did_you_mean(nearly, HOOKS).strip()} Give a method of your own a name that begins with _"
+            if nearly
+            else "Define the hook that fits: the loss, the gradients, the updated weights, or an average",
         )
 
 
@@ -61,6 +83,7 @@ def holds_its_bounds(subject: Subject) -> None:
         for value in _outside(hyperparameter):
             _is_refused(subject, target, name, value, hyperparameter)
     if isinstance(subject, StackSubject) and subject.entry.kind == "wrapper":
+        subject.train(*subject.pair(), 0, FEW)  # what fails here is no matter of bounds
         for name, hyperparameter in hyperparameters.items():
             for value in (0, -1):
                 _is_harmless(subject, name, value, hyperparameter)

@@ -14,7 +14,7 @@ class CheckFailed(MetaoptError, AssertionError):
     """A check that a part does not pass: what is wrong, why it matters, what to do."""
 
     def __init__(self, what: str, why: str, todo: str) -> None:
-        super().__init__(f"{what}. {why}. {todo}.")
+        super().__init__(f"{what.rstrip('.')}. {why}. {todo}.")
         self.what, self.why, self.todo = what, why, todo
 
 

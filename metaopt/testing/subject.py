@@ -1,6 +1,9 @@
 """What is checked: one part, made as its example says, and fed as it needs to be."""
 
 import copy
+import inspect
+import os
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
@@ -129,11 +132,17 @@ class StackSubject(Subject):
                 return opt.step()
         except Exception as error:
             raise CheckFailed(
-                f"step {number + 1} of {self} raised {type(error).__name__}: {str(error)[:300]}",
+                f"step {number + 1} of {self} raised {type(error).__name__}{self._line_of(error)}: {str(error)[:300]}",
                 "A training run would stop here",
-                "Make the part work on plain parameters with and without bias, or say in its metaopt.Example what it "
-                "needs (spec, parameters, gradients, closure)",
+                "Mend that line; where the part is right and needs to be fed otherwise, say so in its metaopt.Example "
+                "(spec, parameters, gradients, closure)",
             ) from error
+
+    def _line_of(self, error: BaseException) -> str:
+        """Return ` at file.py:12` for the innermost line of the part's own file in a traceback, or an empty text."""
+        source = inspect.getsourcefile(self.entry.target) if inspect.isclass(self.entry.target) else None
+        lines = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == source]
+        return f" at {os.path.basename(lines[-1].filename)}:{lines[-1].lineno}" if lines else ""
 
     def train(self, model: Halves, opt: Any, first: int, last: int) -> list[Weights]:
         """Make the steps `first` to `last - 1`; return the weights after each."""
