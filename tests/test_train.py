@@ -16,6 +16,7 @@ from metaopt.cli import main
 from metaopt.lab import checkpoint
 from metaopt.lab.holding import held
 from metaopt.lab.train import train
+from metaopt.problems.classification import Xor
 from metaopt.registry import registry
 
 SPEC = "clip_grad_norm(1.0) | adamw(lr=0.003) | lookahead(k=5)"
@@ -95,6 +96,33 @@ def test_a_run_killed_at_ten_random_moments_ends_where_the_uninterrupted_one_end
     status, _, errors = warm.run(command(log, steps=300, more=["--resume"]), tmp_path)
     assert (status, errors) == (0, "")
     assert equal(last(log), uninterrupted)
+
+
+def test_a_run_killed_in_the_middle_of_a_checkpoint_goes_on_from_the_one_before(tmp_path):
+    whole, log = tmp_path / "whole", tmp_path / "killed"
+    train(problem(), SPEC, steps=12, log=whole, checkpoint_every=6)
+    size = checkpoints(whole)[0].stat().st_size
+    train_on = command(log, steps=12, every=6, more=["--resume"])
+    status, _, _ = warm.run(train_on, tmp_path, largest_file=size // 2, dies_there=True)
+    assert status == -signal.SIGXFSZ
+    assert list((log / "checkpoints").glob("*.tmp")), "it was not killed while it wrote"
+    assert checkpoints(log) == [], "half a checkpoint bears the name of a whole one"
+    assert warm.run(train_on, tmp_path)[::2] == (0, "")
+    assert equal(last(log), last(whole))
+
+
+class Noisy(Xor):
+    """Draws from torch's own generator in every loss, as dropout does."""
+
+    def loss(self, model, batch):
+        return super().loss(model, batch) * (1.0 + 0.1 * torch.rand(()))
+
+
+def test_a_resumed_run_draws_the_random_numbers_of_the_uninterrupted_one(tmp_path):
+    whole = train(Noisy(), SPEC, steps=12, log=tmp_path / "whole", checkpoint_every=6)
+    first = checkpoints(tmp_path / "whole")[1]
+    resumed = train(Noisy(), SPEC, steps=12, log=tmp_path / "again", resume=first)
+    assert equal(resumed.model.state_dict(), whole.model.state_dict())
 
 
 def test_what_a_killed_run_left_half_written_is_removed_at_the_next_start(tmp_path):

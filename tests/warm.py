@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,13 +26,18 @@ def called(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class Command:
-    """`metaopt <arguments>`, running in a folder; `largest_file` bounds its files, as a full disk does."""
+    """`metaopt <arguments>`, running in a folder; `largest_file` bounds its files, as a full disk does.
 
-    def __init__(self, arguments: Sequence[str], folder: Path, *, largest_file: int | None = None) -> None:
+    With `dies_there` the system kills it in the middle of the write that passes that bound.
+    """
+
+    def __init__(
+        self, arguments: Sequence[str], folder: Path, *, largest_file: int | None = None, dies_there: bool = False
+    ) -> None:
         warm = context()
         self._printed = [warm.Pipe(duplex=False) for _ in range(2)]
         ends = [writing for _, writing in self._printed]
-        self.process = warm.Process(target=_run, args=(list(arguments), str(folder), largest_file, *ends))
+        self.process = warm.Process(target=_run, args=(list(arguments), str(folder), largest_file, dies_there, *ends))
         self.process.start()
         for writing in ends:
             writing.close()
@@ -40,13 +46,13 @@ class Command:
         """Tell whether the process has not ended yet."""
         return self.process.is_alive()
 
-    def kill(self, signal: int | None = None) -> None:
+    def kill(self, number: int | None = None) -> None:
         """Send a signal, by default the one that cannot be caught, and wait for that one's effect."""
-        if signal is None:
+        if number is None:
             self.process.kill()
             self.process.join()
         else:
-            os.kill(self.process.pid or 0, signal)
+            os.kill(self.process.pid or 0, number)
 
     def end(self) -> tuple[int, str, str]:
         """Wait for the end; return the exit status, the output and the errors."""
@@ -56,9 +62,9 @@ class Command:
         return self.process.exitcode, out, errors
 
 
-def run(arguments: Sequence[str], folder: Path, *, largest_file: int | None = None) -> tuple[int, str, str]:
+def run(arguments: Sequence[str], folder: Path, **how: Any) -> tuple[int, str, str]:
     """Run a command to its end; return its exit status, its output and its errors."""
-    return Command(arguments, folder, largest_file=largest_file).end()
+    return Command(arguments, folder, **how).end()
 
 
 def context() -> ForkServerContext:
@@ -76,7 +82,9 @@ def _all(reading: Connection) -> str:
         return file.read().decode()
 
 
-def _run(arguments: list[str], folder: str, largest_file: int | None, out: Connection, errors: Connection) -> None:
+def _run(
+    arguments: list[str], folder: str, largest_file: int | None, dies: bool, out: Connection, errors: Connection
+) -> None:
     os.chdir(folder)
     os.dup2(out.fileno(), 1)
     os.dup2(errors.fileno(), 2)
@@ -84,6 +92,8 @@ def _run(arguments: list[str], folder: str, largest_file: int | None, out: Conne
     sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+        if dies:  # Python ignores the signal, and gets an OSError instead
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     from metaopt.cli import main
 
     main(arguments)
