@@ -77,6 +77,7 @@ class Hyperparameter:
         for number in value if isinstance(value, tuple | list) else (value,):
             if isinstance(number, int | float) and not isinstance(number, bool):
                 self._within_bounds(number, where)
+                self._as_float(number, where)  # what divides by a count would raise in the middle of a run
         return value
 
     def _of_kind(self, value: Any, where: str) -> Any:
@@ -97,7 +98,7 @@ class Hyperparameter:
             raise HyperparameterError(f"{where}: {self.name}={value!r} is no {names.replace('NoneType', 'None')}")
         return value
 
-    def _as_float(self, number: int, where: str) -> float:
+    def _as_float(self, number: float, where: str) -> float:
         try:
             return float(number)
         except OverflowError:  # python's integers have no end, its floats have
