@@ -208,3 +208,14 @@ def test_a_checkpoint_taken_inside_averaged_does_not_lose_its_fast_weights_silen
     with pytest.raises(metaopt.CheckpointError, match=r"taken inside averaged\('lookahead'\)"):
         without.load_state_dict(saved)
     assert without.updates == 0
+
+
+def test_what_the_constructor_made_is_not_kept_beside_what_was_loaded() -> None:
+    model = small_model()
+    opt = metaopt.build(model.named_parameters(), "adagrad(lr=0.1)")
+    train(model, opt, range(2))
+    twin = small_model()
+    again = metaopt.build(twin.named_parameters(), "adagrad(lr=0.1)")
+    assert again.set_aside
+    again.load_state_dict(opt.state_dict())
+    assert not again.set_aside
