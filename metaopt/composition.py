@@ -101,7 +101,15 @@ def _check_moments(lane: Lane) -> None:
 
 def _check_resets(stack: "Stack", lane: Lane) -> None:
     entry = next((e for e in stack.param_groups if lane.holds(e) and e["params"]), None)
-    counted = counts_in_groups(lane, entry) if lane.resets and entry is not None else []
+    if not lane.resets or entry is None:
+        return
+    try:
+        counted = counts_in_groups(lane, entry)
+    except Exception as error:  # whatever a class from elsewhere raises for settings that it cannot step with
+        raise SpecError(
+            f"{lane.resets[0].label} makes the base begin anew, but a step of {type(lane.base).__name__} over zeros "
+            f"raises {type(error).__name__}: {error}; change its settings, or use pullback_momentum='none'"
+        ) from error
     if counted:
         raise SpecError(
             f"{lane.resets[0].label} makes the base begin anew, but {type(lane.base).__name__} counts its updates in "

@@ -5,6 +5,7 @@ import contextlib
 import time
 import warnings
 
+import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -129,6 +130,8 @@ def test_any_words_of_the_language(text: str) -> None:
 @example("sgd(lr=cosine_restarts(0.1, first=1" + "0" * 400 + "))")
 @example("sgd(lr=cyclic(0.1, 0.2, down=1" + "0" * 400 + "))")
 @example("sgd(lr=noam(warmup=1" + "0" * 400 + "))")
+@example("adamw(betas=(0.9, 0.9, 0.95))")
+@example("rprop(capturable=True) | lookahead(pullback_momentum='reset')")
 @example("lookahead(label=5) | adamw")
 @example("adam(betas=[])")
 @example("sgd(lr=sequence(0.1, (1,), 0.2))")
@@ -145,6 +148,15 @@ def test_any_parts_with_any_values_and_what_builds_prints_text_that_builds_it_ag
 @example("'" * 60_000)
 def test_any_pipeline_that_was_damaged(text: str) -> None:
     built_or_refused(text)
+
+
+def test_a_setting_that_no_step_can_work_with_is_torch_s_to_refuse_at_the_first_step() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        p = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+        opt = metaopt.build([p], "adamw(betas=(0.9, 0.9, 0.95))")
+        p.grad = torch.ones_like(p)
+        with pytest.raises(ValueError, match="too many values"):
+            opt.step()
 
 
 def test_the_pipelines_that_are_damaged_are_whole_before() -> None:
