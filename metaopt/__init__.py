@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from metaopt.batch_size import scale_lr as scale_lr
     from metaopt.building import build as build
     from metaopt.building import wrap as wrap
-    from metaopt.dividing import Division as Division
+    from metaopt.engine.dividing import Division as Division
     from metaopt.errors import CheckpointError as CheckpointError
     from metaopt.errors import HyperparameterError as HyperparameterError
     from metaopt.errors import LogError as LogError
@@ -42,19 +42,41 @@ if TYPE_CHECKING:
     from metaopt.wrapper import zeros as zeros
 
     # what an editor completes; at run time these come from the registry, like every other part
+    adadelta: Part
+    adafactor: Part
     adagrad: Part
     adam: Part
+    adamax: Part
     adamw: Part
+    asgd: Part
+    lbfgs: Part
+    muon: Part
+    nadam: Part
+    partition: Part
+    radam: Part
     rmsprop: Part
+    rprop: Part
     sgd: Part
+    sparse_adam: Part
+    accumulate: Part
+    adaptive_grad_clip: Part
+    cautious: Part
+    centralize: Part
     clip_grad_norm: Part
     clip_grad_value: Part
+    decay: Part
+    ema: Part
+    l2: Part
     lookahead: Part
+    outer: Part
+    sam: Part
+    skip_nonfinite: Part
     constant: Part
     cosine: Part
     cosine_restarts: Part
     cyclic: Part
     exponential: Part
+    inverse_sqrt: Part
     linear: Part
     noam: Part
     one_cycle: Part
@@ -62,6 +84,7 @@ if TYPE_CHECKING:
     sequence: Part
     step_decay: Part
     warmup: Part
+    wsd: Part
 
 __version__ = "0.1.0"
 
@@ -85,7 +108,7 @@ _HOMES = {
     "moments": "wrapper",
     "previous": "wrapper",
     "counter": "wrapper",
-    "Division": "dividing",
+    "Division": "engine.dividing",
     "Schedule": "schedule",
     "Logger": "metrics",
     "Problem": "problem",

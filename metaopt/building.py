@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from metaopt.composition import check_labels
 from metaopt.describing import Description
+from metaopt.engine.composition import check_labels
+from metaopt.engine.recording import describe_run
 from metaopt.errors import HyperparameterError, SpecError
 from metaopt.grouping import as_groups
 from metaopt.making import arrange, make_base, make_divided, scheduled
 from metaopt.metrics import Metrics, as_logger
-from metaopt.recording import describe_run
 from metaopt.registry import registry
 from metaopt.schedule import Schedule
 from metaopt.spec import as_pipeline

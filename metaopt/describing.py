@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace as changed
 
-from metaopt.composition import RUN_FLAGS
-from metaopt.lanes import Entry
+from metaopt.engine.composition import RUN_FLAGS
+from metaopt.engine.lanes import Entry
 from metaopt.registry import registry
 from metaopt.spec import Part, Pipeline
 from metaopt.stack import Stack

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+from metaopt.engine.reporting import ReportingScheduler
 from metaopt.explanation import Finding
 from metaopt.hyperparameters import from_signature
 from metaopt.practice import in_practice, number
-from metaopt.reporting import ReportingScheduler
 from metaopt.stack import Stack
 
 Entry = dict[str, Any]

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from metaopt.composition import NO_DECAY, RUN_FLAGS, check_labels
-from metaopt.dividing import Divided, Division
+from metaopt.engine.composition import NO_DECAY, RUN_FLAGS, check_labels
+from metaopt.engine.dividing import Divided, Division
+from metaopt.engine.fusing import serves
+from metaopt.engine.lanes import Lane
 from metaopt.errors import HyperparameterError, ParameterError, SpecError, did_you_mean
-from metaopt.fusing import serves
 from metaopt.grouping import Group
-from metaopt.lanes import Lane
 from metaopt.schedule import Schedule
 from metaopt.spec import Part, Pipeline
 from metaopt.wrapper import Wrapper

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from metaopt.engine.lanes import Entry, Lane
 from metaopt.explanation import Finding
-from metaopt.lanes import Entry, Lane
 from metaopt.probing import Character, acts_in_vain, character
 from metaopt.stack import Stack
 from metaopt.wrapper import Wrapper

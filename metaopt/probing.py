@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from metaopt.composition import RUN_FLAGS
-from metaopt.lanes import Entry, Lane
+from metaopt.engine.composition import RUN_FLAGS
+from metaopt.engine.lanes import Entry, Lane
+from metaopt.engine.watching import unhooked
 from metaopt.stack import Stack
-from metaopt.watching import unhooked
 from metaopt.wrapper import Wrapper
 
 STEPS = 12

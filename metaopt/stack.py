@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from metaopt import (
+from metaopt.engine import (
     averaging,
     begun_anew,
     compiling,
@@ -19,18 +19,18 @@ from metaopt import (
     resetting,
     updating,
 )
-from metaopt.dividing import Divided, step_bases
+from metaopt.engine.dividing import Divided, step_bases
+from metaopt.engine.fusing import refuses_latecomers
+from metaopt.engine.handing_over import HOOKS, of_users, own_hooks_alone, share_hooks
+from metaopt.engine.lanes import Entry, Lane, bare, revived
+from metaopt.engine.reporting import ReportingScheduler
+from metaopt.engine.sharing import made_for_a_share
+from metaopt.engine.timetable import Timetable
+from metaopt.engine.updating import Phases
+from metaopt.engine.watching import watched
 from metaopt.errors import StepError
-from metaopt.fusing import refuses_latecomers
-from metaopt.handing_over import HOOKS, of_users, own_hooks_alone, share_hooks
-from metaopt.lanes import Entry, Lane, bare, revived
 from metaopt.metrics import Metrics
-from metaopt.reporting import ReportingScheduler
 from metaopt.schedule import Schedule
-from metaopt.sharing import made_for_a_share
-from metaopt.timetable import Timetable
-from metaopt.updating import Phases
-from metaopt.watching import watched
 from metaopt.wrapper import Closure, Reduce, Wrapper
 
 

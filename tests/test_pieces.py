@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import metaopt
-from metaopt import views
+from metaopt.engine import views
 from metaopt.lab.bench.targets import wrappers_alone
 
 SHAPES = ((7, 3), (5,), (4, 2, 2), (), (9, 1))

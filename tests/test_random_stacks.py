@@ -9,7 +9,7 @@ import torch
 from plain_stack import Held, Lane, PlainStack, Rule
 
 import metaopt
-from metaopt import views
+from metaopt.engine import views
 
 SHAPES = ((4, 3), (3,), (2, 2, 2), (), (0,), (2, 0), (5, 1))
 BEFORE = {

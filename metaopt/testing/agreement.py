@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from metaopt.composition import RUN_FLAGS
-from metaopt.dividing import Division
+from metaopt.engine.composition import RUN_FLAGS
+from metaopt.engine.dividing import Division
 from metaopt.errors import MetaoptError
 from metaopt.stack import Stack
 from metaopt.testing.comparing import same

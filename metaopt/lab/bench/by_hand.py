@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from metaopt.composition import RUN_FLAGS
+from metaopt.engine.composition import RUN_FLAGS
 from metaopt.lab.bench.shapes import Named
 from metaopt.schedule import Schedule
 from metaopt.spec import Pipeline

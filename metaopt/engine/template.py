@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from metaopt import first_update
-from metaopt.dividing import step_bases
+from metaopt.engine import first_update
+from metaopt.engine.dividing import step_bases
 
 if TYPE_CHECKING:
     from metaopt.stack import Stack

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from metaopt.handing_over import HOOKS, own_hooks
+from metaopt.engine.handing_over import HOOKS, own_hooks
+from metaopt.engine.watching import unhooked
 from metaopt.schedule import Schedule
-from metaopt.watching import unhooked
 from metaopt.wrapper import Slot, Wrapper
 
 Entry = dict[str, Any]

@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from metaopt.engine.gradients import AllGradients, filter_gradients
+from metaopt.engine.scaling import apply_scales
 from metaopt.errors import StepError
-from metaopt.gradients import AllGradients, filter_gradients
-from metaopt.scaling import apply_scales
 from metaopt.wrapper import Closure
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from metaopt.begun_anew import counts_in_groups
+from metaopt.engine.begun_anew import counts_in_groups
+from metaopt.engine.lanes import Entry, Lane
 from metaopt.errors import HyperparameterError, SpecError, did_you_mean
-from metaopt.lanes import Entry, Lane
 from metaopt.schedule import Schedule
 from metaopt.wrapper import Wrapper
 

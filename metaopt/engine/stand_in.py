@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from metaopt.lanes import Entry, Lane
+from metaopt.engine.lanes import Entry, Lane
 
 if TYPE_CHECKING:
     from metaopt.stack import Stack

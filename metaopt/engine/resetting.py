@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from metaopt.averaging import swap_back
+from metaopt.engine.averaging import swap_back
+from metaopt.engine.lanes import ANEW, Lane
 from metaopt.errors import StepError, did_you_mean
-from metaopt.lanes import ANEW, Lane
 
 if TYPE_CHECKING:
     from metaopt.stack import Stack

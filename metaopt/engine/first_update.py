@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from metaopt.begun_anew import of_wrappers
+from metaopt.engine.begun_anew import of_wrappers
+from metaopt.engine.fusing import serves
+from metaopt.engine.lanes import ANEW, Entry, Lane
+from metaopt.engine.views import is_moment
 from metaopt.errors import StepError
-from metaopt.fusing import serves
-from metaopt.lanes import ANEW, Entry, Lane
-from metaopt.views import is_moment
 from metaopt.wrapper import Slot
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from metaopt.engine.gathered import drop_gathered_copies
+from metaopt.engine.members import updated
+from metaopt.engine.shards import local
+from metaopt.engine.views import Piece, pieces
 from metaopt.errors import StepError, did_you_mean
-from metaopt.gathered import drop_gathered_copies
-from metaopt.members import updated
-from metaopt.shards import local
-from metaopt.views import Piece, pieces
 
 if TYPE_CHECKING:
     from metaopt.stack import Stack

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from metaopt.composition import RUN_FLAGS
+from metaopt.engine.composition import RUN_FLAGS
+from metaopt.engine.lanes import Entry, Lane
+from metaopt.engine.stand_in import state_after_one_update
 from metaopt.errors import CheckpointError
-from metaopt.lanes import Entry, Lane
-from metaopt.stand_in import state_after_one_update
 
 if TYPE_CHECKING:
     from metaopt.stack import Stack

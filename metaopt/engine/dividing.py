@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from metaopt.engine.lanes import Lane
 from metaopt.errors import CheckpointError, ParameterError, did_you_mean
-from metaopt.lanes import Lane
 from metaopt.wrapper import Closure
 
 if TYPE_CHECKING:

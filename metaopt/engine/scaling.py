@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from metaopt.lanes import Lane
-from metaopt.shards import dense, local
+from metaopt.engine.lanes import Lane
+from metaopt.engine.shards import dense, local
 
 if TYPE_CHECKING:
     from metaopt.stack import Stack

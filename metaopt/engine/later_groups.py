@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from metaopt import composition
-from metaopt.dividing import Divided
+from metaopt.engine import composition
+from metaopt.engine.dividing import Divided
+from metaopt.engine.lanes import Entry
 from metaopt.errors import ParameterError
-from metaopt.lanes import Entry
 
 if TYPE_CHECKING:
     from metaopt.stack import Stack

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from metaopt import screening
-from metaopt.composition import RUN_FLAGS
+from metaopt.engine import screening
+from metaopt.engine.composition import RUN_FLAGS
+from metaopt.engine.first_update import slot_dtype
+from metaopt.engine.handing_over import of_users, own_hooks_alone
+from metaopt.engine.stand_in import restore_dtypes
 from metaopt.errors import CheckpointError, HyperparameterError
-from metaopt.first_update import slot_dtype
-from metaopt.handing_over import of_users, own_hooks_alone
-from metaopt.stand_in import restore_dtypes
 from metaopt.wrapper import Wrapper
 
 if TYPE_CHECKING:

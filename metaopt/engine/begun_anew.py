@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from metaopt.lanes import ANEW, Lane
+from metaopt.engine.lanes import ANEW, Lane
 
 if TYPE_CHECKING:
     from metaopt.stack import Stack

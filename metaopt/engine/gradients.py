@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from metaopt.engine.lanes import Entry, Lane
+from metaopt.engine.members import with_gradient
+from metaopt.engine.norms import total_norm
+from metaopt.engine.scaling import apply_scale
+from metaopt.engine.shards import dense
+from metaopt.engine.views import Piece, pieces, small_pieces
 from metaopt.errors import HyperparameterError, StepError
-from metaopt.lanes import Entry, Lane
-from metaopt.members import with_gradient
-from metaopt.norms import total_norm
-from metaopt.scaling import apply_scale
-from metaopt.shards import dense
-from metaopt.views import Piece, pieces, small_pieces
 from metaopt.wrapper import Gradients, Wrapper
 
 if TYPE_CHECKING:

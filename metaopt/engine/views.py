@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from metaopt.engine.lanes import ANEW, Lane
+from metaopt.engine.scaling import apply_scale
+from metaopt.engine.shards import all_local, dense, is_plain, local, mean_over_shards, norm_over_shards
 from metaopt.errors import StepError
-from metaopt.lanes import ANEW, Lane
-from metaopt.scaling import apply_scale
-from metaopt.shards import all_local, dense, is_plain, local, mean_over_shards, norm_over_shards
 from metaopt.wrapper import Group, Reduce, Wrapper
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from metaopt.lanes import Entry
+from metaopt.engine.lanes import Entry
 from metaopt.wrapper import Wrapper
 
 if TYPE_CHECKING:

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from metaopt import averaging, first_update, template
-from metaopt.evaluation import Evaluation
-from metaopt.gradients import filter_gradients
-from metaopt.lanes import Entry, Lane
-from metaopt.members import Members, updated, with_gradient
-from metaopt.recording import rate_tags
-from metaopt.scaling import fold_scale
-from metaopt.views import pieces, small_pieces
+from metaopt.engine import averaging, first_update, template
+from metaopt.engine.evaluation import Evaluation
+from metaopt.engine.gradients import filter_gradients
+from metaopt.engine.lanes import Entry, Lane
+from metaopt.engine.members import Members, updated, with_gradient
+from metaopt.engine.recording import rate_tags
+from metaopt.engine.scaling import fold_scale
+from metaopt.engine.views import pieces, small_pieces
 from metaopt.wrapper import Closure, Group, Wrapper
 
 if TYPE_CHECKING:

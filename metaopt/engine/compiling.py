@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from metaopt import updating
-from metaopt.dividing import Divided
-from metaopt.evaluation import Evaluation
-from metaopt.lanes import Entry
+from metaopt.engine import updating
+from metaopt.engine.dividing import Divided
+from metaopt.engine.evaluation import Evaluation
+from metaopt.engine.lanes import Entry
 from metaopt.wrapper import Closure
 
 if TYPE_CHECKING:
