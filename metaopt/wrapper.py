@@ -204,8 +204,8 @@ class Wrapper(ABC):
     """A part around the base: declares hyperparameters and state, and any of the five methods below.
 
     `class W(Wrapper, every="k")` is called after an update only when the hyperparameter `k` divides the count.
-    `class W(Wrapper, each="element")` treats every element alike, `each="row"` every index of a first dimension (a
-    vector is one row): groups may then be some of the tensors, or rows of them, few enough to stay in a cache.
+    `class W(Wrapper, each="element")` treats every element alike, more than once: `after_update` may then be called
+    with parts of the group (see `Group.parts`).
     The object is configuration without state: one object may serve two stacks.
     """
 
@@ -213,7 +213,7 @@ class Wrapper(ABC):
     slots: ClassVar[dict[str, Slot]] = {}
     counters: ClassVar[dict[str, Counter]] = {}
     every: ClassVar[str | None] = None
-    each: ClassVar[Literal["element", "row"] | None] = None
+    each: ClassVar[Literal["element"] | None] = None
     known_as: ClassVar[tuple[str, ...]] = ()
     # a wrapper that cannot decide without reading from the device says so
     synchronises: ClassVar[bool] = False
@@ -225,9 +225,7 @@ class Wrapper(ABC):
     given: dict[str, Any]
     label: str
 
-    def __init_subclass__(
-        cls, every: str | None = None, each: Literal["element", "row"] | None = None, **kwargs: Any
-    ) -> None:
+    def __init_subclass__(cls, every: str | None = None, each: Literal["element"] | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.hyperparameters = declared(cls)
         own = vars(cls).items()

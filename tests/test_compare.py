@@ -119,7 +119,7 @@ def test_the_budget_is_gradient_evaluations(tmp_path: Path) -> None:
 
 
 def test_accumulated_gradients_cost_evaluations_and_the_run_is_as_long_as_its_updates(tmp_path: Path) -> None:
-    specs = ("sgd(lr=0.1)", "accumulate(4) | sgd(lr=linear(0.1, 0.0))", "accumulate(3) | evaluates_twice | sgd(lr=0.1)")
+    specs = ("sgd(lr=0.1)", "accumulate(4) | sgd(lr=linear(0.1, 0.0))", "evaluates_twice | accumulate(3) | sgd(lr=0.1)")
     metaopt.register(wrappers={"evaluates_twice": Twice})
     contenders = run_comparison(small(tmp_path, specs=specs, tune=False, steps=40))
     runs = [contender.runs[0] for contender in contenders]

@@ -38,3 +38,19 @@ def test_an_empty_tensor_adds_nothing_to_any_norm(p, dtype, device):
     assert torch.equal(total_norm([empty, full, empty], p), total_norm([full], p))
     assert total_norm([empty], p).item() == 0.0
     assert torch.equal(total_norm([empty.to(torch.float32), full], p), total_norm([full], p))
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, float("inf")])
+@pytest.mark.parametrize("shapes", [[(2048, 1024)], [(2048, 1024), (7,)], [(3,), (1 << 21,)]])
+def test_the_norm_of_large_tensors_is_exact_to_the_last_digits(p, shapes):
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    exact = torch.linalg.vector_norm(torch.cat([t.double().flatten() for t in tensors]), p)
+    torch.testing.assert_close(total_norm(tensors, p).double(), exact, rtol=3e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("cut", ["turned", "odd", "strided"])
+def test_large_tensors_that_have_no_even_rows_are_left_to_torch(cut, device):
+    whole = torch.randn(512, 514, device=device)
+    tensor = {"turned": whole.t(), "odd": whole.flatten()[: (1 << 17) + 1], "strided": whole[:, ::2]}[cut]
+    assert torch.equal(total_norm([tensor, whole[0]]), torch.nn.utils.get_total_norm([tensor, whole[0]]))

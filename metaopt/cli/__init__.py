@@ -117,7 +117,8 @@ def _print_version(wanted: bool) -> None:
 
 def make_app() -> typer.Typer:
     """Return the app with every command of this folder; nothing here imports torch."""
-    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    # without rich's markup: help answers in half the time
+    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
     @app.callback()
     def metaopt(

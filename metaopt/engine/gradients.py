@@ -10,7 +10,7 @@ from metaopt.engine.members import with_gradient
 from metaopt.engine.norms import total_norm
 from metaopt.engine.scaling import apply_scale
 from metaopt.engine.shards import dense
-from metaopt.engine.views import Piece, pieces, small_pieces
+from metaopt.engine.views import Piece, pieces
 from metaopt.errors import HyperparameterError, StepError
 from metaopt.wrapper import Gradients, Wrapper
 
@@ -29,9 +29,7 @@ class AllGradients(Gradients):
     def __iter__(self) -> Iterator[Piece]:
         for entry in self._entries():
             owners = [p for p in entry["params"] if p.grad is not None]
-            # what a sparse gradient stores is not aligned with the rows of its parameter
-            cut = self._wrapper.each and not any(p.grad.is_sparse for p in owners)
-            yield from (small_pieces if cut else pieces)(self._stack, entry, self._wrapper, owners)
+            yield from pieces(self._stack, entry, self._wrapper, owners)
 
     def gathered(self) -> Iterator[Piece]:
         for entry in self._entries():

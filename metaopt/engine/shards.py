@@ -20,11 +20,6 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if kind is not None and isinstance(tensor, kind) else tensor
 
 
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Tell whether a tensor is torch's own kind, whole in this process."""
-    return type(tensor) in _PLAIN
-
-
 def all_local(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Return the parts of tensors that this process holds."""
     return tensors if _PLAIN.issuperset(map(type, tensors)) else [local(tensor) for tensor in tensors]

@@ -7,7 +7,7 @@ import torch
 
 from metaopt.engine.lanes import ANEW, Lane
 from metaopt.engine.scaling import apply_scale
-from metaopt.engine.shards import all_local, dense, is_plain, local, mean_over_shards, norm_over_shards
+from metaopt.engine.shards import all_local, dense, local, mean_over_shards, norm_over_shards
 from metaopt.errors import StepError
 from metaopt.wrapper import Group, Reduce, Wrapper
 
@@ -211,35 +211,24 @@ def pieces(stack: "Stack", entry: Entry, wrapper: Wrapper, owners: list[torch.Te
 def small_pieces(stack: "Stack", entry: Entry, wrapper: Wrapper, owners: list[torch.Tensor]) -> list[Piece]:
     """Split parameters as `pieces` does and then into parts that stay in a cache, or cost little memory.
 
-    For wrappers that treat every element, or every row, by itself. Where elements are treated alike an accelerator
-    gets all at once: one launch for everything.
+    For wrappers that treat every element alike and read it more than once; an accelerator gets all at once: one launch
+    for everything.
     """
     found = pieces(stack, entry, wrapper, owners)
     if stack.lane_of(entry).seat(wrapper).per_moment:
         return found
-    split: list[Piece] = []
-    for piece in found:
-        cpu = piece.params[0].device.type == "cpu"
-        if not cpu and wrapper.each == "element":
-            split.append(piece)
-        else:
-            split += _cut(piece, CPU_PIECE if cpu else DEVICE_PIECE, rows=wrapper.each == "row")
-    return split
+    return [part for piece in found for part in (piece.parts() if piece.params[0].device.type == "cpu" else [piece])]
 
 
-def _cut(piece: Piece, most: int, *, rows: bool = False) -> list[Piece]:
-    """Cut a piece into some of at most so many elements each, between tensors and between rows.
-
-    `rows`: they are to stay whole. A vector is one, and one that is sharded may go on elsewhere.
-    """
+def _cut(piece: Piece, most: int) -> list[Piece]:
+    """Cut a piece into some of at most so many elements each, between tensors and between rows."""
     if sum(p.numel() for p in piece.params) <= most:
         return [piece]
     cut: list[tuple[list[int], list[Span]]] = []
-    filled = 0
-    for i, (owner, tensor) in enumerate(zip(piece.owners, piece.params, strict=True)):
-        whole = rows and (tensor.dim() < 2 or not is_plain(owner))
-        for span, size in [(None, tensor.numel())] if whole else _spans(tensor, most):
-            if not cut or filled + size > most:
+    filled = most
+    for i, tensor in enumerate(piece.params):
+        for span, size in _spans(tensor, most):
+            if filled + size > most:
                 cut.append(([], []))
                 filled = 0
             cut[-1][0].append(i)

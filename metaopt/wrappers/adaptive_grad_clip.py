@@ -5,7 +5,7 @@ import torch
 from metaopt import Gradients, Wrapper, hookimpl, hyper
 
 
-class AdaptiveGradClip(Wrapper, each="row"):
+class AdaptiveGradClip(Wrapper):
     """g_i <- g_i min(1, clipping max(|w_i|, eps) / |g_i|) for each row i; a vector is one row. arXiv:2102.06171
 
     Rows are what one output unit has: an index of the first dimension of a matrix or of a convolution (torch's

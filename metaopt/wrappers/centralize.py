@@ -5,7 +5,7 @@ import torch
 from metaopt import Gradients, Wrapper, hookimpl
 
 
-class Centralize(Wrapper, each="row"):
+class Centralize(Wrapper):
     """g_i <- g_i - mean(g_i) for each row i of tensors with two dimensions or more. arXiv:2004.01461
 
     A row is what one output unit has: an index of the first dimension (torch's transposed convolutions have their

@@ -5,7 +5,7 @@ import torch
 from metaopt import Gradients, Wrapper, hookimpl, hyper
 
 
-class ClipGradValue(Wrapper, each="element"):
+class ClipGradValue(Wrapper):
     """g <- min(max(g, -clip_value), clip_value), componentwise."""
 
     known_as = ("clip", "gradient_clip_algorithm", "clip_grad_value_")

@@ -5,7 +5,7 @@ import torch
 from metaopt import Group, Wrapper, hookimpl, hyper, start
 
 
-class Ema(Wrapper, each="element"):
+class Ema(Wrapper):
     """average <- d average + (1 - d) w after every update; `opt.averaged()` shows it. doi:10.1137/0330046
 
     d = decay; with `warmup` d = min(decay, (1 + t) / (10 + t)), t being the number of updates, so that the initial
@@ -32,9 +32,10 @@ class Ema(Wrapper, each="element"):
         if all(a.dtype == p.dtype for a, p in zip(averages, group.params, strict=True)):
             torch._foreach_lerp_(averages, group.params, 1.0 - decay)
             return
-        # a multi-tensor lerp refuses mixed dtypes; cast one at a time, or all weights would be copied at once
-        for average, p in zip(averages, group.params, strict=True):
-            average.lerp_(p.to(average.dtype), 1.0 - decay)
+        # a multi-tensor lerp refuses mixed dtypes; cast in parts, or all weights would be copied at once
+        for part in group.parts():
+            for average, p in zip(part.average, part.params, strict=True):
+                average.lerp_(p.to(average.dtype), 1.0 - decay)
 
     def averaged(self, group: Group) -> list[torch.Tensor]:
         average: list[torch.Tensor] = group.average

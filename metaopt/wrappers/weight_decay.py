@@ -5,7 +5,7 @@ import torch
 from metaopt import Gradients, Group, Wrapper, hookimpl, hyper
 
 
-class L2(Wrapper, each="element"):
+class L2(Wrapper):
     """g <- g + weight_decay w: the penalty goes through the base like the loss, so an adaptive base rescales it.
 
     Adam with it is not AdamW: arXiv:1711.05101.
@@ -22,7 +22,7 @@ class L2(Wrapper, each="element"):
             torch._foreach_add_(group.grads, group.params, alpha=strength)
 
 
-class Decay(Wrapper, each="element"):
+class Decay(Wrapper):
     """w <- (1 - lr weight_decay) w right before the base's update, with the base's rate: AdamW's. arXiv:1711.05101"""
 
     known_as = ("decoupled weight decay", "weight_decay of AdamW", "decoupled_weight_decay")

@@ -24,6 +24,9 @@ class Update(ABC):
     def held(self) -> Iterable[torch.Tensor]:
         """Return the tensors kept from one update to the next, parameters and gradients aside."""
 
+    def close(self) -> None:  # noqa: B027 - most write nowhere
+        """Write what is left to a log."""
+
 
 @dataclass(frozen=True)
 class Recipe:

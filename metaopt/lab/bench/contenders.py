@@ -48,6 +48,9 @@ class ByStack(Update):
         for entries in self.stack.state.values():
             yield from (value for value in entries.values() if isinstance(value, torch.Tensor))
 
+    def close(self) -> None:
+        self.stack.close()
+
     def cycle(self) -> int:
         """Return after how many updates everything that is due every so often has been due equally often."""
         entry = self.stack.param_groups[0]

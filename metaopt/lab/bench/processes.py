@@ -1,16 +1,20 @@
-"""How long a program waits before it can begin: whole processes, timed in turn."""
+"""How long a program waits before it can begin: new processes, each timed from within or as a whole."""
 
-import statistics
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-IMPORT_TORCH = "import torch"
-IMPORT_METAOPT = "import metaopt"
 # the import itself looks nothing up; this is what the first line of a program costs
 FIRST_USE = "import metaopt; metaopt.build"
 
+_AFTER = """
+import {before}, time
+began = time.perf_counter()
+{code}
+print(time.perf_counter() - began)
+"""
 _HELP = """
 import sys
 from metaopt.cli import main
@@ -21,23 +25,32 @@ except SystemExit as exit:
 """
 
 
-def process_seconds(programs: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each python process, round by round; the first round only warms the file cache."""
-    found: dict[str, list[float]] = {name: [] for name in programs}
+def seconds_after(before: str, code: str, rounds: int) -> list[float]:
+    """Return what `code` takes, each time in a new process that has imported the module `before`.
+
+    Timed from within: what importing torch takes varies by more than all of metaopt.
+    """
+    program = ["-c", _AFTER.format(before=before, code=code)]
+    return [float(_run(program).stdout) for _ in range(1 + rounds)][1:]
+
+
+def process_seconds(arguments: Sequence[str], rounds: int) -> list[float]:
+    """Return the seconds of each whole python process; one before them only warms the caches of files."""
+    found = []
     for _ in range(1 + rounds):
-        for name, arguments in programs.items():
-            began = time.perf_counter()
-            subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
-            found[name].append(time.perf_counter() - began)
-    return {name: seconds[1:] for name, seconds in found.items()}
-
-
-def median_difference(found: Mapping[str, Sequence[float]], a: str, b: str) -> float:
-    """Return the median of a minus b, taken in each round."""
-    return statistics.median(x - y for x, y in zip(found[a], found[b], strict=True))
+        began = time.perf_counter()
+        _run(arguments)
+        found.append(time.perf_counter() - began)
+    return found[1:]
 
 
 def help_imports_torch(arguments: Sequence[str]) -> bool:
     """Tell whether the command line imports torch before it has answered these arguments."""
     ran = subprocess.run([sys.executable, "-c", _HELP.format(arguments=list(arguments))], capture_output=True)
     return ran.returncode != 0
+
+
+def _run(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    # a user's second process finds what the first one compiled
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True, env=kept)

@@ -3,7 +3,6 @@
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -193,21 +192,20 @@ def _logging(settings: Settings, tensors: TensorSet) -> Verdict:
         windows = dict.fromkeys(("unlogged", "logged"), LOG_EVERY)
         runners, _ = race(tensors, contenders, max(3, settings.rounds // 4), windows)
         measured = _ratio(runners, "logged", "unlogged")
+        for runner in runners.values():
+            runner.update.close()
     return _at_most("6", f"{WHOLE} with log_every={LOG_EVERY} against the same without", tensors.name, measured, 1.02)
 
 
 def _starting(settings: Settings) -> Iterator[Verdict]:
     settings.progress("starting processes")
     if settings.wants("7"):
-        programs = {code: ["-c", code] for code in (processes.IMPORT_TORCH, processes.FIRST_USE)}
-        found = processes.process_seconds(programs, max(3, settings.rounds // 2))
-        more = processes.median_difference(found, processes.FIRST_USE, processes.IMPORT_TORCH)
-        what = f"{processes.FIRST_USE}, against {processes.IMPORT_TORCH}"
+        more = median(processes.seconds_after("torch", processes.FIRST_USE, max(3, settings.rounds // 2)))
+        what = f"{processes.FIRST_USE}, after import torch"
         yield _at_most("7", what, "a new process", more * 1000.0, 60.0, "ms more")
     if settings.wants("8"):
         for arguments in (["--help"], ["list", "--help"]):
-            run = partial(processes.process_seconds, {"help": ["-m", "metaopt", *arguments]})
-            seconds = median(run(max(3, settings.rounds // 2))["help"])
+            seconds = median(processes.process_seconds(["-m", "metaopt", *arguments], max(3, settings.rounds // 2)))
             torch_free = not processes.help_imports_torch(arguments)
             verdict = _at_most("8", f"metaopt {' '.join(arguments)}", "a new process", seconds, 0.4, "s")
             remark = "imports no torch" if torch_free else "imports torch"
