@@ -225,10 +225,10 @@ def _cut(piece: Piece, most: int) -> list[Piece]:
     if sum(p.numel() for p in piece.params) <= most:
         return [piece]
     cut: list[tuple[list[int], list[Span]]] = []
-    filled = most
+    filled = 0
     for i, tensor in enumerate(piece.params):
         for span, size in _spans(tensor, most):
-            if filled + size > most:
+            if not cut or filled + size > most:
                 cut.append(([], []))
                 filled = 0
             cut[-1][0].append(i)
