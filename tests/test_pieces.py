@@ -47,3 +47,22 @@ def test_parts_of_tensors_add_up_to_the_whole(spec: str, monkeypatch: pytest.Mon
 
 def test_some_wrappers_treat_tensors_in_parts() -> None:
     assert len(CUT) >= 3
+
+
+def test_a_part_of_a_group_tells_where_its_own_tensors_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Halve(metaopt.Wrapper, each="element"):
+        """w <- w / 2, by the places that parts tell."""
+
+        def after_update(self, group: metaopt.Group) -> None:
+            halves = [p / 2 for p in group.params]
+            for part in group.parts():
+                part.move_to([halves[i] for i in part.at])
+
+    monkeypatch.setattr(views, "CPU_PIECE", 4)
+    weights = [torch.nn.Parameter(torch.arange(1.0, n + 1)) for n in (3, 12, 2)]
+    opt = metaopt.build(weights, metaopt.spec.as_pipeline("sgd(lr=1.0)") | Halve())
+    for p in weights:
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    for p in weights:
+        torch.testing.assert_close(p.detach(), torch.arange(1.0, len(p) + 1) / 2)

@@ -47,8 +47,10 @@ def _norm_here(tensors: list[torch.Tensor], p: float) -> torch.Tensor:
         extremes = [extreme for tensor in tensors for extreme in torch.aminmax(tensor)]
         return torch.stack(extremes).abs().amax()
     # what torch's function does for each device and dtype, without sorting by them
-    large = [t for t in tensors if t.numel() >= LARGE and _has_rows(t)]
-    small = [t for t in tensors if not (t.numel() >= LARGE and _has_rows(t))] if large else tensors
+    large: list[torch.Tensor] = []
+    small: list[torch.Tensor] = []
+    for t in tensors:
+        (large if t.numel() >= LARGE and _has_rows(t) else small).append(t)
     norms = [torch.linalg.vector_norm(t.view(ROWS, -1), p, dim=1) for t in large]
     if small:
         norms.append(torch.stack(torch._foreach_norm(small, p)))

@@ -57,7 +57,10 @@ class Piece(Group):
 
     def parts(self) -> list["Piece"]:
         cpu = self.params[0].device.type == "cpu"
-        return _cut(self, CPU_PIECE if cpu else DEVICE_PIECE)
+        if self._spans is None:
+            return _cut(self, CPU_PIECE if cpu else DEVICE_PIECE)
+        # a part already; where its tensors stand is told of this group, not of the one that it was cut from
+        return [self.part(list(range(len(self.owners))), self._spans)]
 
     def part(self, at: list[int], spans: list[Span]) -> "Piece":
         """Return a piece of some of these parameters, or of rows of them."""

@@ -24,6 +24,13 @@ def pair(spec: str) -> tuple[nn.Module, metaopt.Stack, nn.Module, metaopt.Stack]
     return model, metaopt.build(model, spec, total_steps=20), twin, metaopt.build(twin, spec, total_steps=20)
 
 
+def assert_sharded_as_unsharded(spec: str, steps: int) -> None:
+    model, opt, twin, plain = pair(spec)
+    train(model, opt, 0, steps)
+    train(twin, plain, 0, steps)
+    torch.testing.assert_close(weights(model), weights(twin), msg=lambda text: f"{spec}: {text}")
+
+
 @on_two_ranks
 def test_a_sharded_run_is_the_unsharded_run() -> None:
     for spec in (
@@ -34,10 +41,7 @@ def test_a_sharded_run_is_the_unsharded_run() -> None:
         "clip_grad_norm(0.5, norm_type=1.0) | adagrad(lr=0.05)",
         "clip_grad_value(0.02) | rmsprop(lr=cosine(0.01)) | lookahead(k=2, alpha=linear(0.3, 0.9))",
     ):
-        model, opt, twin, plain = pair(spec)
-        train(model, opt, 0, 10)
-        train(twin, plain, 0, 10)
-        torch.testing.assert_close(weights(model), weights(twin), msg=lambda text, spec=spec: f"{spec}: {text}")
+        assert_sharded_as_unsharded(spec, 10)
 
 
 @on_two_ranks
@@ -52,10 +56,7 @@ def test_every_other_wrapper_is_the_same_over_shards() -> None:
         "adamw(lr=0.05) | outer(k=3, lr=0.7, momentum=0.9)",
         "partition({'matrix': sgd(lr=0.02, momentum=0.9) | lookahead(k=2), '*': adamw(lr=cosine(0.05))})",
     ):
-        model, opt, twin, plain = pair(spec)
-        train(model, opt, 0, 8)
-        train(twin, plain, 0, 8)
-        torch.testing.assert_close(weights(model), weights(twin), msg=lambda text, spec=spec: f"{spec}: {text}")
+        assert_sharded_as_unsharded(spec, 8)
 
 
 @on_two_ranks
