@@ -149,8 +149,8 @@ def _order(stack: Stack | None, optimizer: torch.optim.Optimizer, entry: dict[st
     if stack is None:
         return (type(optimizer).__name__,)
     lane = stack.lane_of(entry)
-    before = [_described(w, entry) for w in lane.chain if w.stands_before_base()]
-    behind = [_described(w, entry) for w in lane.chain if not w.stands_before_base()]
+    before = [_described(w, entry) for w in lane.chain if w.runs_before_base()]
+    behind = [_described(w, entry) for w in lane.chain if not w.runs_before_base()]
     return (*before, type(lane.base).__name__, *behind)
 
 
@@ -159,7 +159,7 @@ def _described(wrapper: Wrapper, entry: Mapping[str, Any]) -> str:
     shown = [
         f"{name}={_short(value)}"
         for name, value in values.items()
-        if name in wrapper.given or name == wrapper.every or value != wrapper.hyperparameters[name].default
+        if name in wrapper.arguments or name == wrapper.every or value != wrapper.hyperparameters[name].default
     ]
     return f"{wrapper.label}({', '.join(shown)})"
 
@@ -177,7 +177,7 @@ def _peak_and_end(stack: Stack | None, entry: dict[str, Any], rate: float | None
     last = run if run is not None else schedule.length(None, None)
     if last is None:
         return None, None
-    curve = schedule.over(run, run)
+    curve = schedule.curve(run, run)
     stride = max(1, last // SAMPLES)
     scale = float(entry.get("metaopt.lr_scale", 1.0))
     # the last update runs at the value after last - 1 updates

@@ -19,23 +19,23 @@ class Cautious(Wrapper):
 
     def after_update(self, group: Group) -> None:
         agreeing: list[list[torch.Tensor]] = [[] for _ in group.params]
-        for part in group.parts():
-            masks = [_mask(*each, up=group.maximizes) for each in zip(*_weights_and_gradients(part), strict=True)]
-            for i, mask in zip(part.at, masks, strict=True):
+        for block in group.blocks():
+            masks = [_mask(*each, up=group.maximize) for each in zip(*_weights_and_gradients(block), strict=True)]
+            for i, mask in zip(block.index, masks, strict=True):
                 agreeing[i].append(mask.sum(dtype=_wide(mask)))
             # to lerp between the two is to choose, where a mask is 0 or 1
-            part.move_to(list(torch._foreach_lerp(part.before, part.params, masks)))
+            block.set_params(list(torch._foreach_lerp(block.before, block.params, masks)))
         shares = group.means([torch.stack(counts) for counts in agreeing])
         stretches = [1.0 / share.real.clamp(min=1e-3) for share in shares]
-        for part in group.parts():
-            updates = torch._foreach_sub(part.params, part.before)
-            torch._foreach_mul_(updates, [stretches[i] for i in part.at])
-            torch._foreach_add_(updates, part.before)
-            part.move_to(list(updates))
+        for block in group.blocks():
+            updates = torch._foreach_sub(block.params, block.before)
+            torch._foreach_mul_(updates, [stretches[i] for i in block.index])
+            torch._foreach_add_(updates, block.before)
+            block.set_params(list(updates))
 
 
-def _weights_and_gradients(part: Group) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    return part.params, part.before, part.grads
+def _weights_and_gradients(block: Group) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    return block.params, block.before, block.grads
 
 
 def _mask(now: torch.Tensor, before: torch.Tensor, gradient: torch.Tensor, *, up: bool) -> torch.Tensor:

@@ -133,7 +133,7 @@ def test_the_rate_monitor_shows_the_stack_s_schedule(tmp_path: Path) -> None:
     with open(Path(logger.log_dir) / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     # at every update the rate that it uses
-    rate = stack_over(small_model()).schedules["lr"].over(12, 12)
+    rate = stack_over(small_model()).schedules["lr"].curve(12, 12)
     assert [float(row["lr-Stack"]) for row in rows] == [rate(t) for t in range(7)]
     assert {row["lr-Stack-momentum"] for row in rows} == {"0.9"}
 

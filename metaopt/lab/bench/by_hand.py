@@ -55,7 +55,7 @@ def recipe_of(pipeline: Pipeline) -> Recipe | None:
     if names != wanted or not base.target.__module__.startswith("torch.optim."):
         return None
     values = {
-        part.name: {n: part.given.get(n, h.default) for n, h in part.hyperparameters.items()} for part in pipeline
+        part.name: {n: part.arguments.get(n, h.default) for n, h in part.hyperparameters.items()} for part in pipeline
     }
     if any(isinstance(value, Schedule) for given in values.values() for value in given.values()):
         return None
@@ -64,7 +64,7 @@ def recipe_of(pipeline: Pipeline) -> Recipe | None:
         return None
     return Recipe(
         base=base.target,
-        given={name: value for name, value in base.given.items() if name not in RUN_FLAGS},
+        given={name: value for name, value in base.arguments.items() if name not in RUN_FLAGS},
         max_norm=clip.get("max_norm"),
         norm_type=clip.get("norm_type", 2.0),
         k=pull.get("k"),

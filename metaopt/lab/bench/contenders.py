@@ -38,7 +38,7 @@ class ByStack(Update):
         if self.stack.needs_closure:
             raise SpecError(f"{spec}: its base evaluates the loss itself, so its update alone cannot be measured")
         loss = torch.zeros((), device=parameters[0][1].device)
-        around = any("around" in wrapper.acts_on() for wrapper in self.stack.wrappers)
+        around = any("around" in wrapper.implemented_hooks() for wrapper in self.stack.wrappers)
         self._step = partial(self.stack.step, lambda: loss) if around else self.stack.step
 
     def step(self) -> None:

@@ -166,19 +166,19 @@ def wrappers_alone() -> Iterator[tuple[str, str | None, str]]:
     """Return every registered wrapper with the stack that has it alone around `adamw`, or None and the reason."""
     for entry in registry.entries("wrapper"):
         chosen = part(entry.name, "wrapper")
-        acts = entry.target.acts_on()
+        acts = entry.target.implemented_hooks()
         required = [h for h in chosen.hyperparameters.values() if h.required]
         if not acts & {"on_gradients", "before_update", "after_update"} or "around" in acts:
             yield entry.name, None, "it owns the evaluation of the loss: its update alone says nothing"
             continue
         # a threshold or a rate that a wrapper insists on; its size does not change what is computed
-        given: dict[str, Any] = {h.name: 1 if h.kind is int else 0.1 for h in required}
+        given: dict[str, Any] = {h.name: 1 if h.type is int else 0.1 for h in required}
         try:
             text = str(chosen(**given))
         except MetaoptError as error:
             yield entry.name, None, str(error)
             continue
-        yield entry.name, f"{text} | adamw" if entry.target.stands_before_base() else f"adamw | {text}", ""
+        yield entry.name, f"{text} | adamw" if entry.target.runs_before_base() else f"adamw | {text}", ""
 
 
 def _logging(settings: Settings, tensors: TensorSet) -> Verdict:

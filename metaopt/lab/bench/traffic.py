@@ -100,7 +100,7 @@ def _marked(stack: Stack, traffic: Traffic) -> Iterator[None]:
     """Let `traffic` know whose turn it is: every wrapper's methods say so for the time of the context."""
     marked: list[tuple[Wrapper, str]] = []
     for wrapper in _wrappers(stack):
-        for method in wrapper.acts_on() & {"on_gradients", "before_update", "after_update"}:
+        for method in wrapper.implemented_hooks() & {"on_gradients", "before_update", "after_update"}:
             wrapper.__dict__[method] = _saying(traffic, wrapper.label, getattr(wrapper, method))
             marked.append((wrapper, method))
     try:
