@@ -120,7 +120,7 @@ class NoCurve(metaopt.Schedule):
         ("wrapper", torch.optim.SGD, "SGD is no subclass of metaopt.Wrapper"),
         ("schedule", metaopt.Wrapper, "Wrapper is no subclass of metaopt.Schedule"),
         ("schedule", lambda: 0.1, "is no subclass of metaopt.Schedule"),
-        ("schedule", NoCurve, r"NoCurve leaves out what a schedule must have: define over\(\)"),
+        ("schedule", NoCurve, r"NoCurve leaves out what a schedule must have: define curve\(\)"),
     ],
 )
 def test_what_is_not_of_its_kind_is_an_error_where_it_is_looked_up(kind, target, told):
