@@ -22,7 +22,7 @@ import metaopt
 from metaopt import MetaoptError
 from metaopt.cli import main
 from metaopt.lab.compare import run_comparison
-from metaopt.lab.holding import held
+from metaopt.lab.holding import held, scratch_of
 from metaopt.lab.plan import Plan, plan_comparison
 from metaopt.lab.report import remarks, rows, write_results
 from metaopt.lab.statistics import verdicts
@@ -425,6 +425,17 @@ def until(question, seconds: float = 120.0) -> bool:  # type: ignore[no-untyped-
             return False
         time.sleep(0.02)
     return True
+
+
+def test_a_comparison_removes_its_own_half_written_files_and_nobody_else_s(tmp_path: Path) -> None:
+    (tmp_path / "trials").mkdir()
+    others = [tmp_path / "thesis.tmp", tmp_path / "report.md.tmp", tmp_path / "trials" / "a.1.tmp"]
+    left = [scratch_of(tmp_path / "report.md"), scratch_of(tmp_path / "trials" / "a.1")]
+    for path in (*others, *left):
+        path.write_text("written by somebody")
+    assert compared(tmp_path) == 0
+    assert [path.read_text() for path in others] == ["written by somebody"] * 3
+    assert not any(path.exists() for path in left)
 
 
 def running(pid: int) -> bool:
