@@ -458,6 +458,11 @@ def test_a_process_that_was_killed_from_outside_is_told(tmp_path: Path) -> None:
     assert set(multiprocessing.active_children()) == before
 
 
+def heed_interrupts() -> None:
+    """Let the process be interrupted, also if these tests run where SIGINT is ignored (nohup, some CI)."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
 def test_an_interrupted_comparison_goes_on_and_leaves_no_process_behind(tmp_path: Path) -> None:
     asked = {"problem": "rosenbrock", "specs": ("sgd", "adam"), "seeds": 4, "steps": 400, "lrs": 3}
@@ -469,7 +474,7 @@ def test_an_interrupted_comparison_goes_on_and_leaves_no_process_behind(tmp_path
 
     for end in (signal.SIGINT, signal.SIGKILL):
         with (tmp_path / "errors").open("w") as errors:
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, preexec_fn=heed_interrupts)
         before = finished()
         assert until(lambda before=before: finished() > before or process.poll() is not None)  # noqa: B023
         assert process.poll() is None, "it was over before it could be interrupted: make the runs longer"
