@@ -15,8 +15,10 @@ from torch import nn
 
 import metaopt
 
-# advice on faster loading of data
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),  # advice on faster loading of data
+    pytest.mark.filterwarnings("ignore:.*srun.*command is available.*"),  # on a machine with Slurm, outside of a job
+]
 SPEC = "clip_grad_norm(0.5) | adamw(lr=warmup(cosine(0.05), 3)) | lookahead(k=3)"
 
 
@@ -59,7 +61,7 @@ def fit(program: Program, folder: Path, steps: int, checkpoint: Path | None = No
         devices=1,
         max_steps=steps,
         default_root_dir=folder,
-        plugins=[LightningEnvironment()],  # otherwise it warns if Slurm is installed, and joins a job that it runs in
+        plugins=[LightningEnvironment()],  # not the one of a Slurm job that these tests may run in
         **{"enable_checkpointing": False, **quiet, **how},
     )
     rows = torch.utils.data.DataLoader([batch(step) for step in range(12)], batch_size=None)
