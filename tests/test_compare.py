@@ -155,7 +155,7 @@ def test_a_comparison_that_lost_a_result_runs_only_what_is_missing(tmp_path: Pat
     finished = {path: os.stat(path).st_mtime_ns for path in (tmp_path / "trials").glob("*.json")}
     lost = sorted(finished)[0]
     lost.unlink()
-    (tmp_path / "trials" / "half-written.1.tmp").write_text("{")
+    scratch_of(tmp_path / "trials" / "half-written.1").write_text("{")
     after = run_comparison(small(tmp_path))
     assert [contender.losses for contender in after] == [contender.losses for contender in before]
     assert [path for path, time in finished.items() if os.stat(path).st_mtime_ns != time] == [lost]
