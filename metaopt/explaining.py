@@ -19,14 +19,20 @@ DEEPEST = 4
 
 
 def explain(
-    optimizer: torch.optim.Optimizer, model: torch.nn.Module | None = None, *, batch_size: int | None = None
+    optimizer: torch.optim.Optimizer,
+    model: torch.nn.Module | None = None,
+    *,
+    batch_size: int | None = None,
+    find_schedulers: bool = False,
 ) -> Explanation:
     """Return what an optimizer does, group by group, and what is suspicious about it; changes nothing.
 
     Takes a stack or any torch optimizer, before, during or after a run; with a model it also compares their
     parameters, and with a batch size (examples per update, over all devices and accumulated batches) it says whether
     that asks for a warm-up. `print(explain(opt, model))` shows a table. Reads learning rates, so it may wait for the
-    device. Raises ParameterError.
+    device. torch marks an optimizer that has a scheduler, but not with which; `find_schedulers` looks through every
+    object of the process for it, and for one that drives another optimizer over the same parameters.
+    Raises ParameterError.
     """
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ParameterError(f"explain(): batch_size={batch_size!r} is no number of examples: give an integer >= 1")
@@ -35,7 +41,7 @@ def explain(
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ParameterError(f"explain() takes a torch.optim.Optimizer, not {type(optimizer).__name__}")
     stack = optimizer if isinstance(optimizer, Stack) else None
-    drivers = findings.schedulers(optimizer)
+    drivers = findings.found_schedulers(optimizer) if find_schedulers else findings.marked_schedulers(optimizer)
     scheduler = next(iter(drivers[0]), None)
     rows = []
     for number, entry in enumerate(optimizer.param_groups):
@@ -43,7 +49,7 @@ def explain(
         peak, end = (None, None) if scheduler is not None else _peak_and_end(stack, entry, rate)
         order = _order(stack, optimizer, entry)
         if scheduler is not None:
-            order = (*order, type(scheduler).__name__)
+            order = (*order, scheduler)
         parameters = entry["params"]
         rows.append(
             Row(

@@ -47,7 +47,8 @@ class Cyclic(Schedule):
 class OneCycle(Schedule):
     """v rises from peak / div_factor to peak, then falls to that / final_div_factor, by half cosines. arXiv:1708.07120
 
-    As torch counts, the peak is at update pct_start steps - 1 and the end at steps - 1.
+    As torch counts, the peak is at update pct_start steps - 1 and the end at steps - 1. In optax, both come one update
+    later: cosine_onecycle_schedule has its peak at update pct_start steps and its end at steps.
     """
 
     known_as = ("OneCycleLR", "cosine_onecycle_schedule")
