@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import metaopt
+from benchmarks.memory import storage_bytes, watch_memory
+from benchmarks.targets import wrappers_alone
 from metaopt import Wrapper, adamw, lookahead
-from metaopt.lab.bench.memory import held_bytes, watch_memory
-from metaopt.lab.bench.targets import wrappers_alone
 
 WHOLE = "clip_grad_norm(1.0) | adamw | lookahead(k=5)"
 
@@ -60,7 +60,7 @@ def test_what_the_steps_leave_allocated_is_the_state(device):
     give_gradients(params)
     opt = metaopt.build(params, WHOLE)
     kept = [watch_memory(opt.step, device).kept for _ in range(11)]
-    held = held_bytes(t for entries in opt.state.values() for t in entries.values())
+    held = storage_bytes(t for entries in opt.state.values() for t in entries.values())
     assert held == 3 * size(params) + 4 * len(params)
     # the first step makes the state; after it nothing grows but a number here and there
     assert kept[0] == pytest.approx(held, abs=4096)

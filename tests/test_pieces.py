@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import metaopt
+from benchmarks.targets import wrappers_alone
 from metaopt.engine import views
-from metaopt.lab.bench.targets import wrappers_alone
 
 SHAPES = ((7, 3), (5,), (4, 2, 2), (), (9, 1))
 SPECS = [text for _, text, _ in wrappers_alone() if text is not None]

@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
+from benchmarks import report
+from benchmarks.contenders import Contender, chosen_baseline, make_contenders
+from benchmarks.machine import machine, machine_line
+from benchmarks.measure import SetResult, measure
+from benchmarks.targets import ALL_SETS, TARGETS, Settings, Verdict, check_targets
+from benchmarks.training_step import forward_and_backward
 from metaopt.errors import ProblemError, did_you_mean
-from metaopt.lab.bench import report
-from metaopt.lab.bench.contenders import Contender, chosen_baseline, contenders_of
-from metaopt.lab.bench.machine import in_words, machine
-from metaopt.lab.bench.measure import SetResult, measure
-from metaopt.lab.bench.rounds import Spread
-from metaopt.lab.bench.shapes import DEFAULT_SETS, SETS, tensor_set
-from metaopt.lab.bench.targets import ALL_SETS, TARGETS, Settings, Verdict, check_targets
-from metaopt.lab.bench.training_step import forward_and_backward
 from metaopt.lab.device import usable_device
+from metaopt.lab.shapes import DEFAULT_SETS, SETS, make_tensor_set
+from metaopt.lab.timing import Spread
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Found:
 
     def heading(self) -> str:
         """Return machine, dtype and date in one line."""
-        return f"{in_words(self.machine)}, {self._dtype()}, {datetime.date.today().isoformat()}"
+        return f"{machine_line(self.machine)}, {self._dtype()}, {datetime.date.today().isoformat()}"
 
     def tables(self) -> list[tuple[str, report.Table]]:
         """Return every table under its heading."""
@@ -95,7 +95,7 @@ def plan_bench(
     if threads is not None:
         torch.set_num_threads(threads)
     kind = getattr(torch, dtype)
-    contenders, notes = ([], []) if targets else contenders_of(specs, device, kind)
+    contenders, notes = ([], []) if targets else make_contenders(specs, device, kind)
     return Plan(
         contenders=contenders,
         notes=notes,
@@ -116,7 +116,7 @@ def run_bench(plan: Plan, say: Callable[[str], None] | None = None) -> Found:
         found.verdicts = list(check_targets(settings))
         return found
     for name in plan.sets:
-        tensors = tensor_set(name, plan.device, plan.dtype)
+        tensors = make_tensor_set(name, plan.device, plan.dtype)
         found.sets.append(measure(tensors, plan.contenders, plan.baseline, plan.rounds, say))
     if "transformer" in plan.sets:
         if say is not None:

@@ -7,21 +7,23 @@ from typing import Any
 
 import torch
 
-from metaopt.engine.composition import RUN_FLAGS
-from metaopt.lab.bench.shapes import Named
+from metaopt.lab.shapes import NamedParameters
 from metaopt.schedule import Schedule
 from metaopt.spec import Pipeline
 
+# how torch runs an optimizer, not what it computes
+RUN_FLAGS = frozenset(["foreach", "fused", "capturable", "differentiable"])
+
 
 class Update(ABC):
-    """Something that updates parameters: `step()` is what is timed, `held()` the tensors that it keeps between."""
+    """Something that updates parameters: `step()` is timed, `kept_tensors()` are kept from one to the next."""
 
     @abstractmethod
     def step(self) -> Any:
         """Make one update from the gradients that the parameters hold."""
 
     @abstractmethod
-    def held(self) -> Iterable[torch.Tensor]:
+    def kept_tensors(self) -> Iterable[torch.Tensor]:
         """Return the tensors kept from one update to the next, parameters and gradients aside."""
 
     def close(self) -> None:  # noqa: B027 - most write nowhere
@@ -39,12 +41,12 @@ class Recipe:
     k: int | None = None
     alpha: float = 0.5
 
-    def optimizer(self, parameters: Named, **run: Any) -> torch.optim.Optimizer:
+    def optimizer(self, parameters: NamedParameters, **run: Any) -> torch.optim.Optimizer:
         """Return the base alone, run as asked."""
         return self.base([p for _, p in parameters], **self.given, **run)
 
 
-def recipe_of(pipeline: Pipeline) -> Recipe | None:
+def find_recipe(pipeline: Pipeline) -> Recipe | None:
     """Return the recipe of a pipeline that people write by hand, None for any other."""
     names = [part.name for part in pipeline]
     bases = [part for part in pipeline if part.kind == "optimizer"]
@@ -75,7 +77,7 @@ def recipe_of(pipeline: Pipeline) -> Recipe | None:
 class ByTorch(Update):
     """`clip_grad_norm_`, then the optimizer, as torch's own documentation shows them."""
 
-    def __init__(self, recipe: Recipe, parameters: Named, **run: Any) -> None:
+    def __init__(self, recipe: Recipe, parameters: NamedParameters, **run: Any) -> None:
         self.optimizer = recipe.optimizer(parameters, **run)
         self.parameters = [p for _, p in parameters]
         self.max_norm, self.norm_type = recipe.max_norm, recipe.norm_type
@@ -85,14 +87,14 @@ class ByTorch(Update):
             torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm, self.norm_type)
         self.optimizer.step()
 
-    def held(self) -> Iterable[torch.Tensor]:
+    def kept_tensors(self) -> Iterable[torch.Tensor]:
         yield from _tensors(self.optimizer.state)
 
 
 class ByExpert(Update):
     """The fused optimizer, which divides by the factor in its own pass, and a pull in two multi-tensor calls."""
 
-    def __init__(self, recipe: Recipe, parameters: Named, *, pull: bool) -> None:
+    def __init__(self, recipe: Recipe, parameters: NamedParameters, *, pull: bool) -> None:
         self.optimizer = recipe.optimizer(parameters, fused=True)
         self.parameters: list[torch.Tensor] = [p for _, p in parameters]
         self.max_norm, self.norm_type = recipe.max_norm, recipe.norm_type
@@ -114,7 +116,7 @@ class ByExpert(Update):
             torch._foreach_lerp_(self.slow, self.parameters, self.alpha)
             torch._foreach_copy_(self.parameters, self.slow)
 
-    def held(self) -> Iterable[torch.Tensor]:
+    def kept_tensors(self) -> Iterable[torch.Tensor]:
         yield from _tensors(self.optimizer.state)
         yield from self.slow
 
@@ -122,7 +124,7 @@ class ByExpert(Update):
 class ByPackage(Update):
     """`clip_grad_norm_`, then the default optimizer in the Lookahead of another package."""
 
-    def __init__(self, recipe: Recipe, parameters: Named, lookahead: Callable[..., Any]) -> None:
+    def __init__(self, recipe: Recipe, parameters: NamedParameters, lookahead: Callable[..., Any]) -> None:
         self.base = recipe.optimizer(parameters)
         self.lookahead = lookahead(self.base, k=recipe.k, alpha=recipe.alpha)
         self.parameters = [p for _, p in parameters]
@@ -144,7 +146,7 @@ class ByPackage(Update):
             torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm, self.norm_type)
         self.lookahead.step()
 
-    def held(self) -> Iterable[torch.Tensor]:
+    def kept_tensors(self) -> Iterable[torch.Tensor]:
         yield from _tensors(self.base.state)
         yield from _tensors(self.lookahead.state)
 

@@ -23,7 +23,7 @@ def machine(device: torch.device | str) -> dict[str, str | int]:
     }
 
 
-def in_words(found: dict[str, str | int]) -> str:
+def machine_line(found: dict[str, str | int]) -> str:
     """Return the machine as one line."""
     return (
         f"{found['device']}, {found['cores']} cores of {found['processor']} ({found['vector_instructions']}), "

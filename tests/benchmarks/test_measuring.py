@@ -1,4 +1,4 @@
-"""What `metaopt bench` measures: contenders that compute the same, numbers that mean what they say."""
+"""What the benchmarks measure: contenders that compute the same, numbers that mean what they say."""
 
 import sys
 import types
@@ -6,22 +6,22 @@ import types
 import pytest
 import torch
 
-from metaopt.lab.bench import contenders as contenders_module
-from metaopt.lab.bench import measure as measure_module
-from metaopt.lab.bench.by_hand import Update
-from metaopt.lab.bench.clock import Sample, sample
-from metaopt.lab.bench.contenders import Contender, chosen_baseline, contenders_of, equals_by_hand, stack_contender
-from metaopt.lab.bench.measure import least_bytes, measure, race, runner_of
-from metaopt.lab.bench.rounds import Runner, interleave, ratios, spread
-from metaopt.lab.bench.shapes import shapes_of, tensor_set
-from metaopt.lab.bench.targets import Settings, check_targets, wrappers_alone
+from benchmarks import contenders as contenders_module
+from benchmarks import measure as measure_module
+from benchmarks.baselines import Update
+from benchmarks.clock import sample
+from benchmarks.contenders import Contender, chosen_baseline, find_baselines, make_contenders, stack_contender
+from benchmarks.measure import least_bytes, make_runner, measure, time_contenders
+from benchmarks.targets import Settings, check_targets, wrappers_alone
+from benchmarks.training_step import text_model
+from metaopt.lab.shapes import make_tensor_set, shapes_of
 
 WHOLE = "clip_grad_norm(1.0) | adamw | lookahead(k=5)"
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return tensor_set("tiny")
+    return make_tensor_set("tiny")
 
 
 def updated(make, tensors, updates=12):
@@ -42,7 +42,7 @@ def distance(a, b):
 
 @pytest.mark.parametrize("spec", [WHOLE, "sgd(lr=0.1, momentum=0.9) | lookahead(k=3, alpha=0.8)"])
 def test_every_contender_computes_what_its_equal_stack_computes(tiny, spec):
-    found, _ = contenders_of([spec])
+    found, _ = make_contenders([spec])
     stacks = {equal: updated(stack_contender(equal).make, tiny) for equal in {c.equal for c in found}}
     assert {"stack", "torch", "torch-foreach", "torch-fused", "expert-lookahead", "pytorch-optimizer"} <= {
         c.key for c in found
@@ -54,12 +54,12 @@ def test_every_contender_computes_what_its_equal_stack_computes(tiny, spec):
     assert distance(with_pulls, without) > 1e-4
 
 
-def test_clipping_by_hand_is_the_stack_s_clipping(tiny):
+def test_clipping_baselines_is_the_stack_s_clipping(tiny):
     clipped, plain = ("clip_grad_norm(1.0) | sgd(lr=0.1)", "sgd(lr=0.1)")
-    by_hand, _ = equals_by_hand(clipped)
+    baselines, _ = find_baselines(clipped)
     stack = updated(stack_contender(clipped).make, tiny)
-    assert {contender.key for contender in by_hand} >= {"torch", "expert"}
-    for contender in by_hand:
+    assert {contender.key for contender in baselines} >= {"torch", "expert"}
+    for contender in baselines:
         assert distance(updated(contender.make, tiny), stack) < 1e-7, contender.key
     assert distance(updated(stack_contender(plain).make, tiny), stack) > 1e-4
 
@@ -73,6 +73,12 @@ def test_the_shape_sets_are_those_that_the_targets_name():
     assert sizes["transformer"][0] == 148 and abs(sizes["transformer"][1] / 25e6 - 1) < 0.02
     assert sizes["large"] == (12, 12 * 4096 * 1024)
     assert sizes["many"] == (1000, 16000)
+
+
+def test_the_transformer_s_shapes_are_those_of_the_model_whose_pass_is_timed():
+    model = [(name, tuple(p.shape)) for name, p in text_model().named_parameters()]
+    # how many characters the text has depends on the Python
+    assert model[0][0] == "token.weight" and model[1:] == shapes_of("transformer")[1:]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +109,7 @@ def test_the_bytes_of_a_wrapper_are_told_apart_from_those_of_the_base(tiny):
 
 
 def test_state_and_temporary_memory_are_those_of_the_formula(tiny):
-    found, _ = contenders_of([WHOLE])
+    found, _ = make_contenders([WHOLE])
     result = measure(tiny, found, "torch-fused", rounds=1)
     counters = 4 * result.tensors
     held = {row.key: row.state_bytes for row in result.rows}
@@ -127,27 +133,8 @@ class Recorded(Update):
         for _, p in self.parameters:
             p.grad.zero_()
 
-    def held(self):
+    def kept_tensors(self):
         return []
-
-
-def test_rounds_are_interleaved_and_every_update_gets_the_same_gradients(tiny):
-    calls = []
-    runners = []
-    for name, cycle in (("a", 1), ("b", 7)):
-        parameters = tiny.parameters()
-        runners.append(Runner(name, Recorded(name, parameters, calls), parameters, cycle))
-    interleave(tiny, runners, rounds=4)
-    a, b = runners
-    assert len(a.samples) == len(b.samples) == 4
-    # whole cycles only, or what is due every seventh update would weigh now more, now less
-    assert a.per_sample == 50 and b.per_sample == 56
-    rounds = "".join(calls[1 + 7 :])
-    blocks = [rounds[i * 106 : (i + 1) * 106] for i in range(4)]
-    assert all(block in ("a" * 50 + "b" * 56, "b" * 56 + "a" * 50) for block in blocks)
-    assert len(set(blocks)) == 2
-    for runner in runners:
-        assert all(torch.equal(s, g) for s, g in zip(runner.update.seen, tiny.gradients, strict=True))
 
 
 def test_small_tensors_are_made_anew_on_the_way_and_every_round_counts(tiny):
@@ -157,23 +144,14 @@ def test_small_tensors_are_made_anew_on_the_way_and_every_round_counts(tiny):
         made.append(parameters)
         return Recorded("a", parameters, [])
 
-    runners, _ = race(tiny, [Contender("a", "a", "adamw", make), stack_contender("adamw")], rounds=6)
+    runners, _ = time_contenders(tiny, [Contender("a", "a", "adamw", make), stack_contender("adamw")], rounds=6)
     assert len(made) == 4
     assert [len(runner.samples) for runner in runners.values()] == [6, 6]
 
 
-def test_a_ratio_is_taken_inside_each_round():
-    slow, fast = (Runner(name, None, [], 1) for name in ("slow", "fast"))
-    # the machine is ten times slower in the second round: the ratio does not change
-    slow.samples = [Sample(t, t) for t in (2.0, 20.0, 2.0)]
-    fast.samples = [Sample(t, t) for t in (1.0, 10.0, 1.0)]
-    assert vars(ratios(slow, fast)) == {"median": 2.0, "low": 2.0, "high": 2.0}
-    assert vars(spread([1.0, 2.0, 3.0, 4.0, 5.0])) == {"median": 3.0, "low": 2.0, "high": 4.0}
-
-
 def test_a_package_that_is_not_installed_is_told_in_one_line(monkeypatch):
     monkeypatch.setitem(contenders_module.PACKAGES, "timm", "no_such_package_anywhere")
-    found, notes = equals_by_hand(WHOLE)
+    found, notes = find_baselines(WHOLE)
     assert "timm" not in {contender.key for contender in found}
     assert "timm is not installed: its Lookahead is left out" in notes
 
@@ -200,13 +178,13 @@ def test_a_package_that_copies_its_slow_weights_late_is_given_the_right_ones(tin
 
     monkeypatch.setitem(sys.modules, "late_package", types.SimpleNamespace(Lookahead=Late))
     monkeypatch.setitem(contenders_module.PACKAGES, "timm", "late_package")
-    found, _ = equals_by_hand(WHOLE)
+    found, _ = find_baselines(WHOLE)
     late = next(contender for contender in found if contender.key == "timm")
     assert distance(updated(late.make, tiny), updated(stack_contender(WHOLE).make, tiny)) < 1e-7
 
 
 def test_the_baseline_is_fused_torch_or_the_one_asked_for():
-    found, _ = contenders_of([WHOLE, "sgd(lr=0.1)"])
+    found, _ = make_contenders([WHOLE, "sgd(lr=0.1)"])
     assert chosen_baseline(found, None) == "torch-fused"
     assert chosen_baseline(found, "clip_grad_norm(1.0) | adamw | lookahead()") == "stack"
     assert chosen_baseline(found, "sgd(lr=0.1)") == "stack-2"
@@ -235,8 +213,8 @@ def test_every_wrapper_that_has_an_update_of_its_own_is_among_the_targets():
 @pytest.mark.cuda
 @pytest.mark.parametrize("spec", [WHOLE, "adamw | lookahead(k=5)"])
 def test_no_update_on_cuda_waits_for_the_device(spec):
-    tensors = tensor_set("tiny", "cuda")
-    runner = runner_of(tensors, stack_contender(spec))
+    tensors = make_tensor_set("tiny", "cuda")
+    runner = make_runner(tensors, stack_contender(spec))
     for _ in range(6):
         tensors.restore(runner.parameters)
         runner.update.step()
@@ -251,8 +229,8 @@ def test_no_update_on_cuda_waits_for_the_device(spec):
 
 @pytest.mark.cuda
 def test_on_cuda_events_measure_the_device_and_launches_are_counted():
-    tensors = tensor_set("large", "cuda")
-    found, _ = contenders_of([WHOLE], "cuda")
+    tensors = make_tensor_set("large", "cuda")
+    found, _ = make_contenders([WHOLE], "cuda")
     result = measure(tensors, found, "torch-fused", rounds=2)
     rows = {row.key: row for row in result.rows}
     assert all(row.launches >= 1 for row in rows.values())

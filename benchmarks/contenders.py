@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.baselines import ByExpert, ByPackage, ByTorch, Recipe, Update, find_recipe
 from metaopt.building import build
 from metaopt.errors import HyperparameterError, MetaoptError, SpecError
-from metaopt.lab.bench.by_hand import ByExpert, ByPackage, ByTorch, Recipe, Update, recipe_of
-from metaopt.lab.bench.shapes import Named
+from metaopt.lab.shapes import NamedParameters
 from metaopt.spec import Pipeline, as_pipeline
 
 # PyPI's names of packages that wrap an optimizer with a Lookahead of their own, and where it is found in them
@@ -27,13 +27,13 @@ class Contender:
     key: str
     what: str
     equal: str
-    make: Callable[[Named], Update]
+    make: Callable[[NamedParameters], Update]
 
 
 class ByStack(Update):
     """A stack of metaopt's; wrappers that own the evaluation get a loss that costs nothing."""
 
-    def __init__(self, spec: str, parameters: Named, **settings: Any) -> None:
+    def __init__(self, spec: str, parameters: NamedParameters, **settings: Any) -> None:
         self.stack = build(parameters, spec, **settings)
         if self.stack.needs_closure:
             raise SpecError(f"{spec}: its base evaluates the loss itself, so its update alone cannot be measured")
@@ -44,7 +44,7 @@ class ByStack(Update):
     def step(self) -> None:
         self._step()
 
-    def held(self) -> Iterable[torch.Tensor]:
+    def kept_tensors(self) -> Iterable[torch.Tensor]:
         for entries in self.stack.state.values():
             yield from (value for value in entries.values() if isinstance(value, torch.Tensor))
 
@@ -62,12 +62,12 @@ def stack_contender(spec: str, key: str = "", **settings: Any) -> Contender:
     return Contender(key or "stack", spec, str(as_pipeline(spec)), lambda named: ByStack(spec, named, **settings))
 
 
-def equals_by_hand(
+def find_baselines(
     spec: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[list[Contender], list[str]]:
     """Return what people write by hand instead of a stack, and a line for everything that cannot be measured here."""
     pipeline = as_pipeline(spec)
-    recipe = recipe_of(pipeline)
+    recipe = find_recipe(pipeline)
     if recipe is None:
         return [], [f"{pipeline}: no equal by hand is known; its rows stand alone"]
     without = str(Pipeline(tuple(part for part in pipeline if part.name != "lookahead")))
@@ -97,27 +97,27 @@ def equals_by_hand(
     return found, notes
 
 
-def contenders_of(
+def make_contenders(
     specs: Sequence[str], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[list[Contender], list[str]]:
     """Return the contenders of several specs, each once; keys of the second spec and later ones carry its number."""
     found: list[Contender] = []
     notes: list[str] = []
     for number, spec in enumerate(specs, start=1):
-        by_hand, said = equals_by_hand(spec, device, dtype)
+        baselines, said = find_baselines(spec, device, dtype)
         notes += [line for line in said if line not in notes]
-        for contender in [stack_contender(spec), *by_hand]:
+        for contender in [stack_contender(spec), *baselines]:
             if any(contender.what == other.what for other in found):
                 continue
             found.append(contender if number == 1 else changed(contender, key=f"{contender.key}-{number}"))
     return found, notes
 
 
-def _by_torch(recipe: Recipe, flag: str, parameters: Named) -> Update:
+def _by_torch(recipe: Recipe, flag: str, parameters: NamedParameters) -> Update:
     return ByTorch(recipe, parameters, **{flag: True})
 
 
-def _by_package(recipe: Recipe, lookahead: Callable[..., Any], parameters: Named) -> Update:
+def _by_package(recipe: Recipe, lookahead: Callable[..., Any], parameters: NamedParameters) -> Update:
     return ByPackage(recipe, parameters, lookahead)
 
 

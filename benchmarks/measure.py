@@ -2,20 +2,19 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from benchmarks.bandwidth import BYTES, Probe
+from benchmarks.clock import Sample
+from benchmarks.contenders import ByStack, Contender
+from benchmarks.memory import storage_bytes, watch_cycle
+from benchmarks.rounds import Runner
+from benchmarks.traffic import Traffic
 from metaopt.errors import ProblemError
-from metaopt.lab.bench.bandwidth import BYTES, Probe
-from metaopt.lab.bench.contenders import ByStack, Contender
-from metaopt.lab.bench.memory import held_bytes, watch_cycle
-from metaopt.lab.bench.rounds import Runner, Spread, interleave, ratios, spread
-from metaopt.lab.bench.shapes import TensorSet
-from metaopt.lab.bench.traffic import Traffic
-
-# how often small tensors are made anew, and below how many bytes of parameters tensors are small
-HEATS = 4
-SMALL = 1 << 24
+from metaopt.lab.shapes import TensorSet
+from metaopt.lab.timing import Spread, count_rebuilds, ratios, spread, time_interleaved
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def measure(
         if contender.equal not in traffic:
             traffic[contender.equal] = sum(least_bytes(tensors, contender.equal).values())
     done = iter(range(1, rounds + 1))
-    runners, bandwidths = race(
+    runners, bandwidths = time_contenders(
         tensors,
         contenders,
         rounds,
@@ -96,7 +95,7 @@ def measure(
     )
 
 
-def race(
+def time_contenders(
     tensors: TensorSet,
     contenders: Sequence[Contender],
     rounds: int,
@@ -104,29 +103,32 @@ def race(
     probe: Probe | None = None,
     progress: Callable[[], None] | None = None,
 ) -> tuple[dict[str, Runner], list[float]]:
-    """Time the contenders side by side; return them by key, with their samples, and the bandwidths measured between.
-
-    Small tensors are made anew several times on the way: where an allocator happens to put them changes the time of
-    one and the same contender by more than the contenders differ.
-    """
-    heats = min(rounds, HEATS if tensors.bytes < SMALL else 1)
+    """Time the contenders side by side; return them by key, with their samples, and the bandwidths measured between."""
     runners: dict[str, Runner] = {}
     bandwidths: list[float] = []
-    for heat in range(heats):
-        made = {c.key: runner_of(tensors, c, (cycles or {}).get(c.key)) for c in contenders}
-        for key, runner in made.items():
-            runner.samples = runners[key].samples if heat else []
-        runners = made
-        rounds_now = rounds * (heat + 1) // heats - rounds * heat // heats
-        bandwidths += interleave(tensors, list(made.values()), rounds_now, probe, progress, seed=heat)
+
+    def make(contender: Contender) -> Callable[[], Sample]:
+        runner = runners[contender.key] = make_runner(tensors, contender, (cycles or {}).get(contender.key))
+        runner.warm_up()
+        return runner.measure
+
+    def before_round() -> None:
+        if probe is not None:
+            bandwidths.append(probe.measure())
+        if progress is not None:
+            progress()
+
+    makers = {contender.key: partial(make, contender) for contender in contenders}
+    for key, samples in time_interleaved(makers, rounds, count_rebuilds(tensors), before_round).items():
+        runners[key].samples = samples
     return runners, bandwidths
 
 
-def runner_of(tensors: TensorSet, contender: Contender, cycle: int | None = None) -> Runner:
-    """Return a contender at work on parameters of its own; of a stack the cycle is known, by hand it is its equal's."""
+def make_runner(tensors: TensorSet, contender: Contender, cycle: int | None = None) -> Runner:
+    """Return a runner with its own parameters; baselines use the cycle length of the equal stack."""
     parameters = tensors.parameters()
     update = contender.make(parameters)
-    return Runner(contender.key, update, parameters, cycle or _cycle(tensors, contender))
+    return Runner(contender.key, update, tensors, parameters, cycle or _cycle(tensors, contender))
 
 
 def least_bytes(tensors: TensorSet, spec: str) -> dict[str, float]:
@@ -183,7 +185,7 @@ def _inspect(tensors: TensorSet, contender: Contender) -> _Inspected:
         restore()
         update.step()
     peak, launches = watch_cycle(update.step, restore, cycle, tensors.weights[0].device)
-    return _Inspected(cycle, held_bytes(update.held()), peak, launches)
+    return _Inspected(cycle, storage_bytes(update.kept_tensors()), peak, launches)
 
 
 def _row(
@@ -196,9 +198,9 @@ def _row(
         equal=contender.equal,
         seconds=seconds,
         host_seconds=spread([s.host for s in runner.samples]),
-        ratio=ratios(runner, base),
+        ratio=ratios(runner.seconds(), base.seconds()),
         ratio_of_medians=seconds.median / spread(base.seconds()).median,
-        updates_per_sample=runner.per_sample,
+        updates_per_sample=runner.updates_per_sample,
         state_bytes=inspected.state_bytes,
         temporary_bytes=inspected.temporary_bytes,
         least_bytes=least,

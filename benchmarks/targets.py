@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from benchmarks import start_up
+from benchmarks.bandwidth import Probe
+from benchmarks.contenders import Contender, find_baselines, stack_contender
+from benchmarks.measure import check_memory, least_bytes, time_contenders
+from benchmarks.rounds import Runner
 from metaopt.errors import MetaoptError
-from metaopt.lab.bench import processes
-from metaopt.lab.bench.bandwidth import Probe
-from metaopt.lab.bench.contenders import Contender, equals_by_hand, stack_contender
-from metaopt.lab.bench.measure import check_memory, least_bytes, race
-from metaopt.lab.bench.rounds import Runner
-from metaopt.lab.bench.shapes import TensorSet, tensor_set
+from metaopt.lab.shapes import TensorSet, make_tensor_set
 from metaopt.registry import registry
 from metaopt.spec import part
 
@@ -51,7 +51,7 @@ class Settings:
 
     def tensors(self, name: str) -> TensorSet:
         """Make a shape set as these settings want it."""
-        return tensor_set(name, self.device, self.dtype)
+        return make_tensor_set(name, self.device, self.dtype)
 
     def wants(self, *targets: str) -> bool:
         """Tell whether any of these targets is to be checked."""
@@ -104,7 +104,7 @@ def check_targets(settings: Settings) -> Iterator[Verdict]:
 def _run(settings: Settings, tensors: TensorSet, contenders: Sequence[Contender]) -> dict[str, Runner]:
     check_memory(tensors, len(contenders))
     settings.progress(f"{tensors.name}: {', '.join(contender.key for contender in contenders)}")
-    return race(tensors, contenders, settings.rounds)[0]
+    return time_contenders(tensors, contenders, settings.rounds)[0]
 
 
 def _ratio(runners: dict[str, Runner], a: str, b: str) -> float:
@@ -112,9 +112,9 @@ def _ratio(runners: dict[str, Runner], a: str, b: str) -> float:
 
 
 def _whole_stack(settings: Settings, tensors: TensorSet) -> Iterator[Verdict]:
-    by_hand, notes = equals_by_hand(WHOLE, settings.device, settings.dtype)
+    baselines, notes = find_baselines(WHOLE, settings.device, settings.dtype)
     rivals = [(t, key) for t, _, key, _ in _AGAINST_HAND if t in settings.only]
-    present = [contender for contender in by_hand if contender.key in {key for _, key in rivals}]
+    present = [contender for contender in baselines if contender.key in {key for _, key in rivals}]
     runners = _run(settings, tensors, [stack_contender(WHOLE), *present])
     for target, against, key, limits in _AGAINST_HAND:
         if target not in settings.only:
@@ -128,8 +128,8 @@ def _whole_stack(settings: Settings, tensors: TensorSet) -> Iterator[Verdict]:
 
 
 def _base_alone(settings: Settings, tensors: TensorSet) -> Iterator[Verdict]:
-    by_hand, _ = equals_by_hand("adamw", settings.device, settings.dtype)
-    fused = [contender for contender in by_hand if contender.key == "torch-fused"]
+    baselines, _ = find_baselines("adamw", settings.device, settings.dtype)
+    fused = [contender for contender in baselines if contender.key == "torch-fused"]
     stacks = [stack_contender(spec, spec) for t, spec, _, _ in _AGAINST_FUSED if t in settings.only]
     runners = _run(settings, tensors, [*fused, *stacks])
     for target, spec, against, limits in _AGAINST_FUSED:
@@ -153,7 +153,7 @@ def _each_wrapper(settings: Settings, tensors: TensorSet) -> Iterator[Verdict]:
         contenders = [stack_contender("adamw", "adamw"), stack_contender(text, text)]
         check_memory(tensors, len(contenders))
         settings.progress(f"{tensors.name}: what {name} adds")
-        runners, bandwidths = race(tensors, contenders, settings.rounds, probe=Probe(settings.device))
+        runners, bandwidths = time_contenders(tensors, contenders, settings.rounds, probe=Probe(settings.device))
         added = median(a - b for a, b in zip(runners[text].seconds(), runners["adamw"].seconds(), strict=True))
         must = sum(moved for label, moved in bytes_by_part.items() if label) / median(bandwidths)
         if must == 0.0:
@@ -190,7 +190,7 @@ def _logging(settings: Settings, tensors: TensorSet) -> Verdict:
         settings.progress(f"{tensors.name}: with and without a log")
         # a sample is fifty updates long: fewer rounds say as much
         windows = dict.fromkeys(("unlogged", "logged"), LOG_EVERY)
-        runners, _ = race(tensors, contenders, max(3, settings.rounds // 4), windows)
+        runners, _ = time_contenders(tensors, contenders, max(3, settings.rounds // 4), windows)
         measured = _ratio(runners, "logged", "unlogged")
         for runner in runners.values():
             runner.update.close()
@@ -200,13 +200,13 @@ def _logging(settings: Settings, tensors: TensorSet) -> Verdict:
 def _starting(settings: Settings) -> Iterator[Verdict]:
     settings.progress("starting processes")
     if settings.wants("7"):
-        more = median(processes.seconds_after("torch", processes.FIRST_USE, max(3, settings.rounds // 2)))
-        what = f"{processes.FIRST_USE}, after import torch"
+        more = median(start_up.seconds_after("torch", start_up.FIRST_USE, max(3, settings.rounds // 2)))
+        what = f"{start_up.FIRST_USE}, after import torch"
         yield _at_most("7", what, "a new process", more * 1000.0, 60.0, "ms more")
     if settings.wants("8"):
         for arguments in (["--help"], ["list", "--help"]):
-            seconds = median(processes.process_seconds(["-m", "metaopt", *arguments], max(3, settings.rounds // 2)))
-            torch_free = not processes.help_imports_torch(arguments)
+            seconds = median(start_up.process_seconds(["-m", "metaopt", *arguments], max(3, settings.rounds // 2)))
+            torch_free = not start_up.help_imports_torch(arguments)
             verdict = _at_most("8", f"metaopt {' '.join(arguments)}", "a new process", seconds, 0.4, "s")
             remark = "imports no torch" if torch_free else "imports torch"
             yield Verdict(**{**vars(verdict), "met": bool(verdict.met) and torch_free, "remark": remark})

@@ -2,7 +2,7 @@
 
 import torch
 
-from metaopt.lab.bench.clock import sample
+from benchmarks.clock import sample
 
 # far beyond any cache
 BYTES = 256 * 1024 * 1024

@@ -1,17 +1,14 @@
 """What was measured, as tables of text and as JSON."""
 
 import datetime
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from metaopt.errors import LogError
-from metaopt.lab.bench.measure import Row, SetResult
-from metaopt.lab.bench.rounds import Spread
-from metaopt.lab.bench.targets import Verdict
-from metaopt.lab.bench.training_step import TOKENS, share
+from benchmarks.measure import Row, SetResult
+from benchmarks.targets import Verdict
+from benchmarks.training_step import TOKENS, share
+from metaopt.lab.timing import Spread
 
 FEWEST_ROUNDS = 20
 
@@ -127,27 +124,3 @@ def _set_document(result: SetResult, pass_: Spread | None) -> dict[str, Any]:
         in_step = pass_ is not None and result.name == "transformer"
         row["share_of_step"] = share(row["seconds"]["median"], pass_.median) if in_step and pass_ else None
     return found
-
-
-def check_place(path: Path) -> None:
-    """Raise LogError where the file could not be written."""
-    scratch = _scratch(path)
-    try:
-        scratch.touch()
-        scratch.unlink()
-    except OSError as error:
-        raise LogError(f"--json {path}: cannot be written: {error.strerror}") from None
-
-
-def _scratch(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
-def write_json(path: Path, found: dict[str, Any]) -> None:
-    """Write the file whole or not at all. Raises LogError."""
-    scratch = _scratch(path)
-    try:
-        scratch.write_text(json.dumps(found, indent=1) + "\n")
-        scratch.replace(path)
-    except OSError as error:
-        raise LogError(f"--json {path}: cannot be written: {error.strerror}") from None

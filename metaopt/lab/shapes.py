@@ -1,67 +1,61 @@
-"""The tensors that updates are measured on: sets of shapes, and gradients that stay what they are."""
+"""The tensors that updates are measured on: sets of shapes, and gradients that are the same at every update."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import nn
 
 from metaopt.errors import ProblemError, did_you_mean
-from metaopt.problem import Problem
-from metaopt.registry import registry
 
-Named = list[tuple[str, nn.Parameter]]
+NamedParameters = list[tuple[str, nn.Parameter]]
+NamedShapes = Iterator[tuple[str, tuple[int, ...]]]
 
-# the text model of the problem `charlm`, as large as this: 148 tensors, 25 million elements with a tied output
-WIDTH, LAYERS, CONTEXT, BATCH = 416, 12, 64, 8
-MLP = (64, 128, 128, 10)
+# the transformer: 148 tensors, 25 million elements with a tied output
+WIDTH, LAYERS, CONTEXT, VOCABULARY = 416, 12, 64, 128
 WEIGHT_SCALE = 0.02
 # far above any usual clipping threshold, so that clipping really scales
 GRADIENT_NORM = 10.0
 
 
-def _mlp() -> Iterator[tuple[str, tuple[int, ...]]]:
-    for position, (inputs, outputs) in enumerate(pairwise(MLP)):
+def _tiny() -> NamedShapes:
+    for position, (inputs, outputs) in enumerate(pairwise((64, 128, 128, 10))):
         yield f"layers.{position}.weight", (outputs, inputs)
         yield f"layers.{position}.bias", (outputs,)
 
 
-def text_problem() -> Problem:
-    """Return the problem whose model has the transformer's shapes: real text, next character."""
-    problem: Problem = registry.find("charlm", "problem").target(
-        width=WIDTH, layers=LAYERS, context=CONTEXT, batch_size=BATCH
-    )
-    return problem
+def _transformer() -> NamedShapes:
+    yield "token.weight", (VOCABULARY, WIDTH)
+    yield "position.weight", (CONTEXT, WIDTH)
+    linear = {"self_attn.in_proj_": (3, 1), "self_attn.out_proj.": (1, 1), "linear1.": (4, 1), "linear2.": (1, 4)}
+    for layer in range(LAYERS):
+        for name, (outputs, inputs) in linear.items():
+            yield f"blocks.layers.{layer}.{name}weight", (outputs * WIDTH, inputs * WIDTH)
+            yield f"blocks.layers.{layer}.{name}bias", (outputs * WIDTH,)
+        for name in ("norm1", "norm2"):
+            yield f"blocks.layers.{layer}.{name}.weight", (WIDTH,)
+            yield f"blocks.layers.{layer}.{name}.bias", (WIDTH,)
+    yield "norm.weight", (WIDTH,)
+    yield "norm.bias", (WIDTH,)
 
 
-def text_model(device: torch.device | str = "cpu") -> nn.Module:
-    """Return the transformer itself, its output tied to its embedding."""
-    model: Any = text_problem().model(0, device)
-    model.head.weight = model.token.weight
-    model.head.register_parameter("bias", None)
-    with torch.no_grad():
-        model.token.weight.mul_(WEIGHT_SCALE)
-    whole: nn.Module = model
-    return whole
+def _large() -> NamedShapes:
+    return ((f"matrices.{i}.weight", (4096, 1024)) for i in range(12))
 
 
-def shapes_of(name: str) -> list[tuple[str, tuple[int, ...]]]:
-    """Return a set's names and shapes. Raises ProblemError for a set that does not exist."""
-    if name == "tiny":
-        return list(_mlp())
-    if name == "transformer":
-        return [(name, tuple(p.shape)) for name, p in text_model().named_parameters()]
-    if name == "large":
-        return [(f"matrix.{i}", (4096, 1024)) for i in range(12)]
-    if name == "many":
-        return [(f"vector.{i}", (16,)) for i in range(1000)]
-    raise ProblemError(f"no shape set is called {name!r}.{did_you_mean(name, SETS)} There is: {', '.join(SETS)}")
+def _many() -> NamedShapes:
+    return ((f"norms.{i // 2}.{('weight', 'bias')[i % 2]}", (16,)) for i in range(1000))
 
 
+_SHAPES: dict[str, Callable[[], NamedShapes]] = {
+    "tiny": _tiny,
+    "transformer": _transformer,
+    "large": _large,
+    "many": _many,
+}
 SETS = {
-    "tiny": "an MLP of 6 tensors",
+    "tiny": "a perceptron of 6 tensors",
     "transformer": "a transformer of 148 tensors, 25 million elements",
     "large": "twelve 4096x1024 matrices",
     "many": "1,000 tensors of 16 elements",
@@ -69,11 +63,18 @@ SETS = {
 DEFAULT_SETS = ("tiny", "transformer", "large")
 
 
+def shapes_of(name: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Return the names and shapes of a set. Raises ProblemError for a set that does not exist."""
+    if name not in _SHAPES:
+        raise ProblemError(f"unknown shapes {name!r}.{did_you_mean(name, SETS)} Choose from: {', '.join(SETS)}")
+    return list(_SHAPES[name]())
+
+
 @dataclass(frozen=True)
 class TensorSet:
-    """One set of shapes on one device: every contender updates its own copy of `weights` by the same gradients.
+    """One set of shapes on one device: every update works on its own copy of `weights` with the same gradients.
 
-    The gradients are put back before each update, outside the time that is measured. Left alone, clipping would scale
+    The gradients are put back before each update, outside the time that is measured. Otherwise clipping would scale
     what it scaled before, and a wrapper that always shrinks them would take them to zero: to denormal numbers, on
     which a CPU is many times slower. They are the same at every update, because then no average of them decays to
     denormal numbers either. An update reads gradients that were just written, as it does after a backward pass.
@@ -95,19 +96,19 @@ class TensorSet:
         """How many bytes one copy of the parameters takes."""
         return sum(w.numel() * w.element_size() for w in self.weights)
 
-    def parameters(self) -> Named:
+    def parameters(self) -> NamedParameters:
         """Return new parameters that begin at `weights`."""
         return [(name, nn.Parameter(w.clone())) for name, w in zip(self.names, self.weights, strict=True)]
 
     @torch.no_grad()
-    def restore(self, parameters: Named) -> None:
+    def restore(self, parameters: NamedParameters) -> None:
         """Give the parameters their gradients, whatever the last update made of them."""
         for (_, p), gradient in zip(parameters, self.handed_out, strict=True):
             p.grad = gradient
         torch._foreach_copy_(self.handed_out, self.gradients)
 
 
-def tensor_set(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> TensorSet:
+def make_tensor_set(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> TensorSet:
     """Make a set of tensors: weights and gradients normally distributed, the gradients of norm 10 altogether."""
     shapes = shapes_of(name)
     random = torch.Generator(device).manual_seed(0)

@@ -20,7 +20,7 @@ class Taken:
     launches: int
 
 
-def held_bytes(tensors: Iterable[torch.Tensor]) -> int:
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Return the bytes behind these tensors, memory that several of them share counted once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
