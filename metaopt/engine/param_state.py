@@ -303,6 +303,7 @@ def with_placeholders(run: Run, state_dict: dict[str, Any]) -> dict[str, Any]:
             param_state = state.get(i)
             if not param_state or not isinstance(param_state, dict):
                 continue
+            begun = begun or any(keyed.key in param_state and not keyed.slot.early for keyed in chain.slots)
             if any(map(chain.is_base_key, param_state)):
                 begun = True
             elif chain.resets or chain.early_keys or param_state.get(PLACEHOLDER):

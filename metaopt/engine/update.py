@@ -22,7 +22,7 @@ class Update:
 
     __slots__ = (
         "before", "change", "closed", "count", "draws", "initial", "is_logged", "lent",
-        "members", "names", "parked", "run", "scale", "skip_reason",
+        "members", "names", "opened", "parked", "run", "scale", "skip_reason",
     )  # fmt: skip
 
     def __init__(self, run: Run, *, is_logged: bool = False) -> None:
@@ -44,6 +44,8 @@ class Update:
         # local weights from right before the base's update, and what is added to them
         self.before: dict[torch.Tensor, torch.Tensor] = {}
         self.change: dict[torch.Tensor, torch.Tensor] = {}
+        # parameters that hold the weights from before, and whose change is yet to be added
+        self.opened: set[torch.Tensor] = set()
         # versions of change and weights when the weights were last set to their sum
         self.closed: dict[torch.Tensor, tuple[int, int]] = {}
         # how often a wrapper has drawn random numbers for a parameter
@@ -110,6 +112,8 @@ class Update:
 
     def change_of(self, p: torch.Tensor) -> torch.Tensor:
         """Return what was added to a parameter so far, at least float32; changes of it count at the next `close`."""
+        if p in self.opened:
+            return self.change[p]
         weights, change = local(p), self.change.get(p)
         if change is None or self.closed.get(p, (0, -1))[1] != weights._version:
             before = self.before[p]
@@ -123,12 +127,14 @@ class Update:
         for p in members:
             self.change_of(p)
             local(p).copy_(self.before[p])
+            self.opened.add(p)
 
     def close(self, members: Members) -> None:
         """Set the parameters to the weights before plus the change, rounded once."""
         for p in members:
             weights, change = local(p), self.change[p]
             weights.add_(change)
+            self.opened.discard(p)
             self.closed[p] = change._version, weights._version
 
     def apply_changed(self, members: Members) -> Members:
