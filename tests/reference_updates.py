@@ -23,7 +23,7 @@ def cautious_decay(w: Tensor, u: Tensor, g: Tensor, *, lr: float, weight_decay: 
     """arXiv:2510.12402, algorithm 1: x <- x - lr (u + weight_decay I(u x >= 0) x), with u = -(what is added) / lr."""
     step = -u / lr
     agree = _inner(step, w) >= 0
-    return -lr * (step + weight_decay * agree * w)
+    return -lr * (step + weight_decay * torch.where(agree, w, 0.0))
 
 
 def hyperball(w: Tensor, u: Tensor, g: Tensor, *, lr: float) -> Tensor:
