@@ -316,6 +316,7 @@ MATRICES = ((4, 3), (3, 5))
 def test_over_its_adam_a_trust_ratio_is_pytorch_optimizer_s_lamb() -> None:
     lamb = pytest.importorskip("pytorch_optimizer").Lamb
     given = {"lr": 0.01, "eps": 1e-6, "weight_decay": 0.1, "weight_decouple": False, "pre_norm": False}
+    given |= {"adam_debias": True}  # its way to say that the rate is not divided by 1 - b1^t
     compare(
         lambda p: lamb(p, adam=True, **given),
         "trust_ratio(eps=1e-6)",
@@ -326,7 +327,7 @@ def test_over_its_adam_a_trust_ratio_is_pytorch_optimizer_s_lamb() -> None:
 
 
 def test_over_sgd_a_trust_ratio_is_pytorch_optimizer_s_lars() -> None:
-    lars = pytest.importorskip("pytorch_optimizer").Lars
+    lars = pytest.importorskip("pytorch_optimizer").LARS
     compare(
         lambda p: torch.optim.SGD(p, lr=2.0),
         "trust_ratio(0.001)",
@@ -349,22 +350,22 @@ def test_clipping_by_the_rms_is_pytorch_optimizer_s_adafactor() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "name", "given"),
+    ("spec", "name", "beta", "given"),
     [
-        ("hyperball", "HyperBallAdamW", {}),
-        ("cautious_decay(0.3)", "AdamW", {"weight_decay": 0.3, "cautious_weight_decay": True}),
-        ("cautious", "AdamW", {"caution": True}),
+        ("hyperball", "HyperBallAdamW", 0.0, {}),  # which has no first moment
+        ("cautious_decay(0.3)", "AdamW", 0.9, {"weight_decay": 0.3, "cautious_weight_decay": True}),
+        ("cautious", "AdamW", 0.9, {"caution": True}),
     ],
 )
 def test_a_part_is_what_heavyball_has_built_in(
-    spec: str, name: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    spec: str, name: str, beta: float, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heavyball = pytest.importorskip("heavyball")
     monkeypatch.setattr(heavyball.utils, "compile_mode", None)  # compiling takes minutes, and changes no rule
     compare(
-        lambda p: torch.optim.AdamW(p, lr=0.05, betas=(0.9, 0.99), weight_decay=0.0),
+        lambda p: torch.optim.AdamW(p, lr=0.05, betas=(beta, 0.99), weight_decay=0.0),
         spec,
-        lambda p: getattr(heavyball, name)(p, lr=0.05, betas=(0.9, 0.99), **given),
+        lambda p: getattr(heavyball, name)(p, lr=0.05, betas=(beta, 0.99), **given),
         ((4, 3), (5,)),
         1e-5,
         torch.float32,
