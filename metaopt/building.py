@@ -39,7 +39,7 @@ def build(
     _check_total_steps(total_steps)
     groups = as_groups(model_or_params)
     schedules = scheduled(None, wrappers)
-    if base_part.divides:
+    if base_part.is_partition:
         base: torch.optim.Optimizer = make_divided(groups, base_part, total_steps)
         fused = False
     else:
@@ -73,7 +73,7 @@ def wrap(
             f"wrap() is given an optimizer, so {bases[0]} is one too many; build() takes a base in the spec"
         )
     _check_total_steps(total_steps)
-    wrappers = tuple(part.make() for part in pipeline)
+    wrappers = tuple(part.build_wrapper() for part in pipeline)
     check_labels(wrappers)
     schedules = scheduled(None, wrappers)
     return _stacked(

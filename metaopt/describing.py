@@ -26,9 +26,9 @@ class Description:
             name = registry.name_of(type(stack.base))
             base = Part("optimizer", name or type(stack.base).__name__, type(stack.base), registered=name is not None)
             given = {k: entry[k] for k in base.hyperparameters if k in entry and k not in RUN_FLAGS}
-            before = sum(wrapper.stands_before_base() for wrapper in stack.wrappers)
-            ordered = sorted(parts, key=lambda p: not p.make().stands_before_base())
-            parts = [*ordered[:before], changed(base, given=given), *ordered[before:]]
+            before = sum(wrapper.runs_before_base() for wrapper in stack.wrappers)
+            ordered = sorted(parts, key=lambda p: not p.build_wrapper().runs_before_base())
+            parts = [*ordered[:before], changed(base, arguments=given), *ordered[before:]]
         return Pipeline(tuple(parts))
 
     def __repr__(self) -> str:
@@ -37,11 +37,11 @@ class Description:
 
 def _live(part: Part, entry: Entry, stack: Stack) -> Part:
     """Return a part with the values that a group holds; of one that divides, each pipeline with those of its groups."""
-    if part.divides:
-        return changed(part, given={**part.given, "parts": _live_parts(part.given["parts"], stack)})
+    if part.is_partition:
+        return changed(part, arguments={**part.arguments, "parts": _live_parts(part.arguments["parts"], stack)})
     prefix = "" if part.kind == "optimizer" else f"{part.label or part.name.rpartition('.')[2]}."
     schedules = stack.schedules_of(entry)
-    given = dict(part.given)
+    given = dict(part.arguments)
     for name, hyperparameter in part.hyperparameters.items():
         key = prefix + name
         if key in schedules:
@@ -52,7 +52,7 @@ def _live(part: Part, entry: Entry, stack: Stack) -> Part:
                 continue
             if name in given or value != hyperparameter.default:
                 given[name] = value
-    return changed(part, given=given)
+    return changed(part, arguments=given)
 
 
 def _live_parts(parts: Mapping[str, Pipeline], stack: Stack) -> dict[str, Pipeline]:

@@ -51,7 +51,7 @@ def _strengths(lane: Lane, entry: Entry) -> Iterator[tuple[str, float, bool | No
     yield "weight_decay", number(entry.get("weight_decay")), None
     for key, (wrapper, name) in lane.hyperparameter_keys.items():
         if name == "weight_decay":
-            yield key, number(entry.get(key)), "on_gradients" in wrapper.acts_on()
+            yield key, number(entry.get(key)), "on_gradients" in wrapper.implemented_hooks()
 
 
 def _decay(base: str, found: Character, key: str, decay: float, coupled: bool | None) -> Finding | None:
@@ -94,8 +94,8 @@ def _before_bases(stack: Stack) -> Iterator[tuple[Wrapper, tuple[Lane, ...]]]:
     """Yield every wrapper on gradients that may be tried by itself, with the lanes that it acts on."""
     every = [*stack.wrappers, *(w for lane in stack.lanes for w in lane.wrappers if w not in stack.wrappers)]
     for wrapper in every:
-        gathers = any(slot.early for slot in wrapper.state_slots().values())
-        if "on_gradients" in wrapper.acts_on() and not wrapper.holds_updates and not gathers:
+        gathers = any(slot.early for slot in wrapper.active_slots().values())
+        if "on_gradients" in wrapper.implemented_hooks() and not wrapper.may_skip_updates and not gathers:
             yield wrapper, tuple(lane for lane in stack.lanes if wrapper in lane.chain)
 
 

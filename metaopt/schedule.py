@@ -17,7 +17,7 @@ LONGEST = 2**53
 class Schedule(ABC):
     """A closed form: value from update count, nothing stored. Subclasses declare hyperparameters with `hyper`.
 
-    A schedule is configuration: `over` fixes it for a run. After its end it holds its last value.
+    A schedule is configuration: `curve` fixes it for a run. After its end it holds its last value.
     """
 
     hyperparameters: ClassVar[dict[str, Hyperparameter]] = {}
@@ -35,7 +35,7 @@ class Schedule(ABC):
         for name, hyperparameter in self.hyperparameters.items():
             if name not in given and hyperparameter.required:
                 raise HyperparameterError(f"{where} needs {name}: {hyperparameter.doc or 'it has no default'}")
-            values[name] = hyperparameter.check(given.get(name, hyperparameter.default), where=where)
+            values[name] = hyperparameter.validate(given.get(name, hyperparameter.default), where=where)
         self.__dict__.update(values)
         self.given = {name: values[name] for name in given}
 
@@ -44,7 +44,7 @@ class Schedule(ABC):
         return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
 
     @abstractmethod
-    def over(self, run: int | None, span: int | None) -> Curve:
+    def curve(self, run: int | None, span: int | None) -> Curve:
         """Return the closed form t -> value for a run of `run` updates, `span` of which are left to this schedule.
 
         Raises HyperparameterError where a length depends on the run's and that is unknown.
@@ -79,7 +79,7 @@ class Schedule(ABC):
 
     def __call__(self, t: float, total_steps: int | None = None) -> float:
         """Return the value after `t` updates."""
-        return self.over(total_steps, total_steps)(t)
+        return self.curve(total_steps, total_steps)(t)
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.given == getattr(other, "given", None)

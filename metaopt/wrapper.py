@@ -82,12 +82,12 @@ class Group(ABC):
 
     params: list[torch.Tensor]
     updates: int
-    # of a part: where in the group's lists each of its tensors, or the tensor of its rows, stands
-    at: list[int]
+    # of a block: the position in the group's lists of each of its tensors, or of the tensor of its rows
+    index: list[int]
 
     @abstractmethod
-    def parts(self) -> Sequence["Group"]:
-        """Return the same in parts that stay in a cache: several small tensors, or some rows of a large one."""
+    def blocks(self) -> Sequence["Group"]:
+        """Return the same in blocks that stay in a cache: several small tensors, or some rows of a large one."""
 
     @property
     @abstractmethod
@@ -101,7 +101,7 @@ class Group(ABC):
 
     @property
     @abstractmethod
-    def maximizes(self) -> bool:
+    def maximize(self) -> bool:
         """Whether the base goes up these gradients (torch's `maximize=True`), so that less is worse."""
 
     @abstractmethod
@@ -119,11 +119,11 @@ class Group(ABC):
         """
 
     @abstractmethod
-    def lend(self, gradients: list[torch.Tensor]) -> None:
-        """Let these be the gradients until the end of this `step()`; afterwards the parameters have none."""
+    def replace_grads(self, gradients: list[torch.Tensor]) -> None:
+        """Replace the gradients until the end of this `step()`; afterwards the parameters have none."""
 
     @abstractmethod
-    def clear_gradients(self) -> None:
+    def clear_grads(self) -> None:
         """Take the gradients away: the next backward pass starts from none."""
 
     @property
@@ -132,11 +132,11 @@ class Group(ABC):
         """The base's own moments by key, each aligned with `params` (see `moments`)."""
 
     @abstractmethod
-    def move_to(self, tensors: list[torch.Tensor]) -> None:
+    def set_params(self, tensors: list[torch.Tensor]) -> None:
         """Set the parameters to `tensors` (cast where dtypes differ); anchors nearer the base follow."""
 
     @abstractmethod
-    def reset_base(self) -> None:
+    def reset_base_state(self) -> None:
         """Forget the base's state of these parameters: its next update starts as if it were its first."""
 
     @abstractmethod
@@ -149,14 +149,14 @@ class Group(ABC):
 
     @property
     @abstractmethod
-    def measured(self) -> bool:
+    def is_logged(self) -> bool:
         """Whether this update is logged: what costs extra to measure is measured only then."""
 
     def __getattr__(self, name: str) -> Any:  # hyperparameters and state, named by the wrapper's declarations
         raise AttributeError(name)
 
 
-class Gradients(ABC):
+class Groups(ABC):
     """All groups at once, as a wrapper on gradients sees them: a norm is global."""
 
     @abstractmethod
@@ -167,7 +167,7 @@ class Gradients(ABC):
         """Return the norm over all gradients, reduced over groups, devices and shards (0-dim)."""
 
     @abstractmethod
-    def gathered(self) -> Iterator[Group]:
+    def groups_with_state(self) -> Iterator[Group]:
         """Yield the groups with every parameter that holds this wrapper's state, with a gradient now or without."""
 
     @abstractmethod
@@ -176,12 +176,12 @@ class Gradients(ABC):
 
     @property
     @abstractmethod
-    def measured(self) -> bool:
+    def is_logged(self) -> bool:
         """Whether this update is logged."""
 
     @property
     @abstractmethod
-    def logged(self) -> bool:
+    def has_logger(self) -> bool:
         """Whether the run has a log at all: a share of all updates is then measured at each of them."""
 
     @abstractmethod
@@ -189,11 +189,11 @@ class Gradients(ABC):
         """Log `value` as `<label>/<name>`; never waits for the device."""
 
     @abstractmethod
-    def hold(self, reason: str) -> None:
-        """Hold this update back: nothing advances, and `opt.skipped` is `reason`. See `Wrapper.holds_updates`."""
+    def skip_update(self, reason: str) -> None:
+        """Skip this update: nothing advances, and `opt.skipped` is `reason`. See `Wrapper.may_skip_updates`."""
 
     @abstractmethod
-    def count(self, name: str, value: int) -> None:
+    def set_counter(self, name: str, value: int) -> None:
         """Set a counter that the wrapper declares, in all groups."""
 
     def __getattr__(self, name: str) -> Any:  # hyperparameters and counters, from the first group
@@ -204,8 +204,8 @@ class Wrapper(ABC):
     """A part around the base: declares hyperparameters and state, and any of the five methods below.
 
     `class W(Wrapper, every="k")` is called after an update only when the hyperparameter `k` divides the count.
-    `class W(Wrapper, each="element")` treats every element alike, more than once: `after_update` may then be called
-    with parts of the group (see `Group.parts`).
+    `class W(Wrapper, elementwise=True)` treats every element alike, more than once: `after_update` may then be called
+    with blocks of the group (see `Group.blocks`).
     The object is configuration without state: one object may serve two stacks.
     """
 
@@ -213,26 +213,26 @@ class Wrapper(ABC):
     slots: ClassVar[dict[str, Slot]] = {}
     counters: ClassVar[dict[str, Counter]] = {}
     every: ClassVar[str | None] = None
-    each: ClassVar[Literal["element"] | None] = None
+    elementwise: ClassVar[bool] = False
     known_as: ClassVar[tuple[str, ...]] = ()
     # a wrapper that cannot decide without reading from the device says so
-    synchronises: ClassVar[bool] = False
-    # a wrapper that calls groups.hold() says so: it cannot stand over a base that evaluates the loss itself
-    holds_updates: ClassVar[bool] = False
+    syncs_device: ClassVar[bool] = False
+    # a wrapper that calls groups.skip_update() says so: it cannot stand over a base that evaluates the loss itself
+    may_skip_updates: ClassVar[bool] = False
     # of a sparse gradient `group.grads` has the stored values alone, which are not aligned with the parameter
-    takes_sparse: ClassVar[bool] = False
+    supports_sparse_grads: ClassVar[bool] = False
 
-    given: dict[str, Any]
+    arguments: dict[str, Any]
     label: str
 
-    def __init_subclass__(cls, every: str | None = None, each: Literal["element"] | None = None, **kwargs: Any) -> None:
+    def __init_subclass__(cls, every: str | None = None, elementwise: bool | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.hyperparameters = declared(cls)
         own = vars(cls).items()
         cls.slots = {**cls.slots, **{n: replace(v, name=n) for n, v in own if isinstance(v, Slot)}}
         cls.counters = {**cls.counters, **{n: v for n, v in own if isinstance(v, Counter)}}
-        if each is not None:
-            cls.each = each
+        if elementwise is not None:
+            cls.elementwise = elementwise
         if every is not None:
             if every not in cls.hyperparameters:
                 raise HyperparameterError(f"{cls.__name__}: every={every!r} names no hyperparameter of the class")
@@ -245,28 +245,28 @@ class Wrapper(ABC):
         for name, hyperparameter in self.hyperparameters.items():
             if name not in given and hyperparameter.required:
                 raise HyperparameterError(f"{where} needs {name}: {hyperparameter.doc or 'it has no default'}")
-            values[name] = check_value(hyperparameter, given.get(name, hyperparameter.default), where)
+            values[name] = validate_value(hyperparameter, given.get(name, hyperparameter.default), where)
         # class attributes hold the declarations; an instance's own attributes hold its values
         self.__dict__.update(values)
-        self.given = {name: values[name] for name in given}
+        self.arguments = {name: values[name] for name in given}
         self.label = where
 
-    def check(self) -> None:  # noqa: B027 - nothing to check is a fine answer
+    def validate(self) -> None:  # noqa: B027 - nothing to check is a fine answer
         """Raise HyperparameterError where hyperparameters contradict each other; the default finds nothing."""
 
-    def state_slots(self) -> dict[str, Slot]:
+    def active_slots(self) -> dict[str, Slot]:
         """Return the slots that this configuration needs; the default needs all that the class declares."""
         return self.slots
 
-    def resets_base(self) -> bool:
-        """Tell whether this configuration ever calls `group.reset_base()`."""
+    def resets_base_state(self) -> bool:
+        """Tell whether this configuration ever calls `group.reset_base_state()`."""
         return False
 
-    def around(self, closure: Closure, groups: Gradients) -> Any:
+    def around(self, closure: Closure, groups: Groups) -> Any:
         """Own the evaluation of the loss: call `closure` as often as needed, return the loss."""
         return closure()
 
-    def on_gradients(self, groups: Gradients) -> None:  # noqa: B027 - each wrapper defines what it needs
+    def on_gradients(self, groups: Groups) -> None:  # noqa: B027 - each wrapper defines what it needs
         """Change the gradients, all groups at once, between the evaluation and the update."""
 
     def before_update(self, group: Group) -> None:  # noqa: B027
@@ -280,18 +280,18 @@ class Wrapper(ABC):
         return None
 
     @classmethod
-    def acts_on(cls) -> frozenset[str]:
+    def implemented_hooks(cls) -> frozenset[str]:
         """Return which of the five methods the class defines itself."""
         names = ("around", "on_gradients", "before_update", "after_update", "averaged")
         return frozenset(name for name in names if getattr(cls, name) is not getattr(Wrapper, name))
 
     @classmethod
-    def stands_before_base(cls) -> bool:
+    def runs_before_base(cls) -> bool:
         """Tell whether the wrapper works on what the base has yet to use: the closure, gradients, the old weights."""
-        return bool(cls.acts_on() & {"around", "on_gradients", "before_update"})
+        return bool(cls.implemented_hooks() & {"around", "on_gradients", "before_update"})
 
     def __repr__(self) -> str:
-        arguments = ", ".join(f"{name}={value!r}" for name, value in self.given.items())
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
         return f"{type(self).__name__}({arguments})"
 
     def __or__(self, other: Any) -> Any:
@@ -301,10 +301,10 @@ class Wrapper(ABC):
         return _composed(other, self)
 
 
-def check_value(hyperparameter: Hyperparameter, value: Any, where: str) -> Any:
+def validate_value(hyperparameter: Hyperparameter, value: Any, where: str) -> Any:
     """Return `value` if the hyperparameter allows it: a plain one, or a schedule for a float."""
     if not isinstance(value, Schedule):
-        return hyperparameter.check(value, where=where)
+        return hyperparameter.validate(value, where=where)
     if not hyperparameter.schedulable:
         raise HyperparameterError(
             f"{where}: {hyperparameter.name} takes no schedule: only a hyperparameter that is one float does; "

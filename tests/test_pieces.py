@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import metaopt
+from benchmarks.targets import wrappers_alone
 from metaopt.engine import views
-from metaopt.lab.bench.targets import wrappers_alone
 
 SHAPES = ((7, 3), (5,), (4, 2, 2), (), (9, 1))
 SPECS = [text for _, text, _ in wrappers_alone() if text is not None]
-CUT = [spec for spec in SPECS if "cautious" in spec or metaopt.build([torch.zeros(1)], spec).wrappers[0].each]
+CUT = [spec for spec in SPECS if "cautious" in spec or metaopt.build([torch.zeros(1)], spec).wrappers[0].elementwise]
 
 
 def run(spec: str, monkeypatch: pytest.MonkeyPatch, most: int) -> tuple[list[torch.Tensor], int]:
@@ -49,14 +49,14 @@ def test_some_wrappers_treat_tensors_in_parts() -> None:
     assert len(CUT) >= 3
 
 
-def test_a_part_of_a_group_tells_where_its_own_tensors_stand(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Halve(metaopt.Wrapper, each="element"):
-        """w <- w / 2, by the places that parts tell."""
+def test_the_index_of_a_block_is_that_of_its_own_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Halve(metaopt.Wrapper, elementwise=True):
+        """w <- w / 2, by the index of each block."""
 
         def after_update(self, group: metaopt.Group) -> None:
             halves = [p / 2 for p in group.params]
-            for part in group.parts():
-                part.move_to([halves[i] for i in part.at])
+            for block in group.blocks():
+                block.set_params([halves[i] for i in block.index])
 
     monkeypatch.setattr(views, "CPU_PIECE", 4)
     weights = [torch.nn.Parameter(torch.arange(1.0, n + 1)) for n in (3, 12, 2)]

@@ -79,7 +79,9 @@ def swap_back(stack: "Stack") -> None:
 
 
 def _choose(stack: "Stack", label: str | None) -> str:
-    averages = list(dict.fromkeys(w.label for lane in stack.lanes for w in lane.chain if "averaged" in w.acts_on()))
+    averages = list(
+        dict.fromkeys(w.label for lane in stack.lanes for w in lane.chain if "averaged" in w.implemented_hooks())
+    )
     if not averages:
         raise StepError("averaged(): no part of this stack keeps an average; see: metaopt list wrappers")
     if label is None:
@@ -158,7 +160,7 @@ def _averages(stack: "Stack", label: str) -> Iterator[tuple[Piece, list[torch.Te
     for entry in stack.param_groups:
         lane = stack.lane_of(entry)
         wrapper = lane.labelled.get(label)
-        if wrapper is None or "averaged" not in wrapper.acts_on() or entry["metaopt.template"]:
+        if wrapper is None or "averaged" not in wrapper.implemented_hooks() or entry["metaopt.template"]:
             continue
         for piece in pieces(stack, entry, wrapper, updated(stack, entry, wrapper)):
             averages = wrapper.averaged(piece)

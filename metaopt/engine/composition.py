@@ -34,7 +34,7 @@ def check(stack: "Stack") -> None:
         _check_base(lane.base)
         check_labels(lane.chain)
         for wrapper in lane.chain:
-            wrapper.check()
+            wrapper.validate()
             _check_evaluation(lane, wrapper)
         _check_moments(lane)
         _check_resets(stack, lane)
@@ -44,9 +44,11 @@ def _check_order(wrappers: Sequence[Wrapper]) -> None:
     """A wrapper that evaluates the loss does so before any other sees a gradient, so it cannot stand behind one."""
     for position, wrapper in enumerate(wrappers):
         earlier = [
-            w.label for w in wrappers[:position] if "around" not in w.acts_on() and "on_gradients" in w.acts_on()
+            w.label
+            for w in wrappers[:position]
+            if "around" not in w.implemented_hooks() and "on_gradients" in w.implemented_hooks()
         ]
-        if "around" in wrapper.acts_on() and earlier:
+        if "around" in wrapper.implemented_hooks() and earlier:
             raise SpecError(
                 f"{wrapper.label} makes the gradients that {earlier[0]} works on: write it before {earlier[0]}"
             )
@@ -64,19 +66,19 @@ def _check_base(base: torch.optim.Optimizer) -> None:
 
 
 def _check_evaluation(lane: Lane, wrapper: Wrapper) -> None:
-    owns = "around" in wrapper.acts_on()
-    if lane.needs_closure and (owns or wrapper.holds_updates):
+    owns = "around" in wrapper.implemented_hooks()
+    if lane.needs_closure and (owns or wrapper.may_skip_updates):
         what = "evaluates the loss itself" if owns else "holds updates back"
         raise SpecError(
             f"{wrapper.label} {what}, and {type(lane.base).__name__} evaluates the loss several times within one "
             f"update: the two do not go together"
         )
-    if lane.needs_closure and any(slot.kind == "previous" for slot in wrapper.state_slots().values()):
+    if lane.needs_closure and any(slot.kind == "previous" for slot in wrapper.active_slots().values()):
         raise SpecError(
             f"{wrapper.label} compares an update with the gradient that made it, and {type(lane.base).__name__} makes "
             f"one of several gradients: the two do not go together"
         )
-    if wrapper in lane.wrappers and lane.name and (owns or wrapper.holds_updates):
+    if wrapper in lane.wrappers and lane.name and (owns or wrapper.may_skip_updates):
         what = "evaluates the loss, which all parts share" if owns else "holds updates back, which all parts count"
         raise SpecError(f"{wrapper.label} {what}: write it outside, before the base of the whole stack")
 
@@ -85,7 +87,7 @@ def _check_moments(lane: Lane) -> None:
     """Of wrappers of one class the innermost alone may act on the base's moments."""
     inner: dict[type, Wrapper] = {}
     for wrapper in (*lane.wrappers, *(w for w in lane.chain if w not in lane.wrappers)):
-        needs_moments = any(s.kind == "moments" for s in wrapper.state_slots().values()) or wrapper.resets_base()
+        needs_moments = any(s.kind == "moments" for s in wrapper.active_slots().values()) or wrapper.resets_base_state()
         if needs_moments and lane.needs_closure:
             raise SpecError(
                 f"{wrapper.label} acts on the base's moments, but the state of {type(lane.base).__name__} "
@@ -160,7 +162,7 @@ def check_group(stack: "Stack", group: Entry, position: int, *, built: bool = Fa
             raise HyperparameterError(f"{where}: {key} has a schedule of its own: schedules belong to the whole stack")
         if key in known:
             wrapper, name = known[key]
-            group[key] = wrapper.hyperparameters[name].check(value, where=f"{where}, {wrapper.label}")
+            group[key] = wrapper.hyperparameters[name].validate(value, where=f"{where}, {wrapper.label}")
             if not wrapper.hyperparameters[name].per_group:
                 _check_shared(stack, group, key, wrapper, name, where)
         elif "." in key and not key.startswith("metaopt."):

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 Entry = dict[str, Any]
 
 
-class Division(ABC):
+class Partitioner(ABC):
     """Deals a model's parameters out to several pipelines: an optimizer made of others.
 
     A subclass is registered as an optimizer. `parts` maps the name of each part to its pipeline; every parameter
-    goes to the part that `part_of` names.
+    goes to the part that `branch_of` names.
     """
 
     def __init__(self, parts: Mapping[str, Any]) -> None:
@@ -31,14 +31,14 @@ class Division(ABC):
         self.parts = dict(parts)
 
     @abstractmethod
-    def part_of(self, name: str, parameter: torch.Tensor) -> str | None:
+    def branch_of(self, name: str, parameter: torch.Tensor) -> str | None:
         """Return the name of the part that updates this parameter, or None where there is none."""
 
 
 class Divided(torch.optim.Optimizer):
     """Several bases as one: each updates the groups that carry its name under `metaopt.part`."""
 
-    def __init__(self, lanes: Sequence[Lane], division: Division) -> None:
+    def __init__(self, lanes: Sequence[Lane], division: Partitioner) -> None:
         self.lanes = tuple(lanes)
         self.division = division
         state = defaultdict(dict, chain.from_iterable(lane.base.state.items() for lane in lanes))
@@ -93,7 +93,7 @@ class Divided(torch.optim.Optimizer):
         pairs = list(zip(group.get("param_names", ()), group["params"], strict=False)) or [
             member for member in group["params"] if isinstance(member, tuple)
         ]
-        parts = {self.division.part_of(name, p) for name, p in pairs}
+        parts = {self.division.branch_of(name, p) for name, p in pairs}
         if len(parts) != 1 or None in parts:
             raise ParameterError(
                 f"a group added to a stack of several parts needs metaopt.part (one of {', '.join(map(repr, named))}), "

@@ -12,13 +12,13 @@ from metaopt.engine.scaling import apply_scale
 from metaopt.engine.shards import dense
 from metaopt.engine.views import Piece, pieces
 from metaopt.errors import HyperparameterError, StepError
-from metaopt.wrapper import Gradients, Wrapper
+from metaopt.wrapper import Groups, Wrapper
 
 if TYPE_CHECKING:
     from metaopt.stack import Stack
 
 
-class AllGradients(Gradients):
+class AllGradients(Groups):
     """The gradients of all groups in a wrapper's reach: those of its lane, or all; a lazy factor waits in the lanes."""
 
     def __init__(self, stack: "Stack", wrapper: Wrapper, lane: Lane | None) -> None:
@@ -31,7 +31,7 @@ class AllGradients(Gradients):
             owners = [p for p in entry["params"] if p.grad is not None]
             yield from pieces(self._stack, entry, self._wrapper, owners)
 
-    def gathered(self) -> Iterator[Piece]:
+    def groups_with_state(self) -> Iterator[Piece]:
         for entry in self._entries():
             lane = self._stack.lane_of(entry)
             keys = [key for key, wrapper, _ in lane.slots if wrapper is self._wrapper]
@@ -55,23 +55,23 @@ class AllGradients(Gradients):
         for lane in self._lanes:
             lane.pending_scale = factor if lane.pending_scale is None else lane.pending_scale * factor
 
-    def hold(self, reason: str) -> None:
-        if not self._wrapper.holds_updates:
-            raise StepError(f"{self._wrapper.label} holds an update back without declaring holds_updates = True")
+    def skip_update(self, reason: str) -> None:
+        if not self._wrapper.may_skip_updates:
+            raise StepError(f"{self._wrapper.label} holds an update back without declaring may_skip_updates = True")
         self._stack.held_back = reason
 
-    def count(self, name: str, value: int) -> None:
+    def set_counter(self, name: str, value: int) -> None:
         if name not in self._wrapper.counters:
             raise AttributeError(f"{self._wrapper.label} declares no counter called {name!r}")
         for entry in self._entries():
             entry[f"{self._wrapper.label}.{name}"] = value
 
     @property
-    def measured(self) -> bool:
+    def is_logged(self) -> bool:
         return self._stack.measuring
 
     @property
-    def logged(self) -> bool:
+    def has_logger(self) -> bool:
         return self._stack.metrics_of_run.logger is not None
 
     def measure(self, name: str, value: torch.Tensor | float) -> None:

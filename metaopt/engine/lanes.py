@@ -53,12 +53,12 @@ class Lane:
 
     def settle(self, outer: Sequence[Wrapper]) -> None:
         """Work out what follows from the parts, `outer` being the wrappers around all lanes."""
-        before = [w for w in (*outer, *self.wrappers) if w.stands_before_base()]
-        behind = [w for w in (*self.wrappers, *outer) if not w.stands_before_base()]
+        before = [w for w in (*outer, *self.wrappers) if w.runs_before_base()]
+        behind = [w for w in (*self.wrappers, *outer) if not w.runs_before_base()]
         self.chain = (*before, *behind)
         self.labelled = {w.label: w for w in self.chain}
         self.slots: list[tuple[str, Wrapper, Slot]] = [
-            (f"{w.label}.{name}", w, slot) for w in self.chain for name, slot in w.state_slots().items()
+            (f"{w.label}.{name}", w, slot) for w in self.chain for name, slot in w.active_slots().items()
         ]
         self._seats = {id(wrapper): self._seat(wrapper) for wrapper in self.chain}
         self.moment_slots = [(key, w) for key, w, slot in self.slots if slot.kind == "moments"]
@@ -66,7 +66,7 @@ class Lane:
         self.early_keys = frozenset(key for key, _, slot in self.slots if slot.early)
         self.hyperparameter_keys = {f"{w.label}.{name}": (w, name) for w in self.chain for name in w.hyperparameters}
         self.counter_keys = [f"{w.label}.{name}" for w in self.chain for name in w.counters]
-        self.resets = [w for w in self.chain if w.resets_base()]
+        self.resets = [w for w in self.chain if w.resets_base_state()]
         self._prefixes = ("metaopt.", *(f"{label}." for label in self.labelled))
         # the stack's own step fires the hooks already
         self._step = unhooked(type(self.base).step)

@@ -136,7 +136,7 @@ def _merge_groups(stack: "Stack", saved: list[dict[str, Any]], report: LoadRepor
             # a scheduled value is worked out anew; a warm-up may well begin where a constant must not stand
             if wrapper.label in report.fresh or key not in kept or key in scheduled:
                 kept[key] = entry[key]
-            elif declared.structural:
+            elif declared.defines_state:
                 _note_kept(report, key, saved=kept[key], live=entry[key])
                 kept[key] = entry[key]
             else:
@@ -158,7 +158,7 @@ def _merge_groups(stack: "Stack", saved: list[dict[str, Any]], report: LoadRepor
 
 def _checked(wrapper: Wrapper, name: str, value: Any) -> Any:
     try:
-        return wrapper.hyperparameters[name].check(value, where=f"the checkpoint's {wrapper.label}")
+        return wrapper.hyperparameters[name].validate(value, where=f"the checkpoint's {wrapper.label}")
     except HyperparameterError as error:
         raise CheckpointError(str(error)) from error
 
@@ -188,6 +188,6 @@ def _restore_wrapper_state(stack: "Stack", groups: list[dict[str, Any]], saved: 
 
 def _placed(wrapper: Wrapper, name: str, value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """Return a copy beside its parameter in the dtype that its slot asks for: torch would round a float32 one."""
-    slot = wrapper.state_slots().get(name)
+    slot = wrapper.active_slots().get(name)
     dtype = value.dtype if slot is None or not p.is_floating_point() else slot_dtype(slot, vars(wrapper), p)
     return value.detach().to(device=p.device, dtype=dtype, copy=True)

@@ -90,7 +90,7 @@ def _check_counts(stack: "Stack", groups: list[Entry]) -> None:
 
 def _check_swapped(stack: "Stack", groups: list[Entry]) -> None:
     label = groups[0].get("metaopt.swapped")
-    keeping = {w.label for lane in stack.lanes for w in lane.chain if "averaged" in w.acts_on()}
+    keeping = {w.label for lane in stack.lanes for w in lane.chain if "averaged" in w.implemented_hooks()}
     if label and label not in keeping:
         raise CheckpointError(
             f"the checkpoint was taken inside averaged({label!r}), whose weights stand in the model's place, and this "

@@ -17,7 +17,7 @@ class Timetable:
     def __init__(self, schedules: Mapping[str, Schedule], total_steps: int | None) -> None:
         self.schedules = dict(schedules)
         self._values: dict[str, Callable[[float], float]] = {
-            key: schedule.over(total_steps, total_steps) for key, schedule in schedules.items()
+            key: schedule.curve(total_steps, total_steps) for key, schedule in schedules.items()
         }
         self._written: dict[str, tuple[Any, int]] = {}
         self._count = 0  # the updates made when the values were written

@@ -28,10 +28,10 @@ class Phases:
     def __init__(self, wrappers: Sequence[Wrapper], lanes: Sequence[Lane]) -> None:
         own: list[Placed] = [(wrapper, None) for wrapper in wrappers]
         inner: list[Placed] = [(wrapper, lane) for lane in lanes for wrapper in lane.wrappers]
-        self.around = [wrapper for wrapper, _ in own if "around" in wrapper.acts_on()]
-        self.on_gradients = [placed for placed in (*own, *inner) if "on_gradients" in placed[0].acts_on()]
-        self.before_update = [placed for placed in (*own, *inner) if "before_update" in placed[0].acts_on()]
-        self.after_update = [placed for placed in (*inner, *own) if "after_update" in placed[0].acts_on()]
+        self.around = [wrapper for wrapper, _ in own if "around" in wrapper.implemented_hooks()]
+        self.on_gradients = [placed for placed in (*own, *inner) if "on_gradients" in placed[0].implemented_hooks()]
+        self.before_update = [placed for placed in (*own, *inner) if "before_update" in placed[0].implemented_hooks()]
+        self.after_update = [placed for placed in (*inner, *own) if "after_update" in placed[0].implemented_hooks()]
         self.stateful = any(lane.slots for lane in lanes)
         self.take_previous = any(lane.previous_slots for lane in lanes)
         self.gather_early = any(lane.early_keys for lane in lanes)
@@ -196,5 +196,5 @@ def _due(stack: "Stack", wrapper: Wrapper, lane: Lane | None, *, update_in_progr
 
 
 def _call(method: Callable[[Group], None], stack: "Stack", entry: Entry, wrapper: Wrapper, members: Members) -> None:
-    for piece in (small_pieces if wrapper.each else pieces)(stack, entry, wrapper, members):
+    for piece in (small_pieces if wrapper.elementwise else pieces)(stack, entry, wrapper, members):
         method(piece)

@@ -53,9 +53,9 @@ class Piece(Group):
         self.owners = owners
         self.params = self._rows(all_local(owners))
         self.updates = entry["metaopt.updates"]
-        self.at = list(range(len(owners))) if at is None else at
+        self.index = list(range(len(owners))) if at is None else at
 
-    def parts(self) -> list["Piece"]:
+    def blocks(self) -> list["Piece"]:
         cpu = self.params[0].device.type == "cpu"
         if self._spans is None:
             return _cut(self, CPU_PIECE if cpu else DEVICE_PIECE)
@@ -99,7 +99,9 @@ class Piece(Group):
     @property
     def grads(self) -> list[torch.Tensor]:
         apply_scale(self._stack, self._lane)
-        if not self._wrapper.takes_sparse and any(p.grad is not None and p.grad.is_sparse for p in self.owners):
+        if not self._wrapper.supports_sparse_grads and any(
+            p.grad is not None and p.grad.is_sparse for p in self.owners
+        ):
             raise StepError(f"{self._wrapper.label} needs dense gradients, and a parameter's is sparse: leave it out")
         gradients = self.raw_grads
         if len(gradients) < len(self.owners):
@@ -121,7 +123,7 @@ class Piece(Group):
         return self._entry["lr"]
 
     @property
-    def maximizes(self) -> bool:
+    def maximize(self) -> bool:
         return bool(self._entry.get("maximize", False))
 
     @property
@@ -136,17 +138,17 @@ class Piece(Group):
     def means(self, tensors: list[torch.Tensor], *, rows: bool = False) -> list[torch.Tensor]:
         return [mean_over_shards(t, owner, rows=rows) for t, owner in zip(tensors, self.owners, strict=True)]
 
-    def lend(self, gradients: list[torch.Tensor]) -> None:
+    def replace_grads(self, gradients: list[torch.Tensor]) -> None:
         apply_scale(self._stack, self._lane)  # meant for the gradients that these take the place of
         for owner, lent in zip(self.owners, gradients, strict=True):
             owner.grad = _like(owner, lent)
             self._stack.borrowers.append(owner)
 
-    def clear_gradients(self) -> None:
+    def clear_grads(self) -> None:
         for owner in self.owners:
             owner.grad = None
 
-    def move_to(self, tensors: list[torch.Tensor]) -> None:
+    def set_params(self, tensors: list[torch.Tensor]) -> None:
         torch._foreach_copy_(self.params, tensors)
         state = self._stack.base.state
         for key in self._lane.seat(self._wrapper).nearer_anchors:
@@ -160,11 +162,11 @@ class Piece(Group):
                 some = Piece(self._stack, self._entry, self._wrapper, [self.owners[i] for i in having], spans)
                 torch._foreach_copy_(some._rows(some._held(key)), some.params)
 
-    def reset_base(self) -> None:
+    def reset_base_state(self) -> None:
         self._stack.forget_base_state(self.owners, self._lane)
 
     @property
-    def measured(self) -> bool:
+    def is_logged(self) -> bool:
         every = self._wrapper.every
         # called every k updates: the call before a point speaks for it
         return (
@@ -220,7 +222,7 @@ def small_pieces(stack: "Stack", entry: Entry, wrapper: Wrapper, owners: list[to
     found = pieces(stack, entry, wrapper, owners)
     if stack.lane_of(entry).seat(wrapper).per_moment:
         return found
-    return [part for piece in found for part in (piece.parts() if piece.params[0].device.type == "cpu" else [piece])]
+    return [part for piece in found for part in (piece.blocks() if piece.params[0].device.type == "cpu" else [piece])]
 
 
 def _cut(piece: Piece, most: int) -> list[Piece]:

@@ -149,12 +149,12 @@ def test_sparse_gradients_train_as_without_a_stack(spec: str, built: bool) -> No
 
     model, twin = embedding(), embedding()
     (part,) = metaopt.spec.parse(spec).parts
-    bare = part.target(twin.parameters(), **part.given)
+    bare = part.target(twin.parameters(), **part.arguments)
     # a built stack takes the fused kernel where it can, which refuses sparse gradients
     opt = (
         metaopt.build(model, f"{spec} | lookahead(k=2, alpha=1.0)")
         if built
-        else metaopt.wrap(part.target(model.parameters(), **part.given), "lookahead(k=2, alpha=1.0)")
+        else metaopt.wrap(part.target(model.parameters(), **part.arguments), "lookahead(k=2, alpha=1.0)")
     )
     for step in range(5):
         for m, o in ((model, opt), (twin, bare)):
