@@ -11,7 +11,7 @@ class ClipUpdateNorm(Wrapper):
     The rule of `clip_grad_norm` (arXiv:1211.5063), on what the base makes of the gradients, lr included.
     """
 
-    known_as = ("clip_by_global_norm", "max_update_norm", "trust region", "update clipping")
+    known_as = ("max_update_norm", "trust region", "global update clipping")
 
     max_norm: float = hyper(1.0, ge=0.0, doc="the largest distance", known_as=("max_delta",), per_group=False)
 
