@@ -54,7 +54,7 @@ class ByStack(Update):
     def cycle(self) -> int:
         """Return after how many updates everything that is due every so often has been due equally often."""
         entry = self.stack.param_groups[0]
-        return lcm(*(int(entry[f"{w.label}.{w.every}"]) for w in self.stack.wrappers if w.every is not None))
+        return lcm(*(int(entry[f"{w.label}.{w.acts_every}"]) for w in self.stack.wrappers if w.acts_every is not None))
 
 
 def stack_contender(spec: str, key: str = "", **settings: Any) -> Contender:

@@ -111,7 +111,7 @@ def _marked(stack: Stack, traffic: Traffic) -> Iterator[None]:
 
 
 def _wrappers(stack: Stack) -> list[Wrapper]:
-    return [*stack.wrappers, *(wrapper for lane in stack.lanes for wrapper in lane.wrappers)]
+    return [*stack.wrappers, *(wrapper for chain in stack.chains for wrapper in chain.wrappers)]
 
 
 def _saying(traffic: Traffic, label: str, method: Callable[..., Any]) -> Callable[..., Any]:

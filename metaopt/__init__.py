@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from metaopt.batch_size import scale_lr as scale_lr
     from metaopt.building import build as build
     from metaopt.building import wrap as wrap
-    from metaopt.engine.dividing import Partitioner as Partitioner
+    from metaopt.engine.multi_base import Partitioner as Partitioner
     from metaopt.errors import CheckpointError as CheckpointError
     from metaopt.errors import HyperparameterError as HyperparameterError
     from metaopt.errors import LogError as LogError
@@ -36,8 +36,10 @@ if TYPE_CHECKING:
     from metaopt.wrapper import Wrapper as Wrapper
     from metaopt.wrapper import anchor as anchor
     from metaopt.wrapper import counter as counter
+    from metaopt.wrapper import history as history
     from metaopt.wrapper import moments as moments
     from metaopt.wrapper import previous as previous
+    from metaopt.wrapper import scalar as scalar
     from metaopt.wrapper import start as start
     from metaopt.wrapper import zeros as zeros
 
@@ -115,7 +117,9 @@ _HOMES = {
     "moments": "wrapper",
     "previous": "wrapper",
     "counter": "wrapper",
-    "Partitioner": "engine.dividing",
+    "scalar": "wrapper",
+    "history": "wrapper",
+    "Partitioner": "engine.multi_base",
     "Schedule": "schedule",
     "Logger": "metrics",
     "Problem": "problem",

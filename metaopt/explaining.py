@@ -154,10 +154,10 @@ def _order(stack: Stack | None, optimizer: torch.optim.Optimizer, entry: dict[st
     """Return what is done to one group, in order, with the group's own values."""
     if stack is None:
         return (type(optimizer).__name__,)
-    lane = stack.lane_of(entry)
-    before = [_described(w, entry) for w in lane.chain if w.runs_before_base()]
-    behind = [_described(w, entry) for w in lane.chain if not w.runs_before_base()]
-    return (*before, type(lane.base).__name__, *behind)
+    chain = stack.chain_of(entry)
+    before = [_described(w, entry) for w in chain.ordered if w.runs_before_base()]
+    behind = [_described(w, entry) for w in chain.ordered if not w.runs_before_base()]
+    return (*before, type(chain.base).__name__, *behind)
 
 
 def _described(wrapper: Wrapper, entry: Mapping[str, Any]) -> str:
@@ -165,7 +165,7 @@ def _described(wrapper: Wrapper, entry: Mapping[str, Any]) -> str:
     shown = [
         f"{name}={_short(value)}"
         for name, value in values.items()
-        if name in wrapper.arguments or name == wrapper.every or value != wrapper.hyperparameters[name].default
+        if name in wrapper.arguments or name == wrapper.acts_every or value != wrapper.hyperparameters[name].default
     ]
     return f"{wrapper.label}({', '.join(shown)})"
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from metaopt.engine.reporting import ReportingScheduler
+from metaopt.lr_reporter import ReadOnlyLRScheduler
 from metaopt.explanation import Finding
 from metaopt.hyperparameters import from_signature
 from metaopt.practice import in_practice, number
@@ -136,7 +136,7 @@ def found_schedulers(optimizer: Optimizer) -> tuple[list[str], list[str]]:
     elsewhere: list[LRScheduler] = []
     own = {id(optimizer)} | ({id(optimizer.base)} if isinstance(optimizer, Stack) else set())
     held = {id(p) for entry in optimizer.param_groups for p in entry["params"]}
-    kinds = set(_kinds_of(LRScheduler)) - {ReportingScheduler}
+    kinds = set(_kinds_of(LRScheduler)) - {ReadOnlyLRScheduler}
     # an optimizer does not know its schedulers; only a search finds the one that drives a forgotten optimizer
     for candidate in [found for found in gc.get_objects() if type(found) in kinds]:
         driven = vars(candidate).get("optimizer")
@@ -202,9 +202,9 @@ def _chose_rate(stack: Stack) -> bool:
 
 def _cycles(stack: Stack) -> Iterator[Finding]:
     for wrapper in stack.wrappers:
-        if wrapper.every is None or stack.total_steps is None:
+        if wrapper.acts_every is None or stack.total_steps is None:
             continue
-        key = f"{wrapper.label}.{wrapper.every}"
+        key = f"{wrapper.label}.{wrapper.acts_every}"
         for every in sorted({entry[key] for entry in stack.param_groups}):
             rest = stack.total_steps % every
             if rest:

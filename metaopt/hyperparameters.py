@@ -104,6 +104,12 @@ class Hyperparameter:
         except OverflowError:  # python's integers have no end, its floats have
             raise HyperparameterError(f"{where}: {self.name} is an integer beyond every float") from None
 
+    def within_closed_bounds(self, number: float) -> bool:
+        """Return whether a number is within the bounds or on one of them, open or not."""
+        lower = [limit for limit in (self.ge, self.gt) if limit is not None]
+        upper = [limit for limit in (self.le, self.lt) if limit is not None]
+        return all(number >= limit for limit in lower) and all(number <= limit for limit in upper)
+
     def _within_bounds(self, number: float, where: str) -> None:
         outside = (
             number != number  # not a number; math.isnan would make a float of any integer

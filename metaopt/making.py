@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from metaopt.engine.composition import NO_DECAY, RUN_FLAGS, check_labels
-from metaopt.engine.dividing import Divided, Partitioner
-from metaopt.engine.fusing import serves
-from metaopt.engine.lanes import Lane
+from metaopt.engine.chain import RUN_FLAGS, Chain, has_fused_kernel
+from metaopt.engine.multi_base import MultiBase, Partitioner
+from metaopt.engine.run import NO_DECAY
+from metaopt.engine.structure import validate_labels
 from metaopt.errors import HyperparameterError, ParameterError, SpecError, did_you_mean
 from metaopt.grouping import Group
 from metaopt.schedule import Schedule
@@ -40,7 +40,7 @@ def arrange(pipeline: Pipeline) -> tuple[Part, tuple[Wrapper, ...]]:
         if not wrapper.runs_before_base() and position < bases[0]:
             raise SpecError(f"{wrapper.label} works on updated parameters: write it behind {base}")
         wrappers.append(wrapper)
-    check_labels(tuple(wrappers))
+    validate_labels(tuple(wrappers))
     return pipeline.parts[bases[0]], tuple(wrappers)
 
 
@@ -72,16 +72,18 @@ def make_base(
         raise HyperparameterError(f"{base.name}: {reason}") from error
 
 
-def make_divided(groups: list[Group], partition: Part, total_steps: int | None) -> Divided:
-    """Return the bases of all parts as one, each over the parameters that the partitioner deals to it.
+def make_partition(
+    groups: list[Group], partition: Part, outer: tuple[Wrapper, ...], total_steps: int | None
+) -> MultiBase:
+    """Return the bases of all parts as one, each over the parameters that the partitioner assigns to it.
 
     Raises ParameterError for a parameter that no part takes and for a part that takes none.
     """
     if "parts" not in partition.arguments:
         raise SpecError(f"{partition.name} needs parts: a dict of pipelines by name, such as {{'*': adamw(lr=3e-4)}}")
     partitioner: Partitioner = partition.target(**partition.arguments)
-    lanes = []
-    for part, members in _dealt(groups, partitioner, partition.name).items():
+    chains = []
+    for part, members in _assigned(groups, partitioner, partition.name).items():
         pipeline: Pipeline = partitioner.parts[part]
         base_part, wrappers = arrange(pipeline)
         if base_part.is_partition:
@@ -90,13 +92,13 @@ def make_divided(groups: list[Group], partition: Part, total_steps: int | None) 
         base, fused = make_base(members, base_part, own, total_steps)
         for entry in base.param_groups:
             entry["metaopt.part"] = part
-        lanes.append(Lane(base, wrappers, own, name=part, fused_by_default=fused))
-    return Divided(lanes, partitioner)
+        chains.append(Chain(base, wrappers, own, outer=outer, name=part, fused_by_default=fused))
+    return MultiBase(chains, partitioner)
 
 
-def _dealt(groups: list[Group], partitioner: Partitioner, where: str) -> dict[str, list[Group]]:
+def _assigned(groups: list[Group], partitioner: Partitioner, where: str) -> dict[str, list[Group]]:
     """Return the groups of each part, in the order of the parts; a group whose members part is split."""
-    dealt: dict[str, list[Group]] = {part: [] for part in partitioner.parts}
+    assigned: dict[str, list[Group]] = {part: [] for part in partitioner.parts}
     for position, group in enumerate(groups):
         names = group.get("param_names")
         if names is None:
@@ -107,7 +109,7 @@ def _dealt(groups: list[Group], partitioner: Partitioner, where: str) -> dict[st
         members: dict[str, list[tuple[str, torch.Tensor]]] = {}
         for name, p in zip(names, group["params"], strict=True):
             part = partitioner.branch_of(name, p)
-            if part not in dealt:
+            if part not in assigned:
                 raise ParameterError(
                     f"{where}: no part takes {name} of shape {tuple(p.shape)}: add a pattern for it, such as '*'"
                 )
@@ -115,11 +117,11 @@ def _dealt(groups: list[Group], partitioner: Partitioner, where: str) -> dict[st
         called = group.get("name", None if len(groups) == 1 else str(position))
         for part, chosen in members.items():
             own = {"params": [p for _, p in chosen], "param_names": [n for n, _ in chosen]}
-            dealt[part].append({**group, **own, "name": part if called is None else f"{called} {part}"})
-    empty = [part for part, members in dealt.items() if not members]
+            assigned[part].append({**group, **own, "name": part if called is None else f"{called} {part}"})
+    empty = [part for part, members in assigned.items() if not members]
     if empty:
         raise ParameterError(f"{where}: {empty[0]!r} takes no parameter that an earlier part left: drop it or mend it")
-    return dealt
+    return assigned
 
 
 def _check_groups(groups: list[Group], base: Part, schedules: Mapping[str, Schedule]) -> None:
@@ -153,7 +155,7 @@ def _fuse(groups: list[Group], base: Part, given: dict[str, Any]) -> bool:
         base.target([torch.zeros(1, requires_grad=True)], **given, fused=True)
     except Exception:  # this class, or this choice of hyperparameters, has no fused kernel
         return False
-    if not serves(base.target, given, [p for group in groups for p in group["params"]]):
+    if not has_fused_kernel(base.target, [p for group in groups for p in group["params"]]):
         return False
     given["fused"] = True
     return True

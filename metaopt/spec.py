@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from metaopt import wrapper as wrapper_module
-from metaopt.engine.dividing import Partitioner
+from metaopt.engine.multi_base import Partitioner
 from metaopt.errors import HyperparameterError, MetaoptError, SpecError, with_article
 from metaopt.hyperparameters import Hyperparameter, bind, from_signature
 from metaopt.kinds import check_kind

@@ -5,7 +5,7 @@ import torch
 
 import metaopt
 from benchmarks.targets import wrappers_alone
-from metaopt.engine import views
+from metaopt.engine import update, views
 
 SHAPES = ((7, 3), (5,), (4, 2, 2), (), (9, 1))
 SPECS = [text for _, text, _ in wrappers_alone() if text is not None]
@@ -14,16 +14,16 @@ CUT = [spec for spec in SPECS if metaopt.build([torch.zeros(1)], spec).wrappers[
 
 def run(spec: str, monkeypatch: pytest.MonkeyPatch, most: int) -> tuple[list[torch.Tensor], int]:
     """Return the weights after some updates by pieces of at most so many elements, and how many pieces were made."""
-    monkeypatch.setattr(views, "CPU_PIECE", most)
+    monkeypatch.setattr(update, "CPU_BLOCK", most)
     made = 0
-    init = views.Piece.__init__
+    init = views.GroupView.__init__
 
-    def counting(self: views.Piece, *args: object, **kwargs: object) -> None:
+    def counting(self: views.GroupView, *args: object, **kwargs: object) -> None:
         nonlocal made
         made += 1
         init(self, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(views.Piece, "__init__", counting)
+    monkeypatch.setattr(views.GroupView, "__init__", counting)
     generator = torch.Generator().manual_seed(0)
     weights = [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in SHAPES]
     opt = metaopt.build(weights, spec)
@@ -58,7 +58,7 @@ def test_the_index_of_a_block_is_that_of_its_own_tensors(monkeypatch: pytest.Mon
             for block in group.blocks():
                 block.set_params([halves[i] for i in block.index])
 
-    monkeypatch.setattr(views, "CPU_PIECE", 4)
+    monkeypatch.setattr(update, "CPU_BLOCK", 4)
     weights = [torch.nn.Parameter(torch.arange(1.0, n + 1)) for n in (3, 12, 2)]
     opt = metaopt.build(weights, metaopt.spec.as_pipeline("sgd(lr=1.0)") | Halve())
     for p in weights:

@@ -34,4 +34,4 @@ def _outermost(opt: Stack) -> str | None:
 
 
 def _has_modes(opt: Stack) -> bool:
-    return any(callable(getattr(lane.base, "eval", None)) for lane in opt.lanes)
+    return any(callable(getattr(chain.base, "eval", None)) for chain in opt.chains)

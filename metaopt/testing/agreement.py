@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from metaopt.engine.composition import RUN_FLAGS
-from metaopt.engine.dividing import Partitioner
+from metaopt.engine.chain import RUN_FLAGS
+from metaopt.engine.multi_base import Partitioner
 from metaopt.errors import MetaoptError
 from metaopt.stack import Stack
 from metaopt.testing.comparing import same

@@ -32,7 +32,7 @@ def waits_for_no_device(subject: StackSubject) -> None:
         with FunctionWatch(descent), OperatorWatch(descent), _told_by_the_device(subject):
             return plain(closure) if closure is not None else plain()
 
-    opt.step = watched  # type: ignore[method-assign]
+    opt.step = watched  # type: ignore[assignment, method-assign]
     subject.train(model, opt, 0, STEPS // 2)
     if descent.reads:
         others = f" (and {len(descent.reads) - 1} more)" if len(descent.reads) > 1 else ""

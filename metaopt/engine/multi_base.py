@@ -1,25 +1,19 @@
-"""Several bases in one stack: who updates which parameters, and the bases as one optimizer."""
+"""Several bases in one stack: which base updates which parameters, and all of them as one optimizer."""
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import chain
-from typing import TYPE_CHECKING, Any
+from itertools import chain as joined
+from typing import Any
 
 import torch
 
-from metaopt.engine.lanes import Lane
+from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.errors import CheckpointError, ParameterError, did_you_mean
-from metaopt.wrapper import Closure
-
-if TYPE_CHECKING:
-    from metaopt.stack import Stack
-
-Entry = dict[str, Any]
 
 
 class Partitioner(ABC):
-    """Deals a model's parameters out to several pipelines: an optimizer made of others.
+    """Assigns a model's parameters to several pipelines: an optimizer made of others.
 
     A subclass is registered as an optimizer. `parts` maps the name of each part to its pipeline; every parameter
     goes to the part that `branch_of` names.
@@ -32,56 +26,56 @@ class Partitioner(ABC):
 
     @abstractmethod
     def branch_of(self, name: str, parameter: torch.Tensor) -> str | None:
-        """Return the name of the part that updates this parameter, or None where there is none."""
+        """Return the name of the part that updates this parameter, or None if there is none."""
 
 
-class Divided(torch.optim.Optimizer):
+class MultiBase(torch.optim.Optimizer):
     """Several bases as one: each updates the groups that carry its name under `metaopt.part`."""
 
-    def __init__(self, lanes: Sequence[Lane], division: Partitioner) -> None:
-        self.lanes = tuple(lanes)
-        self.division = division
-        state = defaultdict(dict, chain.from_iterable(lane.base.state.items() for lane in lanes))
-        super().__init__([entry for lane in lanes for entry in lane.base.param_groups], {})
-        first, *others = (lane.base.defaults for lane in lanes)
+    def __init__(self, chains: Sequence[Chain], partitioner: Partitioner) -> None:
+        self.chains = tuple(chains)
+        self.partitioner = partitioner
+        state = defaultdict(dict, joined.from_iterable(chain.base.state.items() for chain in chains))
+        super().__init__([group for chain in chains for group in chain.base.param_groups], {})
+        first, *others = (chain.base.defaults for chain in chains)
         # a key that one base alone has would reach the groups of the others
         self.defaults = {k: v for k, v in first.items() if all(k in other for other in others)}
         self.state = state
-        self.deal()
+        self.assign_groups()
 
-    def deal(self) -> None:
+    def assign_groups(self) -> None:
         """Give each base its sub-list of the groups and the common state: clients rebind both."""
-        for lane in self.lanes:
-            lane.base.param_groups = [entry for entry in self.param_groups if lane.holds(entry)]
-            lane.base.state = self.state
+        for chain in self.chains:
+            chain.base.param_groups = [group for group in self.param_groups if chain.has_group(group)]
+            chain.base.state = self.state
 
     def step(self, closure: Any = None) -> Any:
         """Let each base make its update."""
         loss = None if closure is None else closure()
-        self.deal()
-        for lane in self.lanes:
-            lane.step()
+        self.assign_groups()
+        for chain in self.chains:
+            chain.step()
         return loss
 
-    def add_param_group(self, param_group: Entry) -> None:
+    def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group to the part that `metaopt.part` or the parameters' names say. Raises ParameterError."""
-        if any(param_group is own for lane in self.lanes for own in lane.base.param_groups):
+        if any(param_group is own for chain in self.chains for own in chain.base.param_groups):
             super().add_param_group(param_group)  # at construction
             return
-        lane = self.lane_for(param_group)
+        chain = self.chain_for(param_group)
         members = param_group["params"]
         for member in [members] if isinstance(members, torch.Tensor) else list(members):
             member = member[1] if isinstance(member, tuple) else member
-            if any(member is own for entry in self.param_groups for own in entry["params"]):
+            if any(member is own for group in self.param_groups for own in group["params"]):
                 raise ParameterError("a parameter of the new group stands in another group already")
-        self.deal()
-        lane.base.add_param_group(param_group)
-        param_group["metaopt.part"] = lane.name
-        self.param_groups.append(lane.base.param_groups[-1])
+        self.assign_groups()
+        chain.base.add_param_group(param_group)
+        param_group["metaopt.part"] = chain.name
+        self.param_groups.append(chain.base.param_groups[-1])
 
-    def lane_for(self, group: Entry) -> Lane:
-        """Return the lane that a new group belongs to, by its `metaopt.part` or its names. Raises ParameterError."""
-        named = {lane.name: lane for lane in self.lanes}
+    def chain_for(self, group: ParamGroup) -> Chain:
+        """Return the chain that a new group belongs to, by its `metaopt.part` or its names. Raises ParameterError."""
+        named = {chain.name: chain for chain in self.chains}
         part = group.get("metaopt.part")
         if part is not None:
             if part not in named:
@@ -93,7 +87,7 @@ class Divided(torch.optim.Optimizer):
         pairs = list(zip(group.get("param_names", ()), group["params"], strict=False)) or [
             member for member in group["params"] if isinstance(member, tuple)
         ]
-        parts = {self.division.branch_of(name, p) for name, p in pairs}
+        parts = {self.partitioner.branch_of(name, p) for name, p in pairs}
         if len(parts) != 1 or None in parts:
             raise ParameterError(
                 f"a group added to a stack of several parts needs metaopt.part (one of {', '.join(map(repr, named))}), "
@@ -103,8 +97,8 @@ class Divided(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let each base load what belongs to it, group by group in the order of the live groups."""
-        self.deal()
-        parts = [entry["metaopt.part"] for entry in self.param_groups]
+        self.assign_groups()
+        parts = [group["metaopt.part"] for group in self.param_groups]
         for part, saved in zip(parts, state_dict["param_groups"], strict=True):
             if saved.get("metaopt.part", part) != part:
                 raise CheckpointError(
@@ -113,26 +107,15 @@ class Divided(torch.optim.Optimizer):
                 )
         state: defaultdict[torch.Tensor, Any] = defaultdict(dict)
         loaded = {}
-        for lane in self.lanes:
-            groups = [g for part, g in zip(parts, state_dict["param_groups"], strict=True) if part == lane.name]
+        for chain in self.chains:
+            groups = [g for part, g in zip(parts, state_dict["param_groups"], strict=True) if part == chain.name]
             ids = {i for group in groups for i in group["params"]}
-            held = {i: value for i, value in state_dict["state"].items() if i in ids}
-            lane.base.load_state_dict({"state": held, "param_groups": groups})
-            state.update(lane.base.state)
-            loaded[lane.name] = iter(lane.base.param_groups)
+            param_states = {i: value for i, value in state_dict["state"].items() if i in ids}
+            chain.base.load_state_dict({"state": param_states, "param_groups": groups})
+            state.update(chain.base.state)
+            loaded[chain.name] = iter(chain.base.param_groups)
         self.param_groups = [next(loaded[part]) for part in parts]
-        for part, entry in zip(parts, self.param_groups, strict=True):
-            entry["metaopt.part"] = part
+        for part, group in zip(parts, self.param_groups, strict=True):
+            group["metaopt.part"] = part
         self.state = state
-        self.deal()
-
-
-def step_bases(stack: "Stack", *closure: Closure) -> None:
-    """Call each base's own step, without the hooks that torch put around it: the stack fires those."""
-    if len(stack.lanes) > 1 or stack.lanes[0].name:
-        assert isinstance(stack.base, Divided)
-        stack.base.deal()
-        # the loss is evaluated by now, for all of them
-        closure = ()
-    for lane in stack.lanes:
-        lane.step(*closure)
+        self.assign_groups()

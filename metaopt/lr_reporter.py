@@ -6,7 +6,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 
-class ReportingScheduler(LRScheduler):
+class ReadOnlyLRScheduler(LRScheduler):
     """An LRScheduler whose `step()` only reads the learning rates that the stack's own schedules wrote."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
