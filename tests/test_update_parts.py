@@ -139,7 +139,7 @@ def test_the_global_norm_of_an_update_is_clipped_over_all_groups(maximize: bool)
     trial = Beside(("adam", {}), [[("clip_update_norm", {})]] * 2, maximize=maximize)
     clipped = set()
     for number in range(6):
-        trial.opt.param_groups[0]["clip_update_norm.max_norm"] = bound = 0.2 if number % 2 else 50.0
+        trial.opt.param_groups[0]["clip_update_norm.max_norm"] = bound = 0.05 if number % 2 else 50.0
         trial.opt.param_groups[1]["clip_update_norm.max_norm"] = bound
         before = [p.detach().clone() for p in trial.plain]
         trial.groups = [[], []]
