@@ -63,16 +63,23 @@ if TYPE_CHECKING:
     accumulate: Part
     adaptive_grad_clip: Part
     cautious: Part
+    cautious_decay: Part
     centralize: Part
     clip_grad_norm: Part
     clip_grad_value: Part
+    clip_update_norm: Part
+    clip_update_rms: Part
     decay: Part
     ema: Part
+    hyperball: Part
     l2: Part
     lookahead: Part
     outer: Part
+    radial_brake: Part
     sam: Part
     skip_nonfinite: Part
+    trust_ratio: Part
+    update_floor: Part
     constant: Part
     cosine: Part
     cosine_restarts: Part
