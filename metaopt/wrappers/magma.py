@@ -13,7 +13,7 @@ class Magma(Wrapper):
     embeddings and vectors out: give them a group with another base, or `keep=1`.
     """
 
-    known_as = ("Momentum-aligned gradient masking", "SkipUpdate", "masked updates")
+    known_as = ("Momentum-aligned gradient masking", "masked updates")
 
     keep: float = hyper(
         0.5, gt=0.0, le=1.0, doc="the probability that a tensor moves", known_as=("mask_prob", "survival_prob")

@@ -12,7 +12,7 @@ class Mars(Wrapper):
     at first. With Adam or AdamW behind it it is MARS-AdamW, with Lion MARS-Lion; `beta1` is the beta1 of the base.
     """
 
-    known_as = ("MARS", "MARS-AdamW", "MARS-Lion", "variance reduction", "STORM")
+    known_as = ("MARS", "MARS-AdamW", "MARS-Lion", "variance reduction")
 
     gamma: float = hyper(0.025, ge=0.0, doc="how much of the change of the gradient is added")
     beta1: float = hyper(0.95, ge=0.0, lt=1.0, doc="the memory of the base's momentum")

@@ -15,7 +15,7 @@ class Mechanic(Wrapper):
     weights cannot take steps as small as the first ones.
     """
 
-    known_as = ("mechanize", "learning rate tuner", "parameter-free", "Prodigy", "D-Adaptation")
+    known_as = ("mechanize", "learning rate tuner", "parameter-free learning rate")
 
     s_init: float = hyper(1e-6, gt=0.0, doc="the first scale of the updates", per_group=False)
     num_betas: int = hyper(6, ge=1, le=12, doc="how many memories bet on the scale", defines_state=True)

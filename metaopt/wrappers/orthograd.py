@@ -16,20 +16,21 @@ class Orthograd(Wrapper):
 
     def on_gradients(self, groups: Groups) -> None:
         for group in groups:
+            own = _components(group.grads)
             # 32 bits or more: products of small numbers are zero in 16
-            weights, gradients = _wide(group.params), _wide(group.grads)
+            wide = torch.promote_types(own[0].dtype, torch.float32)
+            weights, gradients = ([t.to(wide) for t in each] for each in (_components(group.params), own))
             sizes = group.norms(gradients)
-            shares = _shares(group, weights, gradients)
-            torch._foreach_sub_(gradients, torch._foreach_mul(weights, shares))
-            stretches = [_stretch(*each) for each in zip(sizes, group.norms(gradients), gradients, strict=True)]
-            torch._foreach_mul_(gradients, stretches)
-            torch._foreach_copy_(group.grads, gradients)
+            torch._foreach_sub_(gradients, torch._foreach_mul(weights, _shares(group, weights, gradients)))
+            left = group.norms(gradients)
+            torch._foreach_mul_(gradients, [_stretch(s, n).to(wide) for s, n in zip(sizes, left, strict=True)])
+            if own[0].dtype != wide:
+                torch._foreach_copy_(own, gradients)
 
 
-def _wide(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the tensors with components of at least 32 bits; those that have them are not copied."""
-    wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
-    return [torch.view_as_real(t) if t.is_complex() else t for t in wide]
+def _components(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the tensors, complex ones as two real numbers each: views of the same memory."""
+    return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
 
 
 def _shares(group: Group, weights: list[torch.Tensor], gradients: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -39,9 +40,9 @@ def _shares(group: Group, weights: list[torch.Tensor], gradients: list[torch.Ten
     return [(a / (s + 1e-30)).to(w.dtype) for a, s, w in zip(along, squares, weights, strict=True)]
 
 
-def _stretch(size: torch.Tensor, left: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    noise = 4 * torch.finfo(gradient.dtype).eps * size
-    return torch.where(left > noise, size / (left + 1e-30), 0.0).to(gradient.dtype)
+def _stretch(size: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+    noise = 4 * torch.finfo(left.dtype).eps * size
+    return torch.where(left > noise, size / (left + 1e-30), 0.0)
 
 
 @hookimpl

@@ -15,7 +15,7 @@ class Zclip(Wrapper):
     begin as those of the first `warmup` norms, which are not clipped; write `clip_grad_norm` behind it to bound these.
     """
 
-    known_as = ("ZClip", "adaptive gradient clipping", "z-score clipping", "AutoClip")
+    known_as = ("ZClip", "z-score clipping")
 
     alpha: float = hyper(0.97, ge=0.0, lt=1.0, doc="how much of mean and variance a step keeps", per_group=False)
     z_thresh: float = hyper(2.5, gt=0.0, doc="from how many deviations on a norm is a spike", per_group=False)
@@ -36,12 +36,13 @@ class Zclip(Wrapper):
 
     def on_gradients(self, groups: Groups) -> None:
         norm, mean, variance = groups.norm().to(groups.mean), groups.mean, groups.variance
-        if groups.seen < groups.warmup:
-            groups.set_counter("seen", groups.seen + 1)
+        seen = groups.seen + 1
+        if seen <= groups.warmup:
+            groups.set_counter("seen", seen)
             groups.push("first", norm)
-            # NaN until the last of them is there
-            mean.copy_(groups.first.mean())
-            variance.copy_(groups.first.var(correction=0))
+            if seen == groups.warmup:
+                mean.copy_(groups.first.mean())
+                variance.copy_(groups.first.var(correction=0))
             return
         bound = _bound(groups, norm)
         groups.scale(torch.where(bound < norm, bound / (norm + 1e-6), 1.0))
