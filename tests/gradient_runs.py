@@ -38,7 +38,7 @@ def stack_text(part: str, base: str, given: dict | None = None) -> str:
     name = part.split()[0]
     arguments = ", ".join(f"{key}={value!r}" for key, value in (given or {}).items())
     wrapper = f"{name}({arguments})"
-    before = registry.find(name, "wrapper").target.stands_before_base()
+    before = registry.find(name, "wrapper").target.runs_before_base()
     return f"{wrapper} | {base}" if before else f"{base} | {wrapper}"
 
 

@@ -39,8 +39,7 @@ def normal_noise(steps: int, seed: int = 0) -> dict[tuple[int, int], torch.Tenso
 def coins(steps: int, seed: int = 0) -> dict[tuple[int, int], float]:
     """Return which parameters move in which update, with the probability of their group."""
     _, *given = PARTS["magma"]
-    shape = (1,)
-    params = {i: torch.nn.Parameter(torch.zeros(shape)) for members in GROUPS for i in members}
+    params = {i: torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for members in GROUPS for i in members}
     entries = [
         {"params": [(f"p{i}", params[i]) for i in members], "magma.keep": own["keep"]}
         for members, own in zip(GROUPS, given, strict=True)

@@ -144,6 +144,7 @@ class Held(torch.nn.Module):
 def elsewhere(part: str, params: list[torch.nn.Parameter]) -> Callable[[], None]:
     """Return the step of pytorch_optimizer's implementation of the part around Adam, written by others."""
     import pytorch_optimizer as other
+    from pytorch_optimizer.optimizer.grokfast import gradfilter_ema
 
     if part == "mars":  # with its own Adam, whose eps is not where torch's is
         opt = other.MARS(params, lr=0.1, betas=(0.9, 0.999), gamma=0.1, optimize_1d=True, weight_decay=0.0, eps=1e-40)
@@ -158,7 +159,7 @@ def elsewhere(part: str, params: list[torch.nn.Parameter]) -> Callable[[], None]
     def update() -> None:
         nonlocal kept
         if part == "grokfast":
-            kept = other.gradfilter_ema(module, kept, alpha=0.8, lamb=3.0)
+            kept = gradfilter_ema(module, kept, alpha=0.8, lamb=3.0)
         opt.step()
 
     return update
@@ -167,7 +168,7 @@ def elsewhere(part: str, params: list[torch.nn.Parameter]) -> Callable[[], None]
 @pytest.mark.parametrize(
     ("text", "tolerance"),
     [
-        ("mars(gamma=0.1, beta1=0.9) | adam(lr=0.1, eps=1e-40)", 1e-12),
+        ("mars(gamma=0.1, beta1=0.9) | adam(lr=0.1, eps=1e-40)", 1e-9),  # an Adam that rounds otherwise
         ("grokfast(alpha=0.8, lamb=3.0) | adam(lr=0.1, eps=1e-40)", 1e-12),
         ("orthograd | adam(lr=0.1, eps=1e-40)", 1e-12),
         ("adam(lr=0.1, eps=1e-40) | magma(keep=1.0, tau=0.3)", 1e-6),  # the score over there has 32 bits

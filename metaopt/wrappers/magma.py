@@ -2,7 +2,7 @@
 
 import torch
 
-from metaopt import Group, Wrapper, hookimpl, hyper, zeros
+from metaopt import Group, Wrapper, hookimpl, hyper, scalar, zeros
 
 
 class Magma(Wrapper):
@@ -23,17 +23,15 @@ class Magma(Wrapper):
     beta: float = hyper(0.9, ge=0.0, lt=1.0, doc="how much of m an update keeps", known_as=("momentum_beta",))
     seed: int = hyper(0, ge=0, doc="the seed of the masks", per_group=False)
     momentum = zeros()
-    # s - 1, one number for each tensor
-    shortfall = zeros()
+    score = scalar(1.0, per="parameter")
 
     def on_update(self, group: Group) -> None:
-        gradients, momentum, shortfall = group.grads, group.momentum, group.shortfall
+        gradients, momentum, scores = group.grads, group.momentum, group.score
         torch._foreach_lerp_(momentum, gradients, 1.0 - group.beta)
-        targets = [torch.sigmoid(cosine / group.tau) - 1.0 for cosine in _cosines(group, momentum, gradients)]
-        torch._foreach_mul_(shortfall, group.smoothing)
-        torch._foreach_add_(shortfall, [(1.0 - group.smoothing) * t.to(gradients[0].dtype) for t in targets])
-        coins = [u < group.keep for u in group.random_like(targets, "uniform")]
-        torch._foreach_mul_(group.update, [(1.0 + s) * coin for s, coin in zip(shortfall, coins, strict=True)])
+        targets = [torch.sigmoid(cosine / group.tau) for cosine in _cosines(group, momentum, gradients)]
+        torch._foreach_lerp_(scores, targets, 1.0 - group.smoothing)
+        coins = [u < group.keep for u in group.random_like(scores, "uniform")]
+        torch._foreach_mul_(group.update, [score * coin for score, coin in zip(scores, coins, strict=True)])
 
 
 def _cosines(group: Group, left: list[torch.Tensor], right: list[torch.Tensor]) -> list[torch.Tensor]:

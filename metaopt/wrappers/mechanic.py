@@ -53,7 +53,8 @@ def _descent(groups: Groups, total: torch.Tensor, *, up: bool) -> torch.Tensor:
     decay = groups.weight_decay * total * groups.norm_of("grads") / (groups.norm_of("before") + groups.eps)
     rise = groups.dot("grads", "update")
     h = (rise if up else -rise) - decay * groups.dot("before", "update")
-    return (h / (total + groups.eps)).to(total)
+    descent: torch.Tensor = (h / (total + groups.eps)).to(total)
+    return descent
 
 
 def _bet(groups: Groups, h: torch.Tensor) -> None:
