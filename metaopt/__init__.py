@@ -66,11 +66,16 @@ if TYPE_CHECKING:
     clip_grad_value: Part
     decay: Part
     ema: Part
+    ema_nesterov: Part
+    gpa: Part
     l2: Part
+    lawa: Part
     lookahead: Part
     outer: Part
     sam: Part
+    schedule_free: Part
     skip_nonfinite: Part
+    tail_average: Part
     constant: Part
     cosine: Part
     cosine_restarts: Part

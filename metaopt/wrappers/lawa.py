@@ -6,7 +6,7 @@ from metaopt import Example, Group, Wrapper, hookimpl, hyper, start, zeros
 
 
 class Lawa(Wrapper, every="k", elementwise=True):
-    """average = (w_s + w_(s - k) + ... + w_(s - (n - 1) k)) / n, s being the last update that k divides. arXiv:2209.14981
+    """average = (w_s + w_(s-k) + ... + w_(s-(n-1)k)) / n, s being the last update that k divides. arXiv:2209.14981
 
     `opt.averaged()` shows the mean of the samples that there are, and the current weights before the first. A sample is
     kept as its difference from the first weights: a parameter without a gradient so far has differences of zero.

@@ -2,7 +2,8 @@
 
 import torch
 
-from metaopt import Example, Group, Wrapper, hookimpl, hyper, start
+from metaopt import Example, Group, Wrapper, hookimpl, hyper
+from metaopt import start as copy_of_start
 
 
 class TailAverage(Wrapper, every="every", elementwise=True):
@@ -22,7 +23,7 @@ class TailAverage(Wrapper, every="every", elementwise=True):
         doc="the dtype of the average; None: the parameter's own, in 16 bits too coarse for many samples",
         defines_state=True,
     )
-    average = start(dtype="average_dtype")
+    average = copy_of_start(dtype="average_dtype")
 
     def after_update(self, group: Group) -> None:
         samples = _samples(group)
