@@ -1,12 +1,10 @@
-"""Parts that average weights, or step from an average, follow their papers and the package schedulefree."""
+"""Parts that average weights, or step from an average, follow their papers."""
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import schedulefree
 import torch
 from reference_averages import EmaNesterov, Interpolated, Lookahead, PlainRun, Rule, Samples, Schedule
 
@@ -32,7 +30,7 @@ RULES: dict[str, Callable[[], Rule]] = {
     "ema_nesterov(gamma=0.9)": lambda: EmaNesterov(constant(0.5), 0.9),
     "ema_nesterov(beta=sequence(0.0, 3, 0.5, 4, 1.5, 6, 0.0))": lambda: EmaNesterov(by_parts, 0.99),
     "tail_average": lambda: Samples(1),
-    "tail_average(start=4, every=3)": lambda: Samples(3, start=4),
+    "tail_average(start=4, k=3)": lambda: Samples(3, start=4),
     "lawa(k=1, n=3)": lambda: Samples(1, last=3),
     "lawa(k=2, n=4)": lambda: Samples(2, last=4),
     "lookahead(k=3)": lambda: Lookahead(3),
@@ -134,11 +132,11 @@ STACKS = [
     ("ema_nesterov(gamma=0.9)", "lookahead(k=3)"),
     ("lookahead(k=3)", "ema_nesterov(gamma=0.9)"),
     ("tail_average", "lookahead(k=3)"),
-    ("lookahead(k=3)", "tail_average(start=4, every=3)"),
+    ("lookahead(k=3)", "tail_average(start=4, k=3)"),
     ("lawa(k=2, n=4)", "lookahead(k=3)"),
     ("lookahead(k=3)", "lawa(k=1, n=3)"),
     ("tail_average", "lawa(k=2, n=4)"),
-    ("gpa(mu_x=0.9)", "tail_average(start=4, every=3)"),
+    ("gpa(mu_x=0.9)", "tail_average(start=4, k=3)"),
     ("ema_nesterov(gamma=0.9)", "lawa(k=1, n=3)", "tail_average"),
 ]
 
@@ -187,7 +185,7 @@ def test_before_the_first_update_the_average_is_the_weights(part: str) -> None:
         assert_same(pair.bits(), before, part)
 
 
-@pytest.mark.parametrize("part", ["tail_average(start=9)", "tail_average(every=9)", "lawa(k=9, n=2)"])
+@pytest.mark.parametrize("part", ["tail_average(start=9)", "tail_average(k=9)", "lawa(k=9, n=2)"])
 def test_before_the_first_sample_the_average_is_the_weights(part: str) -> None:
     params = [torch.nn.Parameter(torch.ones(3))]
     opt = metaopt.build(params, f"sgd(lr=0.1) | {part}")
@@ -196,7 +194,8 @@ def test_before_the_first_sample_the_average_is_the_weights(part: str) -> None:
         opt.step()
         now = params[0].detach().clone()
         with opt.averaged():
-            assert torch.equal(params[0], now)  # the first sample is update 9's or, past start=9, update 10's
+            # the first sample is update 9's or, past start=9, update 10's; lawa's is kept as a difference
+            torch.testing.assert_close(params[0], now, rtol=1e-6 if number == 9 else 0.0, atol=0.0)
         if number == 9 and "start" not in part:
             break
 
@@ -221,108 +220,6 @@ def test_without_a_step_ahead_ema_nesterov_is_its_base_bit_for_bit() -> None:
         ahead.step_stack(number)
     for p, q in zip(plain.params, ahead.params, strict=True):
         assert_close(q.detach(), p.detach())
-
-
-@dataclass(frozen=True)
-class Published:
-    """An optimizer of the package schedulefree, the stack that is to equal it, and the rate that the package is set."""
-
-    make: Callable[[list[torch.nn.Parameter]], Any]
-    spec: str
-    rate: Schedule | None = None
-
-
-def wrapped(base: type[torch.optim.Optimizer], given: dict[str, Any], **options: Any) -> Callable[..., Any]:
-    return lambda params: schedulefree.ScheduleFreeWrapper(base(params, lr=0.05, **given), **options)
-
-
-def adamw(**options: Any) -> Callable[..., Any]:
-    return lambda params: schedulefree.AdamWScheduleFree(params, lr=0.05, **options)
-
-
-def up_and_down(t: int) -> float:
-    return 0.05 * t / 30 if t < 30 else 0.05 + (0.01 - 0.05) * min((t - 30) / 500, 1.0)
-
-
-PUBLISHED = [
-    Published(wrapped(torch.optim.SGD, {}), "sgd(lr=0.05) | schedule_free"),
-    Published(
-        wrapped(torch.optim.SGD, {}, momentum=0.5, r=1.0, weight_decay_at_y=0.1),
-        "sgd(lr=0.05) | schedule_free(0.5, r=1.0, weight_decay_at_y=0.1)",
-    ),
-    Published(
-        wrapped(torch.optim.SGD, {"momentum": 0.9}, momentum=0.98, weight_lr_power=0.0),
-        "sgd(lr=0.05, momentum=0.9) | schedule_free(0.98, weight_lr_power=0.0)",
-    ),
-    Published(wrapped(torch.optim.Adam, {}), "adam(lr=0.05) | schedule_free"),
-    Published(
-        wrapped(torch.optim.Adam, {"betas": (0.0, 0.99)}, r=2.0, weight_lr_power=1.0, weight_decay_at_y=0.05),
-        "adam(lr=0.05, betas=(0.0, 0.99)) | schedule_free(r=2.0, weight_lr_power=1.0, weight_decay_at_y=0.05)",
-    ),
-    Published(
-        wrapped(torch.optim.Adam, {}, weight_decay_at_y=0.1),
-        "adam(lr=warmup(linear(0.05, 0.01, 500), 30)) | schedule_free(weight_decay_at_y=0.1)",
-        up_and_down,
-    ),
-    Published(adamw(), "adamw(lr=0.05, betas=(0.0, 0.999), weight_decay=0.0) | schedule_free"),
-    Published(
-        adamw(betas=(0.95, 0.99), weight_decay=0.1, r=1.0, weight_lr_power=0.0, foreach=False),
-        "adamw(lr=0.05, betas=(0.0, 0.99), weight_decay=0.1) | schedule_free(0.95, r=1.0, weight_lr_power=0.0)",
-    ),
-    Published(
-        adamw(betas=(0.9, 0.99), weight_decay=0.1, warmup_steps=40),
-        f"adamw(lr=warmup(0.05, 39, start={0.05 / 40!r}), betas=(0.0, 0.99), weight_decay=0.1) | schedule_free",
-    ),
-]
-
-
-@pytest.mark.parametrize("published", PUBLISHED, ids=lambda published: published.spec)
-def test_schedule_free_equals_the_package(published: Published) -> None:
-    generator = torch.Generator().manual_seed(0)
-    starts = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((4, 3), (5,), ())]
-    ours, theirs = ([torch.nn.Parameter(s.clone()) for s in starts] for _ in range(2))
-    opt, package = metaopt.build(ours, published.spec), published.make(theirs)
-    package.train()
-    for number in range(1000):
-        noise = [torch.randn(s.shape, generator=generator, dtype=torch.float64) for s in starts]
-        for params in (ours, theirs):
-            for i, (p, n) in enumerate(zip(params, noise, strict=True)):
-                p.grad = (0.03 + 0.4 * i) * (p.detach() - 1.0) + 0.3 * n
-        if published.rate is not None:
-            package.param_groups[0]["lr"] = published.rate(number)
-        if published.rate is None or published.rate(number):
-            package.step()
-            opt.step()
-        else:
-            # the wrapper divides 0 by 0 at a rate of 0, where nothing is to be done
-            opt.step()
-            package.param_groups[0]["k"] = 1
-        for p, q in zip(ours, theirs, strict=True):
-            assert_close(p.detach(), q.detach(), f"step {number}")
-        if number % 50 == 49:
-            package.eval()
-            with opt.averaged():
-                for p, q in zip(ours, theirs, strict=True):
-                    assert_close(p.detach(), q.detach(), f"the average after step {number}")
-            package.train()
-
-
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_group_of_two_dtypes_has_one_sum_of_weights(number: int) -> None:
-    # the second list of an update must not count its weight again
-    dtypes = (torch.float64, torch.float32) if number else (torch.float32, torch.float64)
-    together = [torch.nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in dtypes]
-    apart = [torch.nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in dtypes]
-    spec = "sgd(lr=0.1) | schedule_free(r=1.0)"
-    both, each = metaopt.build(together, spec), [metaopt.build([p], spec) for p in apart]
-    for step in range(20):
-        for p in (*together, *apart):
-            p.grad = p.detach() + float(step % 3)
-        both.step()
-        for opt in each:
-            opt.step()
-    for p, q in zip(together, apart, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
