@@ -22,7 +22,16 @@ class Published:
 
 
 def wrapped(base: type[torch.optim.Optimizer], given: dict[str, Any], **options: Any) -> Callable[..., Any]:
-    return lambda params: schedulefree.ScheduleFreeWrapper(base(params, lr=0.05, **given), **options)
+    def make(params: list[torch.nn.Parameter]) -> Any:
+        inner = base(params, lr=0.05, **given)
+        if base is torch.optim.Adam:
+            # the package's wrapper keeps z in the base's state, and Adam takes a state that is not empty for its own
+            for p in params:
+                zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+                inner.state[p].update(step=torch.tensor(0.0), **zeros)
+        return schedulefree.ScheduleFreeWrapper(inner, **options)
+
+    return make
 
 
 def adamw(**options: Any) -> Callable[..., Any]:
