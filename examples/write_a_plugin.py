@@ -9,13 +9,13 @@ from metaopt import Wrapper, anchor, hyper
 class Pull(Wrapper, every="k"):
     """slow <- slow + alpha (fast - slow); fast <- slow. arXiv:1907.08610"""
 
-    k: int = hyper(5, min=1, doc="updates between pulls")
-    alpha: float = hyper(0.5, above=0.0, doc="how far the slow weights move toward the fast ones")
+    k: int = hyper(5, ge=1, doc="updates between pulls")
+    alpha: float = hyper(0.5, gt=0.0, doc="how far the slow weights move toward the fast ones")
     slow = anchor()  # state[p]["pull.slow"]
 
     def after_update(self, group):
         torch._foreach_lerp_(group.slow, group.params, group.alpha)
-        group.move_to(group.slow)
+        group.set_params(group.slow)
 
 
 class SignDescent(torch.optim.Optimizer):

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from metaopt.batch_size import scale_lr as scale_lr
     from metaopt.building import build as build
     from metaopt.building import wrap as wrap
-    from metaopt.engine.dividing import Division as Division
+    from metaopt.engine.multi_base import Partitioner as Partitioner
     from metaopt.errors import CheckpointError as CheckpointError
     from metaopt.errors import HyperparameterError as HyperparameterError
     from metaopt.errors import LogError as LogError
@@ -31,13 +31,15 @@ if TYPE_CHECKING:
     from metaopt.schedule import Schedule as Schedule
     from metaopt.spec import Part
     from metaopt.stack import Stack as Stack
-    from metaopt.wrapper import Gradients as Gradients
     from metaopt.wrapper import Group as Group
+    from metaopt.wrapper import Groups as Groups
     from metaopt.wrapper import Wrapper as Wrapper
     from metaopt.wrapper import anchor as anchor
     from metaopt.wrapper import counter as counter
+    from metaopt.wrapper import history as history
     from metaopt.wrapper import moments as moments
     from metaopt.wrapper import previous as previous
+    from metaopt.wrapper import scalar as scalar
     from metaopt.wrapper import start as start
     from metaopt.wrapper import zeros as zeros
 
@@ -105,7 +107,7 @@ _HOMES = {
     "Stack": "stack",
     "Wrapper": "wrapper",
     "Group": "wrapper",
-    "Gradients": "wrapper",
+    "Groups": "wrapper",
     "hyper": "hyperparameters",
     "anchor": "wrapper",
     "start": "wrapper",
@@ -113,7 +115,9 @@ _HOMES = {
     "moments": "wrapper",
     "previous": "wrapper",
     "counter": "wrapper",
-    "Division": "engine.dividing",
+    "scalar": "wrapper",
+    "history": "wrapper",
+    "Partitioner": "engine.multi_base",
     "Schedule": "schedule",
     "Logger": "metrics",
     "Problem": "problem",

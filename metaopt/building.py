@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from metaopt.describing import Description
-from metaopt.engine.composition import check_labels
-from metaopt.engine.recording import describe_run
+from metaopt.engine.structure import validate_labels
 from metaopt.errors import HyperparameterError, SpecError
 from metaopt.grouping import as_groups
-from metaopt.making import arrange, make_base, make_divided, scheduled
+from metaopt.making import arrange, make_base, make_partition, scheduled
 from metaopt.metrics import Metrics, as_logger
 from metaopt.registry import registry
+from metaopt.run_description import describe_run
 from metaopt.schedule import Schedule
 from metaopt.spec import as_pipeline
 from metaopt.stack import Stack
@@ -39,8 +39,8 @@ def build(
     _check_total_steps(total_steps)
     groups = as_groups(model_or_params)
     schedules = scheduled(None, wrappers)
-    if base_part.divides:
-        base: torch.optim.Optimizer = make_divided(groups, base_part, total_steps)
+    if base_part.is_partition:
+        base: torch.optim.Optimizer = make_partition(groups, base_part, wrappers, total_steps)
         fused = False
     else:
         schedules = scheduled(base_part, wrappers)
@@ -73,8 +73,8 @@ def wrap(
             f"wrap() is given an optimizer, so {bases[0]} is one too many; build() takes a base in the spec"
         )
     _check_total_steps(total_steps)
-    wrappers = tuple(part.make() for part in pipeline)
-    check_labels(wrappers)
+    wrappers = tuple(part.build_wrapper() for part in pipeline)
+    validate_labels(wrappers)
     schedules = scheduled(None, wrappers)
     return _stacked(
         optimizer, wrappers, schedules, total_steps, log, log_every, Description(pipeline, wrapped=True), False

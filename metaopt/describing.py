@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace as changed
 
-from metaopt.engine.composition import RUN_FLAGS
-from metaopt.engine.lanes import Entry
+from metaopt.engine.chain import RUN_FLAGS, ParamGroup
 from metaopt.registry import registry
 from metaopt.spec import Part, Pipeline
 from metaopt.stack import Stack
@@ -20,43 +19,43 @@ class Description:
 
     def live(self, stack: Stack) -> Pipeline:
         """Return the pipeline with what the stack's groups hold now, schedules as schedules."""
-        entry = stack.param_groups[0]
-        parts = [_live(part, entry, stack) for part in self.pipeline]
+        group = stack.param_groups[0]
+        parts = [_live(part, group, stack) for part in self.pipeline]
         if self.wrapped:
             name = registry.name_of(type(stack.base))
             base = Part("optimizer", name or type(stack.base).__name__, type(stack.base), registered=name is not None)
-            given = {k: entry[k] for k in base.hyperparameters if k in entry and k not in RUN_FLAGS}
-            before = sum(wrapper.stands_before_base() for wrapper in stack.wrappers)
-            ordered = sorted(parts, key=lambda p: not p.make().stands_before_base())
-            parts = [*ordered[:before], changed(base, given=given), *ordered[before:]]
+            given = {k: group[k] for k in base.hyperparameters if k in group and k not in RUN_FLAGS}
+            before = sum(wrapper.runs_before_base() for wrapper in stack.wrappers)
+            ordered = sorted(parts, key=lambda p: not p.build_wrapper().runs_before_base())
+            parts = [*ordered[:before], changed(base, arguments=given), *ordered[before:]]
         return Pipeline(tuple(parts))
 
     def __repr__(self) -> str:
         return repr(self.pipeline)
 
 
-def _live(part: Part, entry: Entry, stack: Stack) -> Part:
+def _live(part: Part, group: ParamGroup, stack: Stack) -> Part:
     """Return a part with the values that a group holds; of one that divides, each pipeline with those of its groups."""
-    if part.divides:
-        return changed(part, given={**part.given, "parts": _live_parts(part.given["parts"], stack)})
+    if part.is_partition:
+        return changed(part, arguments={**part.arguments, "parts": _live_parts(part.arguments["parts"], stack)})
     prefix = "" if part.kind == "optimizer" else f"{part.label or part.name.rpartition('.')[2]}."
-    schedules = stack.schedules_of(entry)
-    given = dict(part.given)
+    schedules = stack.schedules_of(group)
+    given = dict(part.arguments)
     for name, hyperparameter in part.hyperparameters.items():
         key = prefix + name
         if key in schedules:
             given[name] = schedules[key]
-        elif key in entry and name not in RUN_FLAGS:
-            value = entry[key]
-            if name == "lr" and not prefix and entry["metaopt.lr_scale"] != 1.0:
+        elif key in group and name not in RUN_FLAGS:
+            value = group[key]
+            if name == "lr" and not prefix and group["metaopt.lr_scale"] != 1.0:
                 continue
             if name in given or value != hyperparameter.default:
                 given[name] = value
-    return changed(part, given=given)
+    return changed(part, arguments=given)
 
 
 def _live_parts(parts: Mapping[str, Pipeline], stack: Stack) -> dict[str, Pipeline]:
-    first = {lane.name: next(e for e in stack.param_groups if lane.holds(e)) for lane in stack.lanes}
+    first = {chain.name: next(g for g in stack.param_groups if chain.has_group(g)) for chain in stack.chains}
     return {
         name: Pipeline(tuple(_live(part, first[name], stack) for part in pipeline)) for name, pipeline in parts.items()
     }

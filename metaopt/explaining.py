@@ -19,14 +19,20 @@ DEEPEST = 4
 
 
 def explain(
-    optimizer: torch.optim.Optimizer, model: torch.nn.Module | None = None, *, batch_size: int | None = None
+    optimizer: torch.optim.Optimizer,
+    model: torch.nn.Module | None = None,
+    *,
+    batch_size: int | None = None,
+    find_schedulers: bool = False,
 ) -> Explanation:
     """Return what an optimizer does, group by group, and what is suspicious about it; changes nothing.
 
     Takes a stack or any torch optimizer, before, during or after a run; with a model it also compares their
     parameters, and with a batch size (examples per update, over all devices and accumulated batches) it says whether
     that asks for a warm-up. `print(explain(opt, model))` shows a table. Reads learning rates, so it may wait for the
-    device. Raises ParameterError.
+    device. torch marks an optimizer that has a scheduler, but not with which; `find_schedulers` looks through every
+    object of the process for it, and for one that drives another optimizer over the same parameters.
+    Raises ParameterError.
     """
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ParameterError(f"explain(): batch_size={batch_size!r} is no number of examples: give an integer >= 1")
@@ -35,7 +41,7 @@ def explain(
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ParameterError(f"explain() takes a torch.optim.Optimizer, not {type(optimizer).__name__}")
     stack = optimizer if isinstance(optimizer, Stack) else None
-    drivers = findings.schedulers(optimizer)
+    drivers = findings.found_schedulers(optimizer) if find_schedulers else findings.marked_schedulers(optimizer)
     scheduler = next(iter(drivers[0]), None)
     rows = []
     for number, entry in enumerate(optimizer.param_groups):
@@ -43,7 +49,7 @@ def explain(
         peak, end = (None, None) if scheduler is not None else _peak_and_end(stack, entry, rate)
         order = _order(stack, optimizer, entry)
         if scheduler is not None:
-            order = (*order, type(scheduler).__name__)
+            order = (*order, scheduler)
         parameters = entry["params"]
         rows.append(
             Row(
@@ -148,10 +154,10 @@ def _order(stack: Stack | None, optimizer: torch.optim.Optimizer, entry: dict[st
     """Return what is done to one group, in order, with the group's own values."""
     if stack is None:
         return (type(optimizer).__name__,)
-    lane = stack.lane_of(entry)
-    before = [_described(w, entry) for w in lane.chain if w.stands_before_base()]
-    behind = [_described(w, entry) for w in lane.chain if not w.stands_before_base()]
-    return (*before, type(lane.base).__name__, *behind)
+    chain = stack.chain_of(entry)
+    before = [_described(w, entry) for w in chain.ordered if w.runs_before_base()]
+    behind = [_described(w, entry) for w in chain.ordered if not w.runs_before_base()]
+    return (*before, type(chain.base).__name__, *behind)
 
 
 def _described(wrapper: Wrapper, entry: Mapping[str, Any]) -> str:
@@ -159,7 +165,7 @@ def _described(wrapper: Wrapper, entry: Mapping[str, Any]) -> str:
     shown = [
         f"{name}={_short(value)}"
         for name, value in values.items()
-        if name in wrapper.given or name == wrapper.every or value != wrapper.hyperparameters[name].default
+        if name in wrapper.arguments or name == wrapper.acts_every or value != wrapper.hyperparameters[name].default
     ]
     return f"{wrapper.label}({', '.join(shown)})"
 
@@ -177,7 +183,7 @@ def _peak_and_end(stack: Stack | None, entry: dict[str, Any], rate: float | None
     last = run if run is not None else schedule.length(None, None)
     if last is None:
         return None, None
-    curve = schedule.over(run, run)
+    curve = schedule.curve(run, run)
     stride = max(1, last // SAMPLES)
     scale = float(entry.get("metaopt.lr_scale", 1.0))
     # the last update runs at the value after last - 1 updates

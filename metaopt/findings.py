@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from metaopt.engine.reporting import ReportingScheduler
+from metaopt.lr_reporter import ReadOnlyLRScheduler
 from metaopt.explanation import Finding
 from metaopt.hyperparameters import from_signature
 from metaopt.practice import in_practice, number
@@ -22,13 +22,14 @@ SHOWN = 3
 def in_optimizer(
     optimizer: Optimizer,
     model: torch.nn.Module | None,
-    drivers: tuple[list[LRScheduler], list[LRScheduler]],
+    drivers: tuple[list[str], list[str]],
     batch_size: int | None = None,
     peak: float | None = None,
 ) -> tuple[Finding, ...]:
     """Return everything suspicious about an optimizer, and about it beside a model or a batch size if one is given.
 
-    `drivers` are what `schedulers` found, `peak` is the highest learning rate of the run, where it is known.
+    `drivers` are what `marked_schedulers` or `found_schedulers` returned, `peak` is the highest learning rate of the
+    run, if it is known.
     """
     names = _names(optimizer, model)
     found = [*_in_groups(optimizer.param_groups, names), *_rates(optimizer, *drivers)]
@@ -119,13 +120,23 @@ def _beside_model(optimizer: Optimizer, model: torch.nn.Module) -> Iterator[Find
         )
 
 
-def schedulers(optimizer: Optimizer) -> tuple[list[LRScheduler], list[LRScheduler]]:
-    """Return the live torch schedulers bound to this optimizer, and those bound to another over its parameters."""
+def marked_schedulers(optimizer: Optimizer) -> tuple[list[str], list[str]]:
+    """Return what torch's mark on `step` tells, in the form of `found_schedulers`; looks at nothing else."""
+    bases = [optimizer, optimizer.base] if isinstance(optimizer, Stack) else [optimizer]
+    marked = any(hasattr(base.step, "_wrapped_by_lr_sched") for base in bases)
+    return (["torch scheduler"] if marked else []), []
+
+
+def found_schedulers(optimizer: Optimizer) -> tuple[list[str], list[str]]:
+    """Return the classes of live torch schedulers bound to this optimizer, and to another over its parameters.
+
+    Looks at every object that the garbage collector tracks: seconds in a large process.
+    """
     bound: list[LRScheduler] = []
     elsewhere: list[LRScheduler] = []
     own = {id(optimizer)} | ({id(optimizer.base)} if isinstance(optimizer, Stack) else set())
     held = {id(p) for entry in optimizer.param_groups for p in entry["params"]}
-    kinds = set(_kinds_of(LRScheduler)) - {ReportingScheduler}
+    kinds = set(_kinds_of(LRScheduler)) - {ReadOnlyLRScheduler}
     # an optimizer does not know its schedulers; only a search finds the one that drives a forgotten optimizer
     for candidate in [found for found in gc.get_objects() if type(found) in kinds]:
         driven = vars(candidate).get("optimizer")
@@ -136,7 +147,7 @@ def schedulers(optimizer: Optimizer) -> tuple[list[LRScheduler], list[LRSchedule
             # a base wrapped meanwhile shares its group dicts with the stack: its scheduler drives both
             shares = any(theirs is ours for theirs in driven.param_groups for ours in optimizer.param_groups)
             (bound if shares else elsewhere).append(candidate)
-    return bound, elsewhere
+    return [type(scheduler).__name__ for scheduler in bound], [type(scheduler).__name__ for scheduler in elsewhere]
 
 
 def _kinds_of(kind: type[Any]) -> Iterator[type[Any]]:
@@ -145,18 +156,18 @@ def _kinds_of(kind: type[Any]) -> Iterator[type[Any]]:
         yield from _kinds_of(own)
 
 
-def _rates(optimizer: Optimizer, bound: list[LRScheduler], elsewhere: list[LRScheduler]) -> Iterator[Finding]:
+def _rates(optimizer: Optimizer, bound: list[str], elsewhere: list[str]) -> Iterator[Finding]:
     for scheduler in elsewhere:
         yield Finding(
             "scheduler-of-another-optimizer",
-            f"a {type(scheduler).__name__} drives another optimizer over the same parameters and changes nothing here",
+            f"a {scheduler} drives another optimizer over the same parameters and changes nothing here",
             "make the scheduler from this optimizer, after it was wrapped or built",
         )
     scheduled = isinstance(optimizer, Stack) and "lr" in optimizer.schedules
     if scheduled and bound:
         yield Finding(
             "two-drivers",
-            f"the stack's own schedule and a {type(bound[0]).__name__} both set lr: the next step() raises",
+            f"the stack's own schedule and a {bound[0]} both set lr: the next step() raises",
             "drop one of the two, or hand the client opt.scheduler(), which only reports",
         )
     default = default_rate(optimizer)
@@ -186,14 +197,14 @@ def default_rate(optimizer: Optimizer) -> float | None:
 def _chose_rate(stack: Stack) -> bool:
     """Tell whether the pipeline that the stack was built from gives the base a learning rate."""
     pipeline = () if stack.description is None else stack.description.pipeline
-    return any(part.kind == "optimizer" and "lr" in part.given for part in pipeline)
+    return any(part.kind == "optimizer" and "lr" in part.arguments for part in pipeline)
 
 
 def _cycles(stack: Stack) -> Iterator[Finding]:
     for wrapper in stack.wrappers:
-        if wrapper.every is None or stack.total_steps is None:
+        if wrapper.acts_every is None or stack.total_steps is None:
             continue
-        key = f"{wrapper.label}.{wrapper.every}"
+        key = f"{wrapper.label}.{wrapper.acts_every}"
         for every in sorted({entry[key] for entry in stack.param_groups}):
             rest = stack.total_steps % every
             if rest:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from metaopt.engine.composition import NO_DECAY
+from metaopt.engine.run import NO_DECAY
 from metaopt.errors import ParameterError, did_you_mean
 
 Group = dict[str, Any]

@@ -25,23 +25,23 @@ EXAMPLES = "metaopt_examples"
 class Example:
     """What the class of a part does not tell: how `metaopt check` makes and feeds it, and words for `metaopt show`.
 
-    `spec` is the part as text, such as `muon(lr=0.01)`; without it the defaults serve. `over` are the bases that a
+    `spec` is the part as text, such as `muon(lr=0.01)`; without it the defaults serve. `bases` are those that a
     wrapper is checked with. `gradients="graph"` calls `backward(create_graph=True)`. `reference` is the rule on plain
-    tensors (see `metaopt.testing.references`). `excuses` maps a check that cannot hold to the reason: it is still run,
-    and an excuse that is no longer needed is an error. `not_run` says why nothing can be checked here at all.
+    tensors (see `metaopt.testing.references`). `expected_failures` maps a check that cannot hold to the reason: it is
+    still run, and an entry that is no longer needed is an error. `skip_reason` says why nothing can be checked here.
     `tolerance` is for a part whose own runs part in the last digits, as those through small matrix products may.
     `note` and `known_as`, what others call it, are for a class that is offered unchanged; those of metaopt say both
     themselves.
     """
 
     spec: str = ""
-    over: tuple[str, ...] = ()
+    bases: tuple[str, ...] = ()
     parameters: Literal["any", "matrices"] = "any"
     gradients: Literal["dense", "sparse", "graph"] = "dense"
     closure: bool = False
     reference: Callable[..., Any] | None = None
-    excuses: Mapping[str, str] = field(default_factory=dict)
-    not_run: str = ""
+    expected_failures: Mapping[str, str] = field(default_factory=dict)
+    skip_reason: str = ""
     tolerance: float = 0.0
     note: str = ""
     known_as: tuple[str, ...] = ()

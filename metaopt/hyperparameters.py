@@ -35,16 +35,16 @@ class Hyperparameter:
 
     name: str
     default: Any = REQUIRED
-    kind: Any = None
-    min: float | None = None
-    max: float | None = None
-    above: float | None = None
-    below: float | None = None
+    type: Any = None
+    ge: float | None = None
+    le: float | None = None
+    gt: float | None = None
+    lt: float | None = None
     choices: tuple[Any, ...] | None = None
     doc: str = ""
     known_as: tuple[str, ...] = ()
     per_group: bool = True
-    structural: bool = False
+    defines_state: bool = False
 
     @property
     def required(self) -> bool:
@@ -52,16 +52,16 @@ class Hyperparameter:
 
     @property
     def schedulable(self) -> bool:
-        return float in _alternatives(self.kind)
+        return float in _alternatives(self.type)
 
     def bounds(self) -> str:
         """Return the bounds as text, such as `> 0, <= 1`, or an empty text."""
         if self.choices is not None:
             return "one of " + ", ".join(repr(choice) for choice in self.choices)
-        limits = ((">=", self.min), (">", self.above), ("<=", self.max), ("<", self.below))
+        limits = ((">=", self.ge), (">", self.gt), ("<=", self.le), ("<", self.lt))
         return ", ".join(f"{sign} {limit:g}" for sign, limit in limits if limit is not None)
 
-    def check(self, value: Any, *, where: str) -> Any:
+    def validate(self, value: Any, *, where: str) -> Any:
         """Return `value` if it is allowed (an integer given for a float becomes one); raise otherwise.
 
         `where` names the part, such as `lookahead`. Tensors of one element pass unread: reading one
@@ -73,15 +73,15 @@ class Hyperparameter:
             raise HyperparameterError(f"{where}: {self.name}={value!r} is not {self.bounds()}")
         if isinstance(value, torch.Tensor) and value.numel() == 1 and self.schedulable:
             return value
-        value = self._of_kind(value, where)
+        value = self._of_type(value, where)
         for number in value if isinstance(value, tuple | list) else (value,):
             if isinstance(number, int | float) and not isinstance(number, bool):
                 self._within_bounds(number, where)
                 self._as_float(number, where)  # what divides by a count would raise in the middle of a run
         return value
 
-    def _of_kind(self, value: Any, where: str) -> Any:
-        allowed = _alternatives(self.kind)
+    def _of_type(self, value: Any, where: str) -> Any:
+        allowed = _alternatives(self.type)
         if not allowed or Any in allowed:
             return value
         if float in allowed and isinstance(value, int) and not isinstance(value, bool) and int not in allowed:
@@ -104,13 +104,19 @@ class Hyperparameter:
         except OverflowError:  # python's integers have no end, its floats have
             raise HyperparameterError(f"{where}: {self.name} is an integer beyond every float") from None
 
+    def within_closed_bounds(self, number: float) -> bool:
+        """Return whether a number is within the bounds or on one of them, open or not."""
+        lower = [limit for limit in (self.ge, self.gt) if limit is not None]
+        upper = [limit for limit in (self.le, self.lt) if limit is not None]
+        return all(number >= limit for limit in lower) and all(number <= limit for limit in upper)
+
     def _within_bounds(self, number: float, where: str) -> None:
         outside = (
             number != number  # not a number; math.isnan would make a float of any integer
-            or (self.min is not None and number < self.min)
-            or (self.max is not None and number > self.max)
-            or (self.above is not None and number <= self.above)
-            or (self.below is not None and number >= self.below)
+            or (self.ge is not None and number < self.ge)
+            or (self.le is not None and number > self.le)
+            or (self.gt is not None and number <= self.gt)
+            or (self.lt is not None and number >= self.lt)
         )
         if outside:
             allowed = self.bounds() or "a number"
@@ -131,25 +137,25 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:
 def hyper(
     default: Any = REQUIRED,
     *,
-    min: float | None = None,
-    max: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
+    ge: float | None = None,
+    le: float | None = None,
+    gt: float | None = None,
+    lt: float | None = None,
     choices: tuple[Any, ...] | None = None,
     doc: str = "",
     known_as: tuple[str, ...] = (),
     per_group: bool = True,
-    structural: bool = False,
+    defines_state: bool = False,
 ) -> Any:
-    """Declare a hyperparameter in a class body: `alpha: float = hyper(0.5, above=0.0, doc="...")`.
+    """Declare a hyperparameter in a class body: `alpha: float = hyper(0.5, gt=0.0, doc="...")`.
 
-    Name and type come from the class body. `min` and `max` are allowed values, `above` and `below` are not;
+    Name and type come from the class body. `ge` and `le` are bounds that are allowed values, `gt` and `lt` are not;
     `known_as` lists what other libraries call it, for help and for errors. `per_group=False` is for what acts on all
-    groups at once, such as the bound of a global norm: groups cannot set it apart. `structural=True` is for what
+    groups at once, such as the bound of a global norm: groups cannot set it apart. `defines_state=True` is for what
     decides which state is kept, such as its dtype: all groups share it, and the live stack's survives a load.
     """
-    shared = structural or not per_group
-    return Hyperparameter("", default, None, min, max, above, below, choices, doc, known_as, not shared, structural)
+    shared = defines_state or not per_group
+    return Hyperparameter("", default, None, ge, le, gt, lt, choices, doc, known_as, not shared, defines_state)
 
 
 def declared(owner: type) -> dict[str, Hyperparameter]:
@@ -159,7 +165,7 @@ def declared(owner: type) -> dict[str, Hyperparameter]:
     for ancestor in reversed(owner.__mro__):
         for name, value in vars(ancestor).items():
             if isinstance(value, Hyperparameter):
-                found[name] = replace(value, name=name, kind=hints.get(name))
+                found[name] = replace(value, name=name, type=hints.get(name))
     return found
 
 
@@ -185,12 +191,12 @@ def _read_signature(factory: Callable[..., Any], skip_first: bool) -> dict[str, 
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         default = REQUIRED if parameter.default is parameter.empty else parameter.default
-        kind = _plain_kind(hints.get(parameter.name), default)
+        kind = _plain_type(hints.get(parameter.name), default)
         found[parameter.name] = Hyperparameter(parameter.name, default, kind)
     return found
 
 
-def _plain_kind(hint: Any, default: Any) -> Any:
+def _plain_type(hint: Any, default: Any) -> Any:
     kinds = [kind for kind in _alternatives(hint) if kind is not torch.Tensor]
     if any(typing.get_origin(kind) is tuple for kind in kinds):
         return tuple | list

@@ -1,14 +1,14 @@
-"""Making bases: one over all groups, or one for each part that a division deals them out to."""
+"""Making bases: one over all groups, or one for each part that a partitioner deals them out to."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from metaopt.engine.composition import NO_DECAY, RUN_FLAGS, check_labels
-from metaopt.engine.dividing import Divided, Division
-from metaopt.engine.fusing import serves
-from metaopt.engine.lanes import Lane
+from metaopt.engine.chain import RUN_FLAGS, Chain, has_fused_kernel
+from metaopt.engine.multi_base import MultiBase, Partitioner
+from metaopt.engine.run import NO_DECAY
+from metaopt.engine.structure import validate_labels
 from metaopt.errors import HyperparameterError, ParameterError, SpecError, did_you_mean
 from metaopt.grouping import Group
 from metaopt.schedule import Schedule
@@ -33,19 +33,19 @@ def arrange(pipeline: Pipeline) -> tuple[Part, tuple[Wrapper, ...]]:
     for position, part in enumerate(pipeline):
         if part.kind == "optimizer":
             continue
-        wrapper = part.make()
+        wrapper = part.build_wrapper()
         base = pipeline.parts[bases[0]].name
-        if wrapper.stands_before_base() and position > bases[0]:
+        if wrapper.runs_before_base() and position > bases[0]:
             raise SpecError(f"{wrapper.label} works on what {base} has used by then: write it before {base}")
-        if not wrapper.stands_before_base() and position < bases[0]:
+        if not wrapper.runs_before_base() and position < bases[0]:
             raise SpecError(f"{wrapper.label} works on updated parameters: write it behind {base}")
         wrappers.append(wrapper)
-    check_labels(tuple(wrappers))
+    validate_labels(tuple(wrappers))
     return pipeline.parts[bases[0]], tuple(wrappers)
 
 
 def scheduled(base: Part | None, wrappers: tuple[Wrapper, ...]) -> dict[str, Schedule]:
-    found = {} if base is None else {k: v for k, v in base.given.items() if isinstance(v, Schedule)}
+    found = {} if base is None else {k: v for k, v in base.arguments.items() if isinstance(v, Schedule)}
     for wrapper in wrappers:
         own = {name: getattr(wrapper, name) for name in wrapper.hyperparameters}
         found.update({f"{wrapper.label}.{k}": v for k, v in own.items() if isinstance(v, Schedule)})
@@ -57,13 +57,13 @@ def make_base(
 ) -> tuple[torch.optim.Optimizer, bool]:
     """Return the base over these groups, and whether its fused kernel was our choice. Raises HyperparameterError."""
     _check_groups(groups, base, schedules)
-    given = dict(base.given)
+    given = dict(base.arguments)
     for name, hyperparameter in base.hyperparameters.items():
         if hyperparameter.required and name not in given:
             raise HyperparameterError(f"{base.name} needs {name}: it has no default")
     for name, value in given.items():
         if isinstance(value, Schedule):
-            given[name] = value.over(total_steps, total_steps)(0)
+            given[name] = value.curve(total_steps, total_steps)(0)
     fused = _fuse(groups, base, given)
     try:
         return base.target(groups, **given), fused
@@ -72,31 +72,33 @@ def make_base(
         raise HyperparameterError(f"{base.name}: {reason}") from error
 
 
-def make_divided(groups: list[Group], divides: Part, total_steps: int | None) -> Divided:
-    """Return the bases of all parts as one, each over the parameters that the division deals to it.
+def make_partition(
+    groups: list[Group], partition: Part, outer: tuple[Wrapper, ...], total_steps: int | None
+) -> MultiBase:
+    """Return the bases of all parts as one, each over the parameters that the partitioner assigns to it.
 
     Raises ParameterError for a parameter that no part takes and for a part that takes none.
     """
-    if "parts" not in divides.given:
-        raise SpecError(f"{divides.name} needs parts: a dict of pipelines by name, such as {{'*': adamw(lr=3e-4)}}")
-    division: Division = divides.target(**divides.given)
-    lanes = []
-    for part, members in _dealt(groups, division, divides.name).items():
-        pipeline: Pipeline = division.parts[part]
+    if "parts" not in partition.arguments:
+        raise SpecError(f"{partition.name} needs parts: a dict of pipelines by name, such as {{'*': adamw(lr=3e-4)}}")
+    partitioner: Partitioner = partition.target(**partition.arguments)
+    chains = []
+    for part, members in _assigned(groups, partitioner, partition.name).items():
+        pipeline: Pipeline = partitioner.parts[part]
         base_part, wrappers = arrange(pipeline)
-        if base_part.divides:
-            raise SpecError(f"{divides.name}: the part {part!r} is a {base_part.name} itself: write all parts in one")
+        if base_part.is_partition:
+            raise SpecError(f"{partition.name}: the part {part!r} is a {base_part.name} itself: write all parts in one")
         own = scheduled(base_part, wrappers)
         base, fused = make_base(members, base_part, own, total_steps)
         for entry in base.param_groups:
             entry["metaopt.part"] = part
-        lanes.append(Lane(base, wrappers, own, name=part, fused_by_default=fused))
-    return Divided(lanes, division)
+        chains.append(Chain(base, wrappers, own, outer=outer, name=part, fused_by_default=fused))
+    return MultiBase(chains, partitioner)
 
 
-def _dealt(groups: list[Group], division: Division, where: str) -> dict[str, list[Group]]:
+def _assigned(groups: list[Group], partitioner: Partitioner, where: str) -> dict[str, list[Group]]:
     """Return the groups of each part, in the order of the parts; a group whose members part is split."""
-    dealt: dict[str, list[Group]] = {part: [] for part in division.parts}
+    assigned: dict[str, list[Group]] = {part: [] for part in partitioner.parts}
     for position, group in enumerate(groups):
         names = group.get("param_names")
         if names is None:
@@ -106,8 +108,8 @@ def _dealt(groups: list[Group], division: Division, where: str) -> dict[str, lis
             )
         members: dict[str, list[tuple[str, torch.Tensor]]] = {}
         for name, p in zip(names, group["params"], strict=True):
-            part = division.part_of(name, p)
-            if part not in dealt:
+            part = partitioner.branch_of(name, p)
+            if part not in assigned:
                 raise ParameterError(
                     f"{where}: no part takes {name} of shape {tuple(p.shape)}: add a pattern for it, such as '*'"
                 )
@@ -115,11 +117,11 @@ def _dealt(groups: list[Group], division: Division, where: str) -> dict[str, lis
         called = group.get("name", None if len(groups) == 1 else str(position))
         for part, chosen in members.items():
             own = {"params": [p for _, p in chosen], "param_names": [n for n, _ in chosen]}
-            dealt[part].append({**group, **own, "name": part if called is None else f"{called} {part}"})
-    empty = [part for part, members in dealt.items() if not members]
+            assigned[part].append({**group, **own, "name": part if called is None else f"{called} {part}"})
+    empty = [part for part, members in assigned.items() if not members]
     if empty:
         raise ParameterError(f"{where}: {empty[0]!r} takes no parameter that an earlier part left: drop it or mend it")
-    return dealt
+    return assigned
 
 
 def _check_groups(groups: list[Group], base: Part, schedules: Mapping[str, Schedule]) -> None:
@@ -135,7 +137,7 @@ def _check_groups(groups: list[Group], base: Part, schedules: Mapping[str, Sched
                     f"use lr_scale in the group to scale the learning rate, or drop one of the two"
                 )
             if key in hyperparameters:
-                group[key] = hyperparameters[key].check(value, where=f"{where}, {base.name}")
+                group[key] = hyperparameters[key].validate(value, where=f"{where}, {base.name}")
             elif "." not in key and key not in GROUP_KEYS:
                 raise HyperparameterError(
                     f"{where}: no part of this stack has {key!r}.{did_you_mean(key, hyperparameters)}"
@@ -153,7 +155,7 @@ def _fuse(groups: list[Group], base: Part, given: dict[str, Any]) -> bool:
         base.target([torch.zeros(1, requires_grad=True)], **given, fused=True)
     except Exception:  # this class, or this choice of hyperparameters, has no fused kernel
         return False
-    if not serves(base.target, given, [p for group in groups for p in group["params"]]):
+    if not has_fused_kernel(base.target, [p for group in groups for p in group["params"]]):
         return False
     given["fused"] = True
     return True

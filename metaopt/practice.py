@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from metaopt.engine.lanes import Entry, Lane
+from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.explanation import Finding
 from metaopt.probing import Character, acts_in_vain, character
 from metaopt.stack import Stack
@@ -21,37 +21,37 @@ LARGE_BATCH = 1024
 
 def in_practice(optimizer: Optimizer, batch_size: int | None, peak: float | None) -> Iterator[Finding]:
     """Find settings that fit another base, or another batch; `peak` is the highest rate of the run, if it is known."""
-    lanes = optimizer.lanes if isinstance(optimizer, Stack) else (Lane(optimizer),)
-    for lane in lanes:
-        yield from _decays(lane, lane.entries(optimizer.param_groups))
+    chains = optimizer.chains if isinstance(optimizer, Stack) else (Chain(optimizer),)
+    for chain in chains:
+        yield from _decays(chain, chain.groups_in(optimizer.param_groups))
     if isinstance(optimizer, Stack):
         yield from _clips(optimizer)
     if batch_size is not None and batch_size >= LARGE_BATCH:
         yield from _warm_up(optimizer, batch_size, peak)
 
 
-def _decays(lane: Lane, entries: list[Entry]) -> Iterator[Finding]:
+def _decays(chain: Chain, entries: list[ParamGroup]) -> Iterator[Finding]:
     told: set[str] = set()
     for entry in entries:
-        for key, decay, coupled in _strengths(lane, entry):
+        for key, decay, coupled in _strengths(chain, entry):
             if not decay or MOST_OF_SGD < decay < LEAST_OF_ADAMW:
                 continue
-            found = character(lane, entry)
-            finding = None if found is None else _decay(type(lane.base).__name__, found, key, decay, coupled)
+            found = character(chain, entry)
+            finding = None if found is None else _decay(type(chain.base).__name__, found, key, decay, coupled)
             if finding is not None and finding.reason not in told:
                 told.add(finding.reason)
                 yield finding
 
 
-def _strengths(lane: Lane, entry: Entry) -> Iterator[tuple[str, float, bool | None]]:
+def _strengths(chain: Chain, entry: ParamGroup) -> Iterator[tuple[str, float, bool | None]]:
     """Yield each weight decay of a group: its key, its strength, and whether it is added to the gradient.
 
     For the base's own that is None: only trying tells.
     """
     yield "weight_decay", number(entry.get("weight_decay")), None
-    for key, (wrapper, name) in lane.hyperparameter_keys.items():
+    for key, (wrapper, name) in chain.hyperparameters.items():
         if name == "weight_decay":
-            yield key, number(entry.get(key)), "on_gradients" in wrapper.acts_on()
+            yield key, number(entry.get(key)), "on_gradients" in wrapper.implemented_hooks()
 
 
 def _decay(base: str, found: Character, key: str, decay: float, coupled: bool | None) -> Finding | None:
@@ -81,22 +81,22 @@ def _decay(base: str, found: Character, key: str, decay: float, coupled: bool | 
 
 
 def _clips(stack: Stack) -> Iterator[Finding]:
-    for wrapper, lanes in _before_bases(stack):
-        first = [(lane, next(iter(lane.entries(stack.param_groups)), None)) for lane in lanes]
-        groups = [(lane, entry) for lane, entry in first if entry is not None]
-        if groups and all(acts_in_vain(lane, entry, wrapper) for lane, entry in groups):
-            bases = " and ".join(dict.fromkeys(type(lane.base).__name__ for lane, _ in groups))
+    for wrapper, chains in _before_bases(stack):
+        first = [(chain, next(iter(chain.groups_in(stack.param_groups)), None)) for chain in chains]
+        groups = [(chain, entry) for chain, entry in first if entry is not None]
+        if groups and all(acts_in_vain(chain, entry, wrapper) for chain, entry in groups):
+            bases = " and ".join(dict.fromkeys(type(chain.base).__name__ for chain, _ in groups))
             reason = f"{wrapper.label} before {bases} changes nothing: the size of a gradient is ignored there"
             yield Finding("clip-in-vain", reason, "leave it out")
 
 
-def _before_bases(stack: Stack) -> Iterator[tuple[Wrapper, tuple[Lane, ...]]]:
-    """Yield every wrapper on gradients that may be tried by itself, with the lanes that it acts on."""
-    every = [*stack.wrappers, *(w for lane in stack.lanes for w in lane.wrappers if w not in stack.wrappers)]
+def _before_bases(stack: Stack) -> Iterator[tuple[Wrapper, tuple[Chain, ...]]]:
+    """Yield every wrapper on gradients that may be tried by itself, with the chains that it acts on."""
+    every = [*stack.wrappers, *(w for chain in stack.chains for w in chain.wrappers if w not in stack.wrappers)]
     for wrapper in every:
-        gathers = any(slot.early for slot in wrapper.state_slots().values())
-        if "on_gradients" in wrapper.acts_on() and not wrapper.holds_updates and not gathers:
-            yield wrapper, tuple(lane for lane in stack.lanes if wrapper in lane.chain)
+        gathers = any(slot.early for slot in wrapper.active_slots().values())
+        if "on_gradients" in wrapper.implemented_hooks() and not wrapper.may_skip_updates and not gathers:
+            yield wrapper, tuple(chain for chain in stack.chains if wrapper in chain.ordered)
 
 
 def _warm_up(optimizer: Optimizer, batch_size: int, peak: float | None) -> Iterator[Finding]:

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from metaopt.engine.composition import RUN_FLAGS
-from metaopt.engine.lanes import Entry, Lane
-from metaopt.engine.watching import unhooked
+from metaopt.engine.chain import RUN_FLAGS, Chain, ParamGroup
+from metaopt.engine.torch_internals import without_step_hooks
 from metaopt.stack import Stack
 from metaopt.wrapper import Wrapper
 
@@ -36,11 +35,11 @@ class Character:
     rescales_decay: bool
 
 
-def character(lane: Lane, entry: Entry) -> Character | None:
-    """Return what the base of a lane does, or None where a scratch copy of it cannot be made or cannot step."""
+def character(chain: Chain, entry: ParamGroup) -> Character | None:
+    """Return what the base of a chain does, or None where a scratch copy of it cannot be made or cannot step."""
 
     def last_update(factors: Sequence[float], decay: float = 0.0) -> torch.Tensor:
-        optimizer, scratch = _scratch(lane, entry, decay)
+        optimizer, scratch = _scratch(chain, entry, decay)
         return _updates(optimizer, scratch, _gradients(factors))[-1]
 
     try:
@@ -57,7 +56,7 @@ def character(lane: Lane, entry: Entry) -> Character | None:
     )
 
 
-def acts_in_vain(lane: Lane, entry: Entry, wrapper: Wrapper) -> bool:
+def acts_in_vain(chain: Chain, entry: ParamGroup, wrapper: Wrapper) -> bool:
     """Tell whether a wrapper that makes some gradients smaller leaves every update of the base as it is.
 
     Gradients differ in size from update to update: Adam, which divides by their usual size, is held back by a clip that
@@ -65,18 +64,18 @@ def acts_in_vain(lane: Lane, entry: Entry, wrapper: Wrapper) -> bool:
     """
     try:
         with _by_itself():
-            tried = [_acts_and_changes(lane, entry, wrapper, size) for size in SIZES]
+            tried = [_acts_and_changes(chain, entry, wrapper, size) for size in SIZES]
     except Exception:  # see above
         return False
     return any(acts for acts, _ in tried) and not any(changes for _, changes in tried)
 
 
-def _acts_and_changes(lane: Lane, entry: Entry, wrapper: Wrapper, size: float) -> tuple[bool, bool]:
+def _acts_and_changes(chain: Chain, entry: ParamGroup, wrapper: Wrapper, size: float) -> tuple[bool, bool]:
     """Tell whether a wrapper makes a gradient of about this size smaller, and whether it changes an update."""
     sizes = [size * factor for factor in (1.0, FAR, 1.0 / FAR)] * (STEPS // 3)
-    alone, scratch = _scratch(lane, entry)
+    alone, scratch = _scratch(chain, entry)
     expected = _updates(alone, scratch, _gradients(sizes))
-    base, scratch = _scratch(lane, entry, wrapper=wrapper)
+    base, scratch = _scratch(chain, entry, wrapper=wrapper)
     left: list[float] = []
     found = _updates(Stack(base, [wrapper]), scratch, _gradients(sizes), left)
     given = [size * torch.Size(SHAPE).numel() ** 0.5 for size in sizes]
@@ -85,10 +84,10 @@ def _acts_and_changes(lane: Lane, entry: Entry, wrapper: Wrapper, size: float) -
 
 
 def _scratch(
-    lane: Lane, entry: Entry, decay: float = 0.0, wrapper: Wrapper | None = None
+    chain: Chain, entry: ParamGroup, decay: float = 0.0, wrapper: Wrapper | None = None
 ) -> tuple[torch.optim.Optimizer, torch.Tensor]:
     """Return a new base with a group's hyperparameters over a small matrix, and the matrix."""
-    kind = type(lane.base)
+    kind = type(chain.base)
     names = inspect.signature(kind).parameters.keys() - RUN_FLAGS
     own = {key: _number(value) for key, value in entry.items() if key in names and key != "params"}
     own |= {key: value for key, value in (("lr", 1e-3), ("weight_decay", decay)) if key in own}
@@ -130,7 +129,7 @@ def _updates(
 
 def _without_hooks(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
     # hooks that a client put on every optimizer of the process are not meant for a scratch copy
-    plain = unhooked(type(optimizer).step)
+    plain = without_step_hooks(type(optimizer).step)
     return lambda: plain(optimizer)
 
 

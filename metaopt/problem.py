@@ -33,7 +33,7 @@ class Problem(ABC):
         for name, hyperparameter in self.hyperparameters.items():
             if name not in self.given and hyperparameter.required:
                 raise ProblemError(f"{where} needs {name}: {hyperparameter.doc}")
-            setattr(self, name, hyperparameter.check(self.given.get(name, hyperparameter.default), where=where))
+            setattr(self, name, hyperparameter.validate(self.given.get(name, hyperparameter.default), where=where))
 
     @abstractmethod
     def model(self, seed: int, device: torch.device | str = "cpu") -> torch.nn.Module:

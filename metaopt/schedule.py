@@ -1,11 +1,13 @@
-"""Schedule: a pure function from the number of updates done to the value of one hyperparameter."""
+"""Schedule: a pure function from the number of updates to the value of one hyperparameter; how it drives a group."""
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from metaopt.errors import HyperparameterError
+import torch
+
+from metaopt.errors import HyperparameterError, ScheduleConflict
 from metaopt.hyperparameters import Hyperparameter, bind, declared
 
 Curve = Callable[[float], float]
@@ -17,7 +19,7 @@ LONGEST = 2**53
 class Schedule(ABC):
     """A closed form: value from update count, nothing stored. Subclasses declare hyperparameters with `hyper`.
 
-    A schedule is configuration: `over` fixes it for a run. After its end it holds its last value.
+    A schedule is configuration: `curve` fixes it for a run. After its end it holds its last value.
     """
 
     hyperparameters: ClassVar[dict[str, Hyperparameter]] = {}
@@ -35,7 +37,7 @@ class Schedule(ABC):
         for name, hyperparameter in self.hyperparameters.items():
             if name not in given and hyperparameter.required:
                 raise HyperparameterError(f"{where} needs {name}: {hyperparameter.doc or 'it has no default'}")
-            values[name] = hyperparameter.check(given.get(name, hyperparameter.default), where=where)
+            values[name] = hyperparameter.validate(given.get(name, hyperparameter.default), where=where)
         self.__dict__.update(values)
         self.given = {name: values[name] for name in given}
 
@@ -44,7 +46,7 @@ class Schedule(ABC):
         return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
 
     @abstractmethod
-    def over(self, run: int | None, span: int | None) -> Curve:
+    def curve(self, run: int | None, span: int | None) -> Curve:
         """Return the closed form t -> value for a run of `run` updates, `span` of which are left to this schedule.
 
         Raises HyperparameterError where a length depends on the run's and that is unknown.
@@ -79,7 +81,7 @@ class Schedule(ABC):
 
     def __call__(self, t: float, total_steps: int | None = None) -> float:
         """Return the value after `t` updates."""
-        return self.over(total_steps, total_steps)(t)
+        return self.curve(total_steps, total_steps)(t)
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.given == getattr(other, "given", None)
@@ -89,3 +91,64 @@ class Schedule(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.given.items())})"
+
+
+class ScheduledValues:
+    """The schedules of one group: their values are written after each update for the next one, and guarded until then."""
+
+    def __init__(self, schedules: Mapping[str, Schedule], total_steps: int | None) -> None:
+        self.schedules = dict(schedules)
+        self._curves: dict[str, Curve] = {
+            key: schedule.curve(total_steps, total_steps) for key, schedule in schedules.items()
+        }
+        self._written: dict[str, tuple[Any, int]] = {}
+        self._count = 0  # of the updates made when the values were written
+
+    def value(self, key: str, t: int, group: dict[str, Any]) -> float:
+        """Return the value of one hyperparameter after `t` updates, the group's `lr_scale` included."""
+        value = self._curves[key](t)
+        return value * group.get("metaopt.lr_scale", 1.0) if key == "lr" else value
+
+    def write(self, group: dict[str, Any]) -> None:
+        """Set every scheduled value for the update that comes next."""
+        t = self._count = group["metaopt.updates"]
+        for key in self._curves:
+            # `+ 0.0` makes a new object: a 0.0 that user code puts there differs from a warm-up's 0.0
+            value = self.value(key, t, group) + 0.0
+            current = group.get(key)
+            if isinstance(current, torch.Tensor):
+                current.fill_(value)
+                self._written[key] = (current, current._version)
+            else:
+                group[key] = value
+                self._written[key] = (value, 0)
+
+    def are_unchanged(self, group: dict[str, Any]) -> bool:
+        """Return whether every scheduled value is the very object that was written."""
+        return all(group[key] is self._written[key][0] for key in self._curves)
+
+    def raise_if_changed(self, group: dict[str, Any]) -> None:
+        """Raise ScheduleConflict if a scheduled value is not the one that was written; reads no tensor.
+
+        If the count has moved, a client has put a checkpoint's entries into the group: values follow the count.
+        """
+        if group["metaopt.updates"] != self._count:
+            self.write(group)
+            return
+        for key, (value, version) in self._written.items():
+            current = group[key]
+            if isinstance(current, torch.Tensor):
+                changed = current is not value or current._version != version
+            else:
+                changed = current is not value and current != value
+            if changed:
+                raise ScheduleConflict(self._conflict(key, current, value))
+
+    def _conflict(self, key: str, current: Any, value: Any) -> str:
+        found = "a tensor that was changed" if isinstance(current, torch.Tensor) else repr(current)
+        written = "its own" if isinstance(value, torch.Tensor) else repr(value)
+        return (
+            f"{key} is driven by the schedule {self.schedules[key]!r}, which wrote {written}, but holds {found}: "
+            f"something else sets it too, most likely a torch scheduler (a Trainer makes one by default). "
+            f"Either drop one of the two, or hand the other party opt.scheduler(), which only reports"
+        )

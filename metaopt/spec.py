@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from metaopt import wrapper as wrapper_module
-from metaopt.engine.dividing import Division
+from metaopt.engine.multi_base import Partitioner
 from metaopt.errors import HyperparameterError, MetaoptError, SpecError, with_article
 from metaopt.hyperparameters import Hyperparameter, bind, from_signature
 from metaopt.kinds import check_kind
 from metaopt.registry import Entry, registry
 from metaopt.schedule import Schedule
 from metaopt.syntax import Source
-from metaopt.wrapper import Wrapper, check_value
+from metaopt.wrapper import Wrapper, validate_value
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Part:
     kind: str
     name: str
     target: Any
-    given: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     label: str | None = None
     registered: bool = True
 
@@ -36,13 +36,13 @@ class Part:
         """What the part can be given, by name."""
         own = getattr(self.target, "hyperparameters", None)
         # an optimizer's first argument are the parameters
-        takes_parameters = self.kind == "optimizer" and not self.divides
+        takes_parameters = self.kind == "optimizer" and not self.is_partition
         return dict(own) if isinstance(own, Mapping) else from_signature(self.target, skip_first=takes_parameters)
 
     @property
-    def divides(self) -> bool:
+    def is_partition(self) -> bool:
         """Whether the part deals the parameters out to pipelines of its own."""
-        return isinstance(self.target, type) and issubclass(self.target, Division)
+        return isinstance(self.target, type) and issubclass(self.target, Partitioner)
 
     def __call__(self, *args: Any, label: str | None = None, **kwargs: Any) -> Any:
         """Return the part with these hyperparameters; a schedule, logger or problem is made at once."""
@@ -54,17 +54,17 @@ class Part:
             raise SpecError(f"{self.name}: label={label!r:.60} is no text")
         if label is not None and self.kind == "optimizer":
             raise SpecError(f"{self.name}: the base takes no label: its entries keep their bare names")
-        given = dict(self.given)
+        given = dict(self.arguments)
         given.update(bind(self.hyperparameters, self.name, args, kwargs))
         for name, value in given.items():
-            given[name] = check_value(self.hyperparameters[name], value, self.name)
-        if self.divides and isinstance(given.get("parts"), Mapping):
+            given[name] = validate_value(self.hyperparameters[name], value, self.name)
+        if self.is_partition and isinstance(given.get("parts"), Mapping):
             given["parts"] = {str(part): as_pipeline(pipeline) for part, pipeline in given["parts"].items()}
-        return changed(self, given=given, label=label or self.label)
+        return changed(self, arguments=given, label=label or self.label)
 
-    def make(self) -> Wrapper:
+    def build_wrapper(self) -> Wrapper:
         """Return the wrapper object of a wrapper part."""
-        made: Wrapper = self.target(label=self.label or self.name.rpartition(".")[2], **self.given)
+        made: Wrapper = self.target(label=self.label or self.name.rpartition(".")[2], **self.arguments)
         return made
 
     def __or__(self, other: Any) -> "Pipeline":
@@ -74,18 +74,18 @@ class Part:
         return Pipeline((*as_pipeline(other).parts, *as_pipeline(self).parts))
 
     def __hash__(self) -> int:
-        return hash((self.kind, self.name, repr(self.given), self.label))
+        return hash((self.kind, self.name, repr(self.arguments), self.label))
 
     def __str__(self) -> str:
         if not self.registered:
             raise SpecError(f"{self.name} is not registered and has no text: register it with metaopt.register")
         shown = []
-        for name, value in self.given.items():
+        for name, value in self.arguments.items():
             default = self.hyperparameters[name].default
             # 0 == 0.0 == False: a default is left out only where it is of the same type
             if type(value) is type(default) and not isinstance(value, torch.Tensor) and value == default:
                 continue
-            if self.divides and name == "parts":
+            if self.is_partition and name == "parts":
                 shown.append("{" + ", ".join(f"{part!r}: {pipeline}" for part, pipeline in value.items()) + "}")
                 continue
             shown.append(f"{name}={to_text(value, f'{self.name}: {name}')}")
@@ -94,7 +94,7 @@ class Part:
         return f"{self.name}({', '.join(shown)})" if shown else self.name
 
     def __repr__(self) -> str:
-        arguments = ", ".join(f"{name}={value!r}" for name, value in self.given.items())
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
         return f"{self.name}({arguments})"
 
 
@@ -150,7 +150,7 @@ def as_pipeline(parts: Any) -> Pipeline:
         own = type(parts).__name__
         default = (name or own.lower()).rpartition(".")[2]
         label = default if parts.label == own.lower() else parts.label
-        return Pipeline((Part("wrapper", name or own, type(parts), parts.given, label, name is not None),))
+        return Pipeline((Part("wrapper", name or own, type(parts), parts.arguments, label, name is not None),))
     if isinstance(parts, type) and issubclass(parts, torch.optim.Optimizer):
         name = registry.name_of(parts)
         return Pipeline((Part("optimizer", name or parts.__name__, parts, registered=name is not None),))
@@ -261,7 +261,7 @@ def _called(node: ast.Call, source: Source) -> Any:
 
 
 def _argument(node: ast.expr, called: Part, source: Source) -> Any:
-    value = (_value_or_parts if called.divides else _value)(node, source)
+    value = (_value_or_parts if called.is_partition else _value)(node, source)
     if isinstance(value, Part):
         with source.pointing_at(node):
             raise SpecError(
@@ -274,9 +274,9 @@ def _check_alone(called: Part, name: str, value: Any) -> None:
     """Raise for one keyword what the call would raise, so that the error points at the keyword."""
     known = called.hyperparameters
     if name in known and called.kind == "schedule":
-        known[name].check(value, where=called.name)  # a schedule of schedules says where it takes them
+        known[name].validate(value, where=called.name)  # a schedule of schedules says where it takes them
     elif name in known:
-        check_value(known[name], value, called.name)
+        validate_value(known[name], value, called.name)
     elif known and name != "label":
         bind(known, called.name, (), {name: value})
 

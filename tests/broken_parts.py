@@ -63,13 +63,13 @@ def sign_descent(x, gradients, *, lr):
 class Pull(Wrapper, every="k"):
     """slow <- slow + alpha (fast - slow); fast <- slow."""
 
-    k: int = hyper(2, min=1, doc="updates between pulls")
-    alpha: float = hyper(0.5, above=0.0, doc="how far the slow weights move")
+    k: int = hyper(2, ge=1, doc="updates between pulls")
+    alpha: float = hyper(0.5, gt=0.0, doc="how far the slow weights move")
     slow = anchor()
 
     def after_update(self, group):
         torch._foreach_lerp_(group.slow, group.params, group.alpha)
-        group.move_to(group.slow)
+        group.set_params(group.slow)
 
 
 class Descent(torch.optim.Optimizer):
@@ -338,12 +338,12 @@ class CopiesAtTheFirstSync(Pull, every="k"):
 class KeepsTheSlowWeightsInItself(Wrapper, every="k"):
     """slow <- slow + alpha (fast - slow); fast <- slow."""
 
-    k: int = hyper(2, min=1, doc="updates between pulls")
+    k: int = hyper(2, ge=1, doc="updates between pulls")
 
     def after_update(self, group):
         kept = self.__dict__.setdefault("kept", [p.clone() for p in group.params])
         torch._foreach_lerp_(kept, group.params, 0.5)
-        group.move_to(kept)
+        group.set_params(kept)
 
 
 @broken(WRAPPERS, "counts_in_self", "resumes_in_a_new_process", "counts_in_self.count")
@@ -376,14 +376,14 @@ class KeepsListsOfState(Pull, every="k"):
         lists = self.__dict__.setdefault("lists", {})
         slow = lists.setdefault(group.params[0].data_ptr(), group.slow)
         torch._foreach_lerp_(slow, group.params, group.alpha)
-        group.move_to(slow)
+        group.set_params(slow)
 
 
 @broken(WRAPPERS, "aliased_slow", "object_is_configuration", "changes self.moments")
 class KeepsTheMomentsThemselves(Wrapper, every="k"):
     """m <- (m + c) / 2; c <- m."""
 
-    k: int = hyper(2, min=1, doc="updates between pulls")
+    k: int = hyper(2, ge=1, doc="updates between pulls")
 
     def after_update(self, group):
         for key, current in group.base_moments.items():
@@ -407,13 +407,13 @@ class DeclaresNoBounds(Wrapper):
 
     def after_update(self, group):
         if group.updates % group.k == 0:
-            group.move_to([p / 2 for p in group.params])
+            group.set_params([p / 2 for p in group.params])
 
 
 @broken(WRAPPERS, "unchecked_bounds", "holds_its_bounds", "takes k=0, though it declares >= 1")
 class DoesNotCheckItsBounds(Pull, every="k"):
     def __init__(self, k=2, alpha=0.5, *, label=None):
-        self.__dict__.update(k=k, alpha=alpha, label=label or "unchecked_bounds", given={"k": k, "alpha": alpha})
+        self.__dict__.update(k=k, alpha=alpha, label=label or "unchecked_bounds", arguments={"k": k, "alpha": alpha})
 
 
 @broken(WRAPPERS, "nameless_error", "holds_its_bounds", "does not name k")
@@ -431,7 +431,7 @@ class RefusesWithoutAName(Pull, every="k"):
 class IgnoresTheGroupsAlpha(Pull, every="k"):
     def after_update(self, group):
         torch._foreach_lerp_(group.slow, group.params, self.alpha)
-        group.move_to(group.slow)
+        group.set_params(group.slow)
 
 
 @broken(WRAPPERS, "misspelt_hook", "acts_in_a_hook", "Did you mean on_gradients?")
@@ -447,14 +447,14 @@ class ReadsWhatItDoesNotDeclare(Wrapper):
     """w <- slow."""
 
     def after_update(self, group):
-        group.move_to(group.slow)
+        group.set_params(group.slow)
 
 
 @broken(WRAPPERS, "fails_in_every_group", "groups_have_values_of_their_own", "raised RuntimeError")
 class FailsAtTheThirdStep(Wrapper):
     """g <- alpha g, twice."""
 
-    alpha: float = hyper(0.5, above=0.0, doc="how much is left of a gradient")
+    alpha: float = hyper(0.5, gt=0.0, doc="how much is left of a gradient")
 
     def on_gradients(self, groups):
         for group in groups:
@@ -541,10 +541,10 @@ class ShowsACopy(Wrapper):
 class SaysNothing(Wrapper):
     """Pulls."""
 
-    alpha: float = hyper(0.5, above=0.0)
+    alpha: float = hyper(0.5, gt=0.0)
 
     def after_update(self, group):
-        group.move_to([p * group.alpha for p in group.params])
+        group.set_params([p * group.alpha for p in group.params])
 
 
 @broken(WRAPPERS, "breaks_again", "works_or_refuses_where_the_loss_is_evaluated_again", "IndexError")
@@ -568,9 +568,9 @@ class CountsEvaluationsAsUpdates(Wrapper):
 class Remembers(Schedule):
     """v(t) = 0.9 v(t - 1)."""
 
-    start: float = hyper(0.1, min=0.0, doc="the first value")
+    start: float = hyper(0.1, ge=0.0, doc="the first value")
 
-    def over(self, run, span):
+    def curve(self, run, span):
         held = {"value": self.start}
 
         def value(t):
@@ -587,7 +587,7 @@ class GoesOnFalling(Schedule):
     start: float = hyper(0.1, doc="the first value")
     steps: int | float | None = hyper(None, doc="its length")
 
-    def over(self, run, span):
+    def curve(self, run, span):
         steps = self.resolve_steps(self.steps, run, span)
         return lambda t: self.start * (1 - t / steps)
 
@@ -598,7 +598,7 @@ class InfiniteAtFirst(Schedule):
 
     start: float = hyper(0.1, doc="the first value")
 
-    def over(self, run, span):
+    def curve(self, run, span):
         return lambda t: self.start * t**-0.5
 
 
@@ -608,7 +608,7 @@ class GivesTensors(Schedule):
 
     value: float = hyper(0.1, doc="the value")
 
-    def over(self, run, span):
+    def curve(self, run, span):
         return lambda t: torch.tensor(self.value)
 
 
@@ -618,7 +618,7 @@ class NeedsTheRun(Schedule):
 
     start: float = hyper(0.1, doc="the first value")
 
-    def over(self, run, span):
+    def curve(self, run, span):
         height = self.start / run
         return lambda t: height
 
@@ -642,7 +642,7 @@ class HasAPrivateSetting(Schedule):
 
     __hash__ = None
 
-    def over(self, run, span):
+    def curve(self, run, span):
         return lambda t: self.height
 
 
@@ -658,7 +658,7 @@ class IsNotItsFormula(Schedule):
 
     start: float = hyper(0.1, doc="the first value")
 
-    def over(self, run, span):
+    def curve(self, run, span):
         return lambda t: self.start / (t + 2)
 
 

@@ -77,7 +77,7 @@ def assert_same(found: Any, expected: Any, where: str = "it") -> None:
 
 def everything(model: torch.nn.Module, opt: Any) -> Any:
     """Return a copy of all that a step may change."""
-    return copy.deepcopy((model.state_dict(), opt.state_dict(), list(opt.set_aside.values()), opt.updates))
+    return copy.deepcopy((model.state_dict(), opt.state_dict(), list(opt._run.constructor_state.values()), opt.updates))
 
 
 def through_a_file(saved: Any) -> Any:

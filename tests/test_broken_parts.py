@@ -47,7 +47,7 @@ def test_the_command_fails_broken_parts_and_says_what_is_wrong(found):
     assert "state_is_whole_at_the_first_step: failed" in told
     assert "starts where training already is" in told
     assert "tells_when_it_moves_the_weights: failed" in told
-    assert "Write group.move_to(tensors)" in told
+    assert "Write group.set_params(tensors)" in told
     assert "is_pure: failed" in told
 
 

@@ -115,6 +115,12 @@ def test_the_curve_s_label_is_the_peak_also_where_it_stands_between_two_columns(
     assert next(line.split()[0] for line in out.splitlines() if "│" in line) == "1"
 
 
+def test_where_the_rule_of_another_library_differs_is_told_beside_its_name(capsys):
+    _, out, _ = called(capsys, "show", "one_cycle")
+    told = " ".join(out.split())
+    assert "In optax, both come one update later" in told and "cosine_onecycle_schedule" in told
+
+
 def test_a_long_description_is_listed_as_its_first_sentence(capsys):
     _, out, _ = called(capsys, "list", "optimizers", "--json")
     (told,) = [part["description"] for part in json.loads(out)["parts"] if part["name"] == "sparse_adam"]

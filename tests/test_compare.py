@@ -22,7 +22,7 @@ import metaopt
 from metaopt import MetaoptError
 from metaopt.cli import main
 from metaopt.lab.compare import run_comparison
-from metaopt.lab.holding import held
+from metaopt.lab.holding import held, scratch_of
 from metaopt.lab.plan import Plan, plan_comparison
 from metaopt.lab.report import remarks, rows, write_results
 from metaopt.lab.statistics import verdicts
@@ -155,7 +155,7 @@ def test_a_comparison_that_lost_a_result_runs_only_what_is_missing(tmp_path: Pat
     finished = {path: os.stat(path).st_mtime_ns for path in (tmp_path / "trials").glob("*.json")}
     lost = sorted(finished)[0]
     lost.unlink()
-    (tmp_path / "trials" / "half-written.1.tmp").write_text("{")
+    scratch_of(tmp_path / "trials" / "half-written.1").write_text("{")
     after = run_comparison(small(tmp_path))
     assert [contender.losses for contender in after] == [contender.losses for contender in before]
     assert [path for path, time in finished.items() if os.stat(path).st_mtime_ns != time] == [lost]
@@ -427,6 +427,17 @@ def until(question, seconds: float = 120.0) -> bool:  # type: ignore[no-untyped-
     return True
 
 
+def test_a_comparison_removes_its_own_half_written_files_and_nobody_else_s(tmp_path: Path) -> None:
+    (tmp_path / "trials").mkdir()
+    others = [tmp_path / "thesis.tmp", tmp_path / "report.md.tmp", tmp_path / "trials" / "a.1.tmp"]
+    left = [scratch_of(tmp_path / "report.md"), scratch_of(tmp_path / "trials" / "a.1")]
+    for path in (*others, *left):
+        path.write_text("written by somebody")
+    assert compared(tmp_path) == 0
+    assert [path.read_text() for path in others] == ["written by somebody"] * 3
+    assert not any(path.exists() for path in left)
+
+
 def running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -447,6 +458,11 @@ def test_a_process_that_was_killed_from_outside_is_told(tmp_path: Path) -> None:
     assert set(multiprocessing.active_children()) == before
 
 
+def heed_interrupts() -> None:
+    """Let the process be interrupted, also if these tests run where SIGINT is ignored (nohup, some CI)."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
 def test_an_interrupted_comparison_goes_on_and_leaves_no_process_behind(tmp_path: Path) -> None:
     asked = {"problem": "rosenbrock", "specs": ("sgd", "adam"), "seeds": 4, "steps": 400, "lrs": 3}
@@ -458,7 +474,7 @@ def test_an_interrupted_comparison_goes_on_and_leaves_no_process_behind(tmp_path
 
     for end in (signal.SIGINT, signal.SIGKILL):
         with (tmp_path / "errors").open("w") as errors:
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, preexec_fn=heed_interrupts)
         before = finished()
         assert until(lambda before=before: finished() > before or process.poll() is not None)  # noqa: B023
         assert process.poll() is None, "it was over before it could be interrupted: make the runs longer"

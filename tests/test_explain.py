@@ -16,8 +16,8 @@ def model() -> torch.nn.Sequential:
     return torch.nn.Sequential(torch.nn.Linear(4, 8, bias=False), torch.nn.Linear(8, 2, bias=False))
 
 
-def codes(optimizer, beside=None) -> set[str]:
-    return {finding.code for finding in metaopt.explain(optimizer, beside).findings}
+def codes(optimizer, beside=None, **how) -> set[str]:
+    return {finding.code for finding in metaopt.explain(optimizer, beside, **how).findings}
 
 
 def stepped(optimizer, net):
@@ -81,9 +81,22 @@ def test_the_peak_and_the_end_of_a_schedule_are_told():
 def test_the_rate_of_a_torch_scheduler_has_no_known_end():
     optimizer = torch.optim.SGD(model().parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10)
-    (row,) = metaopt.explain(optimizer).rows
-    assert (row.peak, row.end) == (None, None)
-    assert type(scheduler).__name__ in row.order
+    for find_schedulers, told in ((False, "torch scheduler"), (True, "StepLR")):
+        (row,) = metaopt.explain(optimizer, find_schedulers=find_schedulers).rows
+        assert (row.peak, row.end) == (None, None)
+        assert row.order[-1] == told
+    del scheduler
+
+
+def test_the_objects_of_the_process_are_looked_through_only_if_asked_for(monkeypatch):
+    net = model()
+    for optimizer in (torch.optim.SGD(net.parameters(), lr=0.1), metaopt.build(net, "sgd(lr=0.1) | lookahead")):
+        looked = []
+        monkeypatch.setattr("gc.get_objects", lambda *_, looked=looked: looked.append(1) or [])
+        metaopt.explain(optimizer, net)
+        assert looked == []
+        metaopt.explain(optimizer, net, find_schedulers=True)
+        assert looked == [1]
 
 
 def test_a_parameter_in_no_group_is_found():
@@ -134,8 +147,9 @@ def test_a_scheduler_of_another_optimizer_is_found():
     net = model()
     forgotten = torch.optim.SGD(net.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(forgotten, 10)
-    assert codes(torch.optim.SGD(net.parameters(), lr=0.1)) == {"scheduler-of-another-optimizer"}
-    assert codes(forgotten) == set()
+    other = torch.optim.SGD(net.parameters(), lr=0.1)
+    assert codes(other, find_schedulers=True) == {"scheduler-of-another-optimizer"}
+    assert codes(forgotten, find_schedulers=True) == set()
     del scheduler
 
 
@@ -143,14 +157,16 @@ def test_the_scheduler_of_a_base_that_was_wrapped_later_is_no_other():
     net = model()
     base = torch.optim.SGD(net.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(base, 10)
-    assert codes(metaopt.wrap(base, "lookahead")) == set()
+    stack = metaopt.wrap(base, "lookahead")
+    assert codes(stack) == codes(stack, find_schedulers=True) == set()
+    assert metaopt.explain(stack).rows[0].order[-1] == "torch scheduler"
     del scheduler
 
 
 def test_a_schedule_and_a_torch_scheduler_together_are_found():
     stack = metaopt.build(model(), "sgd(lr=cosine(0.1))", total_steps=10)
     scheduler = torch.optim.lr_scheduler.StepLR(stack, 10)
-    assert "two-drivers" in codes(stack)
+    assert "two-drivers" in codes(stack) & codes(stack, find_schedulers=True)
     del scheduler
 
 

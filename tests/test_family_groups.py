@@ -48,7 +48,7 @@ REQUIRED = {"l2": "l2(0.1)", "decay": "decay(0.1)", "clip_grad_value": "clip_gra
 def stack_text(name: str, base: str = "sgd(lr=0.1, momentum=0.5)", given: str = "") -> str:
     given += ", k=2" if given and name == "outer" else ""  # its own default would not act within a short run
     wrapper = f"{name}({given})" if given else REQUIRED.get(name, name)
-    before = registry.find(name, "wrapper").target.stands_before_base()
+    before = registry.find(name, "wrapper").target.runs_before_base()
     return f"{wrapper} | {base}" if before else f"{base} | {wrapper}"
 
 
@@ -73,7 +73,7 @@ def train(opt: metaopt.Stack, steps: int = 12) -> list[torch.Tensor]:
     for _ in range(steps):
         opt.step(closure)
     found = [p.detach().clone() for p in members]
-    if any("averaged" in wrapper.acts_on() for wrapper in opt.wrappers):
+    if any("averaged" in wrapper.implemented_hooks() for wrapper in opt.wrappers):
         with opt.averaged():
             found += [p.detach().clone() for p in members]
     return found

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import metaopt
+from benchmarks.memory import storage_bytes, watch_memory
+from benchmarks.targets import wrappers_alone
 from metaopt import Wrapper, adamw, lookahead
-from metaopt.lab.bench.memory import held_bytes, watch_memory
-from metaopt.lab.bench.targets import wrappers_alone
 
 WHOLE = "clip_grad_norm(1.0) | adamw | lookahead(k=5)"
 
@@ -60,7 +60,7 @@ def test_what_the_steps_leave_allocated_is_the_state(device):
     give_gradients(params)
     opt = metaopt.build(params, WHOLE)
     kept = [watch_memory(opt.step, device).kept for _ in range(11)]
-    held = held_bytes(t for entries in opt.state.values() for t in entries.values())
+    held = storage_bytes(t for entries in opt.state.values() for t in entries.values())
     assert held == 3 * size(params) + 4 * len(params)
     # the first step makes the state; after it nothing grows but a number here and there
     assert kept[0] == pytest.approx(held, abs=4096)
@@ -105,7 +105,7 @@ def test_nor_does_a_step_of_any_registered_wrapper(name, device):
     params = parameters(device=device)
     opt = metaopt.build(params, ALONE[name])
     # state that is there before the base's first update is made by a step that is undone: that one step takes more
-    first = any(slot.early for wrapper in opt.wrappers for slot in wrapper.state_slots().values())
+    first = any(slot.early for wrapper in opt.wrappers for slot in wrapper.active_slots().values())
     assert max(taken_by_steps(opt, params, 6)[first:]) < size(params)
 
 
@@ -114,7 +114,7 @@ class Wasteful(Wrapper):
 
     def after_update(self, group):
         held = [p.clone() for p in group.params]
-        group.move_to(held)
+        group.set_params(held)
 
 
 def test_a_wrapper_that_copies_the_weights_is_seen(device):

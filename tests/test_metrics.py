@@ -4,9 +4,11 @@ import copy
 import gc
 import math
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
+from clients.ranks import meet
 
 import metaopt
 from metaopt import LogError, Logger
@@ -212,7 +214,7 @@ def test_only_rank_0_writes(tmp_path):
 
 
 def _two_ranks(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    meet(Path(folder, "meet"), rank)
     log = Memory()
     train(Metrics(log, every=1), [1.0])
     if log.points or log.opened:

@@ -143,8 +143,8 @@ def test_a_checkpoint_a_copy_and_a_pickle_go_on_bit_for_bit(at: int) -> None:
     for other, its in [*twins, (loaded, resumed)]:
         train(other, [its], at, 12)
         assert same(model, other)
-        assert all(entry is own for lane in its.lanes for entry, own in zip(
-            lane.base.param_groups, [e for e in its.param_groups if lane.holds(e)], strict=True))  # fmt: skip
+        assert all(entry is own for chain in its.chains for entry, own in zip(
+            chain.base.param_groups, [e for e in its.param_groups if chain.has_group(e)], strict=True))  # fmt: skip
 
 
 def test_a_checkpoint_without_one_wrapper_of_one_part_loads_and_is_reported() -> None:

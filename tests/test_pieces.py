@@ -4,26 +4,26 @@ import pytest
 import torch
 
 import metaopt
-from metaopt.engine import views
-from metaopt.lab.bench.targets import wrappers_alone
+from benchmarks.targets import wrappers_alone
+from metaopt.engine import update, views
 
 SHAPES = ((7, 3), (5,), (4, 2, 2), (), (9, 1))
 SPECS = [text for _, text, _ in wrappers_alone() if text is not None]
-CUT = [spec for spec in SPECS if "cautious" in spec or metaopt.build([torch.zeros(1)], spec).wrappers[0].each]
+CUT = [spec for spec in SPECS if "cautious" in spec or metaopt.build([torch.zeros(1)], spec).wrappers[0].elementwise]
 
 
 def run(spec: str, monkeypatch: pytest.MonkeyPatch, most: int) -> tuple[list[torch.Tensor], int]:
     """Return the weights after some updates by pieces of at most so many elements, and how many pieces were made."""
-    monkeypatch.setattr(views, "CPU_PIECE", most)
+    monkeypatch.setattr(update, "CPU_BLOCK", most)
     made = 0
-    init = views.Piece.__init__
+    init = views.GroupView.__init__
 
-    def counting(self: views.Piece, *args: object, **kwargs: object) -> None:
+    def counting(self: views.GroupView, *args: object, **kwargs: object) -> None:
         nonlocal made
         made += 1
         init(self, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(views.Piece, "__init__", counting)
+    monkeypatch.setattr(views.GroupView, "__init__", counting)
     generator = torch.Generator().manual_seed(0)
     weights = [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in SHAPES]
     opt = metaopt.build(weights, spec)
@@ -49,16 +49,16 @@ def test_some_wrappers_treat_tensors_in_parts() -> None:
     assert len(CUT) >= 3
 
 
-def test_a_part_of_a_group_tells_where_its_own_tensors_stand(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Halve(metaopt.Wrapper, each="element"):
-        """w <- w / 2, by the places that parts tell."""
+def test_the_index_of_a_block_is_that_of_its_own_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Halve(metaopt.Wrapper, elementwise=True):
+        """w <- w / 2, by the index of each block."""
 
         def after_update(self, group: metaopt.Group) -> None:
             halves = [p / 2 for p in group.params]
-            for part in group.parts():
-                part.move_to([halves[i] for i in part.at])
+            for block in group.blocks():
+                block.set_params([halves[i] for i in block.index])
 
-    monkeypatch.setattr(views, "CPU_PIECE", 4)
+    monkeypatch.setattr(update, "CPU_BLOCK", 4)
     weights = [torch.nn.Parameter(torch.arange(1.0, n + 1)) for n in (3, 12, 2)]
     opt = metaopt.build(weights, metaopt.spec.as_pipeline("sgd(lr=1.0)") | Halve())
     for p in weights:

@@ -1,4 +1,4 @@
-"""What proves parts: excuses, examples, and a user's mistakes."""
+"""What proves parts: expected failures, examples, and a user's mistakes."""
 
 import subprocess
 import sys
@@ -14,27 +14,27 @@ from metaopt.registry import Entry, Registry
 from metaopt.testing import CHECKS, cases, outcome, prove
 
 
-def test_an_excuse_that_is_needed_is_told_and_no_failure():
+def test_an_expected_failure_that_is_needed_is_told_and_no_failure():
     (case,) = cases("adafactor")
     result = outcome(case, CHECKS["waits_for_no_device"])
     assert result.status == "excused"
     assert "reads the norm" in result.reason
 
 
-def test_an_excuse_that_is_no_longer_needed_is_a_failure():
-    case = cases("adam", excuses={"changes_parameters": "it does not move"})[0]
+def test_an_expected_failure_that_is_no_longer_needed_is_a_failure():
+    case = cases("adam", expected_failures={"changes_parameters": "it does not move"})[0]
     result = outcome(case, CHECKS["changes_parameters"])
     assert result.bad
-    assert "take the excuse out" in result.reason
+    assert "take it out of expected_failures" in result.reason
 
 
-def test_an_excuse_for_no_check_is_an_error():
-    with pytest.raises(MetaoptError, match="excuses moves"):
-        prove(cases("adam", excuses={"moves": "it does not move"})[0])
+def test_an_expected_failure_of_no_check_is_an_error():
+    with pytest.raises(MetaoptError, match="expects a failure of moves"):
+        prove(cases("adam", expected_failures={"moves": "it does not move"})[0])
 
 
 def test_a_part_that_cannot_be_run_says_why():
-    (result,) = prove(cases("adam", not_run="needs a device of another world")[0])
+    (result,) = prove(cases("adam", skip_reason="needs a device of another world")[0])
     assert result.status == "not run"
     assert result.reason == "needs a device of another world"
     assert not result.bad
@@ -120,7 +120,7 @@ class NoCurve(metaopt.Schedule):
         ("wrapper", torch.optim.SGD, "SGD is no subclass of metaopt.Wrapper"),
         ("schedule", metaopt.Wrapper, "Wrapper is no subclass of metaopt.Schedule"),
         ("schedule", lambda: 0.1, "is no subclass of metaopt.Schedule"),
-        ("schedule", NoCurve, r"NoCurve leaves out what a schedule must have: define over\(\)"),
+        ("schedule", NoCurve, r"NoCurve leaves out what a schedule must have: define curve\(\)"),
     ],
 )
 def test_what_is_not_of_its_kind_is_an_error_where_it_is_looked_up(kind, target, told):

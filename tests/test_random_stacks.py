@@ -9,7 +9,7 @@ import torch
 from plain_stack import Held, Lane, PlainStack, Rule
 
 import metaopt
-from metaopt.engine import views
+from metaopt.engine import update
 
 SHAPES = ((4, 3), (3,), (2, 2, 2), (), (0,), (2, 0), (5, 1))
 BEFORE = {
@@ -175,7 +175,7 @@ class Trial:
 @pytest.mark.parametrize("seed", range(80))
 def test_a_random_stack_follows_the_rules_whatever_happens_to_it(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     trial = Trial(seed)
-    monkeypatch.setattr(views, "CPU_PIECE", trial.random.choice([1 << 19, 2, 5]))
+    monkeypatch.setattr(update, "CPU_BLOCK", trial.random.choice([1 << 19, 2, 5]))
     done = []
     for number in range(12):
         done.append(trial.random.choice(WAYS))

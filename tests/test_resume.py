@@ -14,7 +14,7 @@ import metaopt
 from metaopt.registry import registry
 
 OFFERED = [entry.name for entry in registry.entries("optimizer") if entry.origin == "metaopt"]
-BASES = [name for name in OFFERED if not metaopt.spec.part(name).divides]
+BASES = [name for name in OFFERED if not metaopt.spec.part(name).is_partition]
 BASE_SPECS = {"muon": "muon(lr=0.01)", "lbfgs": "lbfgs(lr=0.1, max_iter=3)", "sgd": "sgd(lr=0.1, momentum=0.9)"}
 SPECS = [BASE_SPECS.get(name, name) for name in BASES] + [
     f"clip_grad_norm(0.5) | {BASE_SPECS.get(name, name)} | lookahead(k=3)" for name in BASES if name != "lbfgs"
@@ -73,7 +73,7 @@ def test_an_identity_stack_is_the_bare_optimizer_bit_for_bit(name: str) -> None:
         model, opt = resume_worker.make(spec + suffix)
         bare_model, built = resume_worker.make(spec)
         part = metaopt.spec.part(name)
-        options = dict(metaopt.spec.parse(spec).parts[0].given)
+        options = dict(metaopt.spec.parse(spec).parts[0].arguments)
         if "fused" in part.hyperparameters:
             options["fused"] = True
         bare = part.target(bare_model.parameters(), **options)

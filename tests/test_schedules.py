@@ -25,7 +25,7 @@ def from_torch(make: Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]
 
 
 def schedule(text: str) -> metaopt.Schedule:
-    return parse(f"sgd(lr={text})").parts[0].given["lr"]
+    return parse(f"sgd(lr={text})").parts[0].arguments["lr"]
 
 
 PAIRS = [

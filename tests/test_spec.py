@@ -149,8 +149,8 @@ def test_text_and_objects_mean_the_same(lr: float, k: int, norm: float) -> None:
     pipeline = metaopt.clip_grad_norm(1.0, norm_type=norm) | metaopt.adamw(lr=lr) | metaopt.lookahead(k=k)
     text = str(pipeline)
     assert str(parse(text)) == text
-    assert [part.given for part in parse(text)] == [
-        {key: value for key, value in part.given.items() if key in again.given}
+    assert [part.arguments for part in parse(text)] == [
+        {key: value for key, value in part.arguments.items() if key in again.arguments}
         for part, again in zip(pipeline, parse(text), strict=True)
     ]
 
@@ -159,7 +159,7 @@ def test_schedules_survive_the_way_through_text() -> None:
     pipeline = metaopt.adamw(lr=metaopt.warmup(metaopt.cosine(3e-4), 0.05)) | metaopt.lookahead
     again = parse(str(pipeline))
     assert str(again) == str(pipeline)
-    assert again.parts[0].given["lr"] == pipeline.parts[0].given["lr"]
+    assert again.parts[0].arguments["lr"] == pipeline.parts[0].arguments["lr"]
 
 
 def test_an_unregistered_class_has_no_text_but_a_repr() -> None:

@@ -55,7 +55,7 @@ def fitting(declared: Hyperparameter) -> list[str]:
     found = []
     for text in VALUES:
         with contextlib.suppress(ValueError, SyntaxError, metaopt.MetaoptError):
-            declared.check(ast.literal_eval(text), where=declared.name)
+            declared.validate(ast.literal_eval(text), where=declared.name)
             found.append(text)
     return found
 

@@ -242,6 +242,46 @@ def test_json_lines_of_a_resumed_run_end_at_the_checkpoint_first(tmp_path):
     assert lines[0]["spec"] == "sgd(lr=0.1)"
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"milk, eggs", b'{"step": 1}\n', b'{"spec": "sgd"}\n{"step": 1}\n', b"[]\n", b"\xff\xfe", b"\n"],
+    ids=["text", "points", "another's first line", "a list", "bytes", "an empty line"],
+)
+def test_a_file_that_is_not_a_log_is_refused_and_stays(tmp_path, content):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content)
+    with pytest.raises(LogError, match=r"notes\.txt is not a log of metaopt") as raised:
+        metaopt.build(torch.nn.Linear(2, 1, bias=False), "sgd(lr=0.1)", log=JsonLines(path))
+    assert "\n" not in str(raised.value)
+    assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_empty_file_becomes_a_log(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.touch()
+    json_run(path, [1.0])
+    assert len(path.read_text().splitlines()) == 2 and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_that_begins_anew_keeps_the_logs_of_earlier_ones(tmp_path):
+    path = tmp_path / "log.jsonl"
+    for loss in (1.0, 2.0, 3.0):
+        json_run(path, [loss])
+    losses = {file.name: json.loads(file.read_text().splitlines()[1])["train/loss"] for file in tmp_path.iterdir()}
+    assert losses == {"log.1.jsonl": 1.0, "log.2.jsonl": 2.0, "log.jsonl": 3.0}
+
+
+def test_a_run_that_goes_back_to_its_beginning_goes_on_in_the_same_file(tmp_path):
+    path = tmp_path / "log.jsonl"
+    metrics = Metrics(JsonLines(path), every=1)
+    for update, loss in ((1, 1.0), (2, 2.0), (1, 3.0)):
+        metrics.measure("train/loss", loss)
+        metrics.end_update(update)
+    metrics.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()[1:]] == [{"step": 1, "train/loss": 3.0}]
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_importing_the_loggers_imports_no_tensorboard():
     code = "import sys, metaopt, metaopt.loggers.tensorboard; assert 'tensorboard' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

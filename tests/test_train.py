@@ -14,7 +14,7 @@ import warm
 from metaopt import CheckpointError, ProblemError
 from metaopt.cli import main
 from metaopt.lab import checkpoint
-from metaopt.lab.holding import held
+from metaopt.lab.holding import held, scratch_of
 from metaopt.lab.train import train
 from metaopt.problems.classification import Xor
 from metaopt.registry import registry
@@ -130,9 +130,10 @@ def test_a_resumed_run_draws_the_random_numbers_of_the_uninterrupted_one(tmp_pat
 def test_what_a_killed_run_left_half_written_is_removed_at_the_next_start(tmp_path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    (folder / ".step-000000100.tmp").write_bytes(b"half a checkpoint")
+    scratch_of(folder / "step-000000100-0.pt").write_bytes(b"half a checkpoint")
+    (folder / "notes.tmp").write_text("not ours")
     train(problem(), SPEC, steps=5, log=tmp_path, resume=True)
-    assert [path.name for path in folder.glob("*.tmp")] == []
+    assert {path.name for path in [*folder.glob("*.tmp"), *folder.glob(".*.tmp")]} == {"notes.tmp"}
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path, uninterrupted):

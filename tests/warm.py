@@ -85,6 +85,7 @@ def _all(reading: Connection) -> str:
 def _run(
     arguments: list[str], folder: str, largest_file: int | None, dies: bool, out: Connection, errors: Connection
 ) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where these tests run under nohup or some CI
     os.chdir(folder)
     os.dup2(out.fileno(), 1)
     os.dup2(errors.fileno(), 2)

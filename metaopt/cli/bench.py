@@ -1,18 +1,17 @@
-"""`metaopt bench`: what an update costs here, beside what people write by hand."""
+"""`metaopt bench`: what an update costs here, beside that of the bare base."""
 
-import importlib
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import json
+from collections.abc import Callable
 from enum import StrEnum
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from metaopt.cli import Plugins
+from metaopt.cli import Plugins, progress_of
 
-DEFAULT_SPEC = "clip_grad_norm(1.0) | adamw | lookahead(k=5)"
+FEWEST_ROUNDS = 20
 
 
 class Dtypes(StrEnum):
@@ -30,83 +29,95 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(
-    specs: Annotated[list[str] | None, typer.Argument(metavar="[SPEC]...", help="The stacks to measure.")] = None,
+    specs: Annotated[list[str], typer.Argument(metavar="SPEC...", help="The stacks to measure.")],
     shapes: Annotated[
-        str, typer.Option(metavar="SET,...", help="tiny, transformer, large, many; with --targets all by default.")
-    ] = "",
+        str, typer.Option(metavar="SET,...", help="Of the parameters: tiny, transformer, large, many.")
+    ] = "tiny,transformer,large",
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; fewer than 20 are a rough look.")] = 20,
-    baseline: Annotated[
-        str | None, typer.Option(help="What ratios are taken to: a contender's key or text; torch-fused by default.")
-    ] = None,
-    targets: Annotated[bool, typer.Option("--targets", help="Check the project's own promises instead.")] = False,
-    only: Annotated[str, typer.Option(metavar="TARGET,...", help="With --targets: these alone.")] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     dtype: Annotated[Dtypes, typer.Option(help="Of the parameters.")] = Dtypes.FLOAT32,
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch; its own choice by default.")] = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write what was measured.")] = None,
     plugin: Plugins = [],  # noqa: B006  typer reads the default, nothing changes it
 ) -> None:
-    """Measure time, memory and bytes of an update: stacks, and their equals written by hand, side by side."""
-    # the profiler reports its own start and stop, and every tensor that is older than it, on standard error
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    running = importlib.import_module("metaopt.lab.bench.running")
-    report = importlib.import_module("metaopt.lab.bench.report")
-    plan = running.plan_bench(
-        specs=specs or [DEFAULT_SPEC],
-        shapes=_listed(shapes),
-        rounds=rounds,
-        baseline=baseline,
-        targets=targets,
-        only=_listed(only),
-        device=device,
-        dtype=dtype.value,
-        threads=threads,
-    )
+    """Measure time and state of an update: stacks, and their bases without wrappers, side by side."""
+    shapes_module, timing, files = (import_module(f"metaopt.lab.{name}") for name in ("shapes", "timing", "whole_file"))
+    import_module("metaopt.lab.device").usable_device(device)
+    torch = import_module("torch")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    names = [name.strip() for name in shapes.split(",") if name.strip()]
+    specs = list(dict.fromkeys(specs))
+    # mistakes are reported before minutes are spent
+    for name in names:
+        shapes_module.shapes_of(name)
+    timing.check_specs(specs)
     if json is not None:
-        report.check_place(json)  # told before minutes are spent
-    with _progress() as say:
-        found = running.run_bench(plan, say)
-    _show(found, report)
+        files.check_writable(json)
+    results = []
+    with progress_of("rounds") as show:
+        for position, name in enumerate(names):
+            tensors = shapes_module.make_tensor_set(name, device, getattr(torch, dtype))
+            results.append(
+                timing.time_specs(specs, tensors, rounds, _counter(show, position * rounds, len(names) * rounds))
+            )
+    machine = {"device": device, "dtype": str(dtype), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    _show(results, machine, rounds)
     if json is not None:
-        report.write_json(json, found.document())
+        _write(json, results, machine, files)
 
 
-def _listed(text: str) -> list[str]:
-    return [item.strip() for item in text.split(",") if item.strip()]
+def _counter(show: Callable[[int, int], None], done: int, total: int) -> Callable[[], None]:
+    def count() -> None:
+        nonlocal done
+        done += 1
+        show(done, total)
+
+    return count
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda what: None
-        return
-    with console.status("measuring") as status:
-        yield lambda what: status.update(what)
-
-
-def _show(found: Any, report: Any) -> None:
-    print(found.heading())
-    for heading, table in found.tables():
-        print(f"\n{heading}\n")
-        _print_table(table, report)
-    print()
-    for remark in found.remarks():
-        print(f"- {remark}")
+def _show(results: list[Any], machine: dict[str, Any], rounds: int) -> None:
+    print(f"{machine['device']}, {machine['dtype']}, {machine['threads']} threads, torch {machine['torch']}")
+    for result in results:
+        print(f"\n{result.name}: {result.tensors:,} tensors, {result.elements:,} elements\n")
+        _print_table([_cells(row, result.parameter_bytes) for row in result.rows])
+    print("\n- against the base: time per update over that of the bare base, median [quartiles] of the rounds")
+    print("- state: also as a multiple of the parameters")
+    if rounds < FEWEST_ROUNDS:
+        print(f"- fewer than {FEWEST_ROUNDS} rounds: a rough look, not a measurement")
 
 
-def _print_table(table: list[dict[str, str]], report: Any) -> None:
+def _cells(row: Any, parameter_bytes: int) -> dict[str, str]:
+    return {
+        "spec": row.spec,
+        "ms per update": f"{row.seconds.median * 1e3:.3f}",
+        "base": row.base,
+        "ms of the base": f"{row.base_seconds.median * 1e3:.3f}",
+        "against the base": f"{row.ratio.median:.3f} [{row.ratio.low:.3f}, {row.ratio.high:.3f}]",
+        "state": f"{row.state_bytes / 1e6:.2f} MB ({row.state_bytes / parameter_bytes:.2f}x)",
+        "state of the base": f"{row.base_state_bytes / 1e6:.2f} MB ({row.base_state_bytes / parameter_bytes:.2f}x)",
+    }
+
+
+def _print_table(rows: list[dict[str, str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    if not console.is_terminal:
-        print(report.markdown(table))
+    if console.is_terminal:
+        table = Table(*rows[0])
+        for row in rows:
+            table.add_row(*row.values())
+        console.print(table)
         return
-    shown = Table(*table[0])
-    for row in table:
-        shown.add_row(*row.values())
-    console.print(shown)
+    print("| " + " | ".join(rows[0]) + " |")  # Markdown, for a file or an issue
+    print("|" + " --- |" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(cell.replace("|", "\\|") for cell in row.values()) + " |")
+
+
+def _write(path: Path, results: list[Any], machine: dict[str, Any], files: Any) -> None:
+    from dataclasses import asdict
+
+    document = {"format": 1, "machine": machine, "shapes": {result.name: asdict(result) for result in results}}
+    files.write_whole(path, json.dumps(document, indent=1) + "\n")

@@ -160,10 +160,10 @@ def _examples(entry: "Entry", steps: int) -> dict[str, Any]:
     for name, hyperparameter in part(entry.name).hyperparameters.items():
         if not hyperparameter.required:
             continue
-        kind = str(hyperparameter.kind)
+        kind = str(hyperparameter.type)
         if "Schedule" in kind or name == "schedule":
             given[name] = part("cosine", "schedule")(1.0)
-        elif hyperparameter.kind is int or "int" in kind:
+        elif hyperparameter.type is int or "int" in kind:
             given[name] = max(1, steps // 10)
         else:
             given[name] = 0.1 if given else 1.0
@@ -174,7 +174,7 @@ def curve(schedule: "Schedule", steps: int) -> list[str]:
     """Return a picture of a schedule over a run: height is the value, width the updates."""
     from metaopt.spec import to_text
 
-    value: Callable[[float], float] = schedule.over(steps, steps)
+    value: Callable[[float], float] = schedule.curve(steps, steps)
     try:
         columns = [value(round(column * (steps - 1) / (WIDTH - 1))) for column in range(WIDTH)]
     except ArithmeticError as error:

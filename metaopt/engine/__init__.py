@@ -1,1 +1,1 @@
-"""What a stack is made of: an update, its state, its checkpoints. `metaopt.stack` puts it together."""
+"""The engine: what a stack does between `step()` and the weights. See docs/architecture.md."""

@@ -1,251 +1,479 @@
-"""What wrappers see of one group: aligned lists of local tensors, of one device and dtype each."""
+"""What wrappers see: one group as aligned lists of local tensors of one device and dtype, and all groups at once."""
 
-import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 
-from metaopt.engine.lanes import ANEW, Lane
-from metaopt.engine.scaling import apply_scale
-from metaopt.engine.shards import all_local, dense, local, mean_over_shards, norm_over_shards
-from metaopt.errors import StepError
-from metaopt.wrapper import Group, Reduce, Wrapper
+from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState, is_moment
+from metaopt.engine.shards import (
+    all_local,
+    dense,
+    is_sharded,
+    like_parameter,
+    local,
+    mean_over_replicas,
+    mean_over_shards,
+    norm_over_shards,
+    random_like,
+    total_dot,
+    total_norm,
+)
+from metaopt.engine.structure import Placed
+from metaopt.engine.update import Members, Update, block_size
+from metaopt.errors import HyperparameterError, StepError
+from metaopt.wrapper import Group, Groups, Reduce, Slot, Wrapper
 
-if TYPE_CHECKING:
-    from metaopt.stack import Stack
-
-Entry = dict[str, Any]
 # rows of a tensor's first dimension, or None for all of them
-Span = tuple[int, int] | None
-
-# elements in a piece of tensors that a processor's cache holds together with their state
-CPU_PIECE = 1 << 19
-# an accelerator gets as much at once as costs little memory where a wrapper needs some of its own
-DEVICE_PIECE = 1 << 25
+Rows = tuple[int, int] | None
 
 
-def is_moment(value: Any, key: str, parameter: torch.Tensor) -> bool:
-    """Tell whether an entry of the base's state is a moment: floating, not `step`, no lone number."""
-    return (
-        isinstance(value, torch.Tensor)
-        and key != "step"
-        and (value.is_floating_point() or value.is_complex())
-        and (value.numel() > 1 or parameter.numel() <= 1)
-    )
-
-
-class Piece(Group):
-    """One group's parameters of one device and dtype, or rows of them, for one wrapper, during one update."""
+class GroupView(Group):
+    """Parameters of one group of one device and dtype, or rows of them, for one wrapper, during one update."""
 
     def __init__(
         self,
-        stack: "Stack",
-        entry: Entry,
+        update: Update,
+        group: ParamGroup,
         wrapper: Wrapper,
-        owners: list[torch.Tensor],
-        spans: list[Span] | None = None,
-        at: list[int] | None = None,
+        parameters: Members,
+        rows: list[Rows] | None = None,
+        index: list[int] | None = None,
+        updates: int | None = None,
     ) -> None:
-        self._stack = stack
-        self._entry = entry
+        self._update = update
+        self._group = group
         self._wrapper = wrapper
-        self._spans = spans
-        self.owners = owners
-        self.params = self._rows(all_local(owners))
-        self.updates = entry["metaopt.updates"]
-        self.at = list(range(len(owners))) if at is None else at
+        self._rows = rows
+        self.parameters = parameters
+        self.params = self._cut(all_local(parameters))
+        self.updates = group["metaopt.updates"] if updates is None else updates
+        self.index = list(range(len(parameters))) if index is None else index
+        # slots kept on another device: copies here, with the originals and their versions
+        self._fetched: dict[str, tuple[list[torch.Tensor], list[torch.Tensor], list[int]]] = {}
 
-    def parts(self) -> list["Piece"]:
-        cpu = self.params[0].device.type == "cpu"
-        if self._spans is None:
-            return _cut(self, CPU_PIECE if cpu else DEVICE_PIECE)
-        # a part already; where its tensors stand is told of this group, not of the one that it was cut from
-        return [self.part(list(range(len(self.owners))), self._spans)]
+    # ---- blocks
 
-    def part(self, at: list[int], spans: list[Span]) -> "Piece":
-        """Return a piece of some of these parameters, or of rows of them."""
-        owners = [self.owners[i] for i in at]
-        return Piece(self._stack, self._entry, self._wrapper, owners, spans, at)
+    def blocks(self) -> list["GroupView"]:
+        if self._rows is not None:
+            # a block already: `index` is a position within this block, not within the group that it was cut from
+            return [self._part(list(range(len(self.parameters))), self._rows)]
+        return self.cut(block_size(self.params))
 
-    def _rows(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        if self._spans is None:
+    def cut(self, most: int) -> list["GroupView"]:
+        """Return the same in blocks of at most so many elements each, cut between tensors and between rows."""
+        if sum(p.numel() for p in self.params) <= most:
+            return [self]
+        blocks: list[tuple[list[int], list[Rows]]] = []
+        filled = 0
+        for i, tensor in enumerate(self.params):
+            for rows, size in _row_ranges(tensor, most):
+                if not blocks or filled + size > most:
+                    blocks.append(([], []))
+                    filled = 0
+                blocks[-1][0].append(i)
+                blocks[-1][1].append(rows)
+                filled += size
+        return [self._part(index, rows) for index, rows in blocks]
+
+    def _part(self, index: list[int], rows: list[Rows]) -> "GroupView":
+        parameters = [self.parameters[i] for i in index]
+        return GroupView(self._update, self._group, self._wrapper, parameters, rows, index, self.updates)
+
+    def _cut(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        if self._rows is None:
             return tensors
-        pairs = zip(tensors, self._spans, strict=True)
-        return [tensor if span is None else tensor[span[0] : span[1]] for tensor, span in pairs]
+        pairs = zip(tensors, self._rows, strict=True)
+        return [tensor if rows is None else tensor[rows[0] : rows[1]] for tensor, rows in pairs]
+
+    # ---- hyperparameters and state
 
     def __getattr__(self, name: str) -> Any:
         wrapper = self.__dict__["_wrapper"]
         key = f"{wrapper.label}.{name}"
-        if name in wrapper.hyperparameters or name in wrapper.counters:
-            return self._entry[key]
+        if name in wrapper.hyperparameters or name in wrapper.counters or name in wrapper.scalars:
+            return self._group[key]
         slot = wrapper.slots.get(name)
         if slot is None:
             raise AttributeError(f"{wrapper.label} declares no hyperparameter and no state called {name!r}")
+        if slot.kind == "previous":
+            return self._previous(name)
         if slot.kind == "moments":
-            return {m: self._held(f"{key}.{m}") for m in self.base_moments}
-        return self._rows(self._held(key))
+            return {m: self._kept(f"{key}.{m}", slot) for m in self.base_moments}
+        if slot.copies is not None:
+            keys = [k for k in self._chain.layout(wrapper).state_keys if k.startswith(f"{key}.")]
+            return [self._cut(self._kept(k, slot)) for k in keys]
+        kept = self._kept(key, slot)
+        return kept if slot.kind == "number" else self._cut(kept)
 
-    def _held(self, key: str) -> list[torch.Tensor]:
-        stack = self._stack
-        if stack.copies:
-            return all_local([stack.held(p)[key] for p in self.owners])
-        state = stack.base.state
-        return all_local([state[p][key] for p in self.owners])
+    def _previous(self, name: str) -> list[torch.Tensor]:
+        before = self._update.before
+        if any(p not in before for p in self.parameters):
+            raise StepError(f"{self._wrapper.label}.{name} exists only during an update, behind the base")
+        return self._cut([before[p] for p in self.parameters])
+
+    def _kept(self, key: str, slot: Slot) -> list[torch.Tensor]:
+        update = self._update
+        if update.initial:
+            tensors = all_local([update.state_of(p)[key] for p in self.parameters])
+        else:
+            state = update.run.state
+            tensors = all_local([state[p][key] for p in self.parameters])
+        return tensors if slot.device is None else self._fetch(key, tensors)
+
+    def _fetch(self, key: str, originals: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return copies beside the parameters of what is kept on another device; see `write_back`."""
+        if key in self._fetched:
+            return self._fetched[key][0]
+        device = self.params[0].device
+        if all(original.device == device for original in originals):
+            return originals
+        # in stream order behind the copies that went out, so that nothing has to be awaited
+        copies = [original.to(device, non_blocking=True) for original in originals]
+        self._fetched[key] = copies, originals, [copy._version for copy in copies]
+        return copies
+
+    def own_state(self, p: torch.Tensor) -> list[Any]:
+        """Return the wrapper's entries in a parameter's state."""
+        label = self._wrapper.label
+        return [value for key, value in self._update.run.state[p].items() if str(key).startswith(f"{label}.")]
+
+    def write_back(self) -> None:
+        """Send what the wrapper changed of fetched copies back, without waiting; see `Run.await_copies`."""
+        for copies, originals, versions in self._fetched.values():
+            for copy, original, version in zip(copies, originals, versions, strict=True):
+                if copy._version != version:
+                    original.copy_(copy, non_blocking=True)
+                    self._update.run.copies_under_way = True
+        self._fetched.clear()
 
     @property
-    def _lane(self) -> Lane:
-        return self._stack.lane_of(self._entry)
+    def _chain(self) -> Chain:
+        return self._update.run.structure.chain_of(self._group)
+
+    # ---- gradients and the update
 
     @property
     def grads(self) -> list[torch.Tensor]:
-        apply_scale(self._stack, self._lane)
-        if not self._wrapper.takes_sparse and any(p.grad is not None and p.grad.is_sparse for p in self.owners):
+        self._update.apply_scale(self._chain)
+        sparse = any(p.grad is not None and p.grad.is_sparse for p in self.parameters)
+        if sparse and not self._wrapper.supports_sparse_grads:
             raise StepError(f"{self._wrapper.label} needs dense gradients, and a parameter's is sparse: leave it out")
-        gradients = self.raw_grads
-        if len(gradients) < len(self.owners):
+        gradients = self._cut([dense(local(p.grad)) for p in self.parameters if p.grad is not None])
+        if len(gradients) < len(self.parameters):
             raise StepError(
-                f"{self._wrapper.label} reads gradients after the update, but {type(self._lane.base).__name__} "
+                f"{self._wrapper.label} reads gradients after the update, but {type(self._chain.base).__name__} "
                 f"takes them away inside its step(): the two do not go together"
             )
         return gradients
 
     @property
-    def raw_grads(self) -> list[torch.Tensor]:
-        """The gradients as they stand in `p.grad`, whatever factor is pending."""
-        return self._rows([dense(local(p.grad)) for p in self.owners if p.grad is not None])
+    def update(self) -> list[torch.Tensor]:
+        update = self._update
+        if any(p not in update.before for p in self.parameters):
+            raise StepError(f"{self._wrapper.label}: group.update exists only in on_update and in after_updates")
+        return self._cut([update.change_of(p) for p in self.parameters])
 
     @property
     def base_lr(self) -> Any:
-        if "lr" not in self._entry:
-            raise StepError(f"{self._wrapper.label} needs a learning rate, {type(self._lane.base).__name__} has none")
-        return self._entry["lr"]
+        if "lr" not in self._group:
+            raise StepError(f"{self._wrapper.label} needs a learning rate, {type(self._chain.base).__name__} has none")
+        return self._group["lr"]
 
     @property
-    def maximizes(self) -> bool:
-        return bool(self._entry.get("maximize", False))
+    def maximize(self) -> bool:
+        return bool(self._group.get("maximize", False))
 
     @property
     def base_moments(self) -> dict[str, list[torch.Tensor]]:
-        state, first = self._stack.state, self.owners[0]
-        keys = [k for k in _base_keys(self._lane, state[first]) if is_moment(state[first][k], k, first)]
-        return {key: [local(state[p][key]) for p in self.owners] for key in keys}
+        state, first = self._update.run.state, self.parameters[0]
+        keys = [k for k in _base_keys(self._chain, state[first]) if is_moment(state[first][k], k, first)]
+        return {key: [local(state[p][key]) for p in self.parameters] for key in keys}
+
+    def replace_grads(self, gradients: list[torch.Tensor]) -> None:
+        self._update.apply_scale(self._chain)  # the factor was meant for the gradients that these replace
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = like_parameter(parameter, gradient)
+            self._update.lent.append(parameter)
+
+    def clear_grads(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def set_params(self, tensors: list[torch.Tensor]) -> None:
+        torch._foreach_copy_(self.params, tensors)
+        self.move_inner_anchors()
+
+    def move_inner_anchors(self) -> None:
+        """Set the anchors between the base and the wrapper to the weights (law 11)."""
+        state = self._update.run.state
+        for key in self._chain.layout(self._wrapper).inner_anchor_keys:
+            # an anchor that has yet to be taken will be taken from the weights of that moment
+            having = [i for i, p in enumerate(self.parameters) if key in state[p]]
+            for i in having:
+                anchor, weights = local(state[self.parameters[i]][key]), self.params[i]
+                if self._rows is not None and (rows := self._rows[i]) is not None:
+                    anchor = anchor[rows[0] : rows[1]]
+                anchor.copy_(weights, non_blocking=True)
+                if anchor.device != weights.device:
+                    self._update.run.copies_under_way = True
+
+    def reset_base_state(self) -> None:
+        self._update.run.forget_base_state(self.parameters, self._chain)
+
+    # ---- numbers
 
     def norms(self, tensors: list[torch.Tensor], *, rows: bool = False) -> list[torch.Tensor]:
-        return [norm_over_shards(t, owner, rows=rows) for t, owner in zip(tensors, self.owners, strict=True)]
+        return [norm_over_shards(t, p, rows=rows) for t, p in zip(tensors, self.parameters, strict=True)]
 
     def means(self, tensors: list[torch.Tensor], *, rows: bool = False) -> list[torch.Tensor]:
-        return [mean_over_shards(t, owner, rows=rows) for t, owner in zip(tensors, self.owners, strict=True)]
+        return [mean_over_shards(t, p, rows=rows) for t, p in zip(tensors, self.parameters, strict=True)]
 
-    def lend(self, gradients: list[torch.Tensor]) -> None:
-        apply_scale(self._stack, self._lane)  # meant for the gradients that these take the place of
-        for owner, lent in zip(self.owners, gradients, strict=True):
-            owner.grad = _like(owner, lent)
-            self._stack.borrowers.append(owner)
+    def random_like(self, tensors: Any, distribution: Literal["normal", "uniform"] = "normal") -> Any:
+        if isinstance(tensors, torch.Tensor):
+            return self._noise(self._index_of(tensors), tensors, distribution)
+        return [self._noise(i, tensor, distribution) for i, tensor in enumerate(tensors)]
 
-    def clear_gradients(self) -> None:
-        for owner in self.owners:
-            owner.grad = None
+    def _noise(self, i: int, values: torch.Tensor, distribution: str) -> torch.Tensor:
+        update, wrapper, parameter = self._update, self._wrapper, self.parameters[i]
+        update.names = update.names or update.run.names()
+        rows = None if self._rows is None else self._rows[i]
+        place = wrapper.label, id(parameter), rows
+        draw = update.draws[place] = update.draws.get(place, 0) + 1
+        seed = self._group.get(f"{wrapper.label}.seed", 0)
+        key = f"{seed}/{wrapper.label}/{update.count}/{update.names[parameter]}/{draw}"
+        if rows is None or values.shape != self.params[i].shape:
+            return random_like(values, parameter, key, distribution)
+        # a block of rows gets its rows of the noise of the whole tensor
+        whole = torch.empty_like(local(parameter), dtype=values.dtype)
+        return random_like(whole, parameter, key, distribution)[rows[0] : rows[1]]
 
-    def move_to(self, tensors: list[torch.Tensor]) -> None:
-        torch._foreach_copy_(self.params, tensors)
-        state = self._stack.base.state
-        for key in self._lane.seat(self._wrapper).nearer_anchors:
-            if all(key in state[p] for p in self.owners):
-                torch._foreach_copy_(self._rows(self._held(key)), self.params)
-                continue
-            # an anchor that has yet to be taken will be taken from where the parameter is then
-            having = [i for i, p in enumerate(self.owners) if key in state[p]]
-            spans = None if self._spans is None else [self._spans[i] for i in having]
-            if having:
-                some = Piece(self._stack, self._entry, self._wrapper, [self.owners[i] for i in having], spans)
-                torch._foreach_copy_(some._rows(some._held(key)), some.params)
-
-    def reset_base(self) -> None:
-        self._stack.forget_base_state(self.owners, self._lane)
-
-    @property
-    def measured(self) -> bool:
-        every = self._wrapper.every
-        # called every k updates: the call before a point speaks for it
-        return (
-            self._stack.measuring
-            if every is None
-            else self._stack.point_within(int(self._entry[f"{self._wrapper.label}.{every}"]))
+    def _index_of(self, tensor: torch.Tensor) -> int:
+        lists: list[list[torch.Tensor | None]] = [
+            list(self.params),
+            [p.grad for p in self.parameters],
+            [self._update.change.get(p) for p in self.parameters],
+        ]
+        for candidates in lists:
+            for i, candidate in enumerate(candidates):
+                if candidate is not None and (candidate is tensor or local(candidate).data_ptr() == tensor.data_ptr()):
+                    return i
+        raise StepError(
+            f"{self._wrapper.label}: random_like takes a tensor of group.params, group.grads or group.update, or a list "
+            f"aligned with group.params"
         )
 
+    def push(self, name: str, value: torch.Tensor) -> None:
+        push(getattr(self, name), value)
+
+    def mean_over_replicas(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return mean_over_replicas(tensors)
+
+    # ---- the log
+
+    @property
+    def is_logged(self) -> bool:
+        every = self._wrapper.acts_every
+        if every is None:
+            return self._update.is_logged
+        # called every k updates: the call before a point counts for it
+        run, k = self._update.run, int(self._group[f"{self._wrapper.label}.{every}"])
+        return run.metrics.wanted(run.updates, k)
+
     def measure(self, name: str, value: torch.Tensor | float, reduce: Reduce = "mean") -> None:
-        self._stack.measure(f"{self._wrapper.label}/{name}", value, reduce)
+        self._update.run.metrics.measure(f"{self._wrapper.label}/{name}", value, reduce)
 
 
-def _like(owner: torch.Tensor, lent: torch.Tensor) -> torch.Tensor:
-    """Return local values as a gradient of their owner: a DTensor where the owner is one, in its dtype."""
-    gradient = lent if lent.dtype == owner.dtype else lent.to(owner.dtype)
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is None or not isinstance(owner, module.DTensor):
-        return gradient
-    wrapped: torch.Tensor = module.DTensor.from_local(
-        gradient, owner.device_mesh, owner.placements, shape=owner.shape, stride=owner.stride()
-    )
-    return wrapped
+class GroupsView(Groups):
+    """All groups that a wrapper acts on, with the parameters that have a gradient in this update."""
+
+    def __init__(self, update: Update, placed: Placed, groups: list[ParamGroup] | None = None) -> None:
+        self._update = update
+        self._wrapper = placed.wrapper
+        self._chains = update.run.structure.chains_of(placed)
+        self._groups = groups_of(update, placed) if groups is None else groups
+        self._views: list[GroupView] | None = None
+
+    def __iter__(self) -> Iterator[GroupView]:
+        for group in self._groups:
+            yield from views_of(self._update, group, self._wrapper, self._update.members_of(group))
+
+    def groups_with_state(self) -> Iterator[GroupView]:
+        for group in self._groups:
+            keys = self._update.run.structure.chain_of(group).layout(self._wrapper).state_keys
+            having = [p for p in group["params"] if all(key in self._update.state_of(p) for key in keys)]
+            yield from views_of(self._update, group, self._wrapper, having)
+
+    # ---- numbers
+
+    def norm(self, norm_type: float = 2.0) -> torch.Tensor:
+        if self._update.run.has_zero_shard:
+            raise StepError(
+                f"{self._wrapper.label} needs the norm over all gradients, and ZeroRedundancyOptimizer gives each rank "
+                f"a share of them: leave it out and call torch.nn.utils.clip_grad_norm_(model.parameters(), ...) "
+                f"before step(), or shard with FSDP2 (fully_shard) instead"
+            )
+        return gradient_norm(self._update, self._chains, self._groups, norm_type)
+
+    def norm_of(self, name: str) -> torch.Tensor:
+        tensors = [
+            like_parameter(p, t.to(p.dtype)) if is_sharded(p) else t
+            for view in self
+            for p, t in zip(view.parameters, getattr(view, name), strict=True)
+        ]
+        return total_norm(tensors)
+
+    def dot(self, a: str, b: str) -> torch.Tensor:
+        products = [total_dot(getattr(view, a), getattr(view, b), view.parameters) for view in self]
+        return torch.stack([product.to(products[0].device) for product in products]).sum()
+
+    def mean_over_replicas(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return mean_over_replicas(tensors)
+
+    def scale(self, factor: torch.Tensor) -> None:
+        for chain in self._chains:
+            self._update.add_scale(chain, factor)
+
+    # ---- decisions and counters
+
+    def skip_update(self, reason: str) -> None:
+        if not self._wrapper.may_skip_updates:
+            raise StepError(f"{self._wrapper.label} skips an update without declaring may_skip_updates = True")
+        self._update.skip_reason = reason
+
+    def set_counter(self, name: str, value: int) -> None:
+        if name not in self._wrapper.counters:
+            raise AttributeError(f"{self._wrapper.label} declares no counter called {name!r}")
+        for group in self._groups:
+            group[f"{self._wrapper.label}.{name}"] = value
+
+    def push(self, name: str, value: torch.Tensor) -> None:
+        push(getattr(self, name), value)
+
+    @property
+    def is_logged(self) -> bool:
+        return self._update.is_logged
+
+    @property
+    def has_logger(self) -> bool:
+        return self._update.run.metrics.logger is not None
+
+    def measure(self, name: str, value: torch.Tensor | float) -> None:
+        self._update.run.metrics.measure(f"{self._wrapper.label}/{name}", value)
+
+    def __getattr__(self, name: str) -> Any:
+        wrapper = self.__dict__["_wrapper"]
+        key = f"{wrapper.label}.{name}"
+        if name in wrapper.scalars:
+            if wrapper.scalars[name].per == "group" and len(self._groups) > 1:
+                raise AttributeError(f"{key} is a number of each group: read it from the groups, or declare per='run'")
+            return self._groups[0][key]
+        if name not in wrapper.hyperparameters and name not in wrapper.counters:
+            raise AttributeError(f"{wrapper.label} declares no hyperparameter called {name!r}")
+        first = self._groups[0][key]
+        if any(group[key] is not first and group[key] != first for group in self._groups[1:]):
+            raise HyperparameterError(
+                f"{key} differs between groups, but {wrapper.label} acts on all of them at once: "
+                f"give every group the same value"
+            )
+        return first
 
 
-def _base_keys(lane: Lane, held: dict[str, Any]) -> list[str]:
-    """Return the keys of what the base keeps: nothing where its entries are fillings alone."""
-    return [] if held.get(ANEW) else [key for key in held if lane.is_base_key(key)]
+# ---- making views
 
 
-def pieces(stack: "Stack", entry: Entry, wrapper: Wrapper, owners: list[torch.Tensor]) -> list[Piece]:
-    """Split parameters by device, dtype and the moments that the base keeps of them; none of the pieces is empty."""
-    if not owners:
+def groups_of(update: Update, placed: Placed) -> list[ParamGroup]:
+    """Return the groups that a wrapper acts on."""
+    groups = update.run.param_groups
+    return groups if placed.chain is None else placed.chain.groups_in(groups)
+
+
+def views_of(
+    update: Update, group: ParamGroup, wrapper: Wrapper, parameters: Members, updates: int | None = None
+) -> list[GroupView]:
+    """Split parameters by device, dtype and the moments that the base keeps of them; no view is empty."""
+    if not parameters:
         return []
-    lane = stack.lane_of(entry)
-    kinds: list[Any] = [(owner.dtype, owner.device) for owner in owners]
-    if lane.seat(wrapper).per_moment:
-        moments = [tuple(_base_keys(lane, stack.base.state[owner])) for owner in owners]
+    kinds: list[Any] = [(p.dtype, p.device) for p in parameters]
+    chain = update.run.structure.chain_of(group)
+    if chain.layout(wrapper).keeps_moments:
+        moments = [tuple(_base_keys(chain, update.run.state[p])) for p in parameters]
         kinds = list(zip(kinds, moments, strict=True))
     if len(set(kinds)) == 1:
-        return [Piece(stack, entry, wrapper, owners)]
+        return [GroupView(update, group, wrapper, parameters, updates=updates)]
     buckets: dict[Any, list[torch.Tensor]] = {}
-    for kind, owner in zip(kinds, owners, strict=True):
-        buckets.setdefault(kind, []).append(owner)
-    return [Piece(stack, entry, wrapper, bucket) for bucket in buckets.values()]
+    for kind, p in zip(kinds, parameters, strict=True):
+        buckets.setdefault(kind, []).append(p)
+    return [GroupView(update, group, wrapper, bucket, updates=updates) for bucket in buckets.values()]
 
 
-def small_pieces(stack: "Stack", entry: Entry, wrapper: Wrapper, owners: list[torch.Tensor]) -> list[Piece]:
-    """Split parameters as `pieces` does and then into parts that stay in a cache, or cost little memory.
+def block_views_of(
+    update: Update, group: ParamGroup, wrapper: Wrapper, parameters: Members, updates: int | None = None
+) -> list[GroupView]:
+    """Split parameters as `views_of` does; for an elementwise wrapper, further into blocks that fit into a cache.
 
-    For wrappers that treat every element alike and read it more than once; an accelerator gets all at once: one launch
-    for everything.
+    An accelerator gets all at once: one launch for everything.
     """
-    found = pieces(stack, entry, wrapper, owners)
-    if stack.lane_of(entry).seat(wrapper).per_moment:
-        return found
-    return [part for piece in found for part in (piece.parts() if piece.params[0].device.type == "cpu" else [piece])]
+    views = views_of(update, group, wrapper, parameters, updates)
+    if not wrapper.elementwise or update.run.structure.chain_of(group).layout(wrapper).keeps_moments:
+        return views
+    return [block for v in views for block in (v.blocks() if v.params[0].device.type == "cpu" else [v])]
 
 
-def _cut(piece: Piece, most: int) -> list[Piece]:
-    """Cut a piece into some of at most so many elements each, between tensors and between rows."""
-    if sum(p.numel() for p in piece.params) <= most:
-        return [piece]
-    cut: list[tuple[list[int], list[Span]]] = []
-    filled = 0
-    for i, tensor in enumerate(piece.params):
-        for span, size in _spans(tensor, most):
-            if not cut or filled + size > most:
-                cut.append(([], []))
-                filled = 0
-            cut[-1][0].append(i)
-            cut[-1][1].append(span)
-            filled += size
-    return [piece.part(at, spans) for at, spans in cut]
+def updated(update: Update, group: ParamGroup, wrapper: Wrapper) -> Members:
+    """Return the group's parameters that have been updated: those that have the wrapper's state, if it has any.
+
+    For a wrapper that uses the previous weights, those of this update: of the others there are none.
+    """
+    run = update.run
+    layout = run.structure.chain_of(group).layout(wrapper)
+    if layout.uses_previous and update.before:
+        members = update.members_of(group)
+        return [p for p in members if all(key in run.state[p] for key in layout.state_keys)]
+    state = run.state
+    if not layout.state_keys:
+        return [p for p in group["params"] if p in state or p.grad is not None]
+    first, *others = layout.state_keys
+    begun = [p for p in group["params"] if p in state]
+    found = [p for p in begun if first in state[p]]
+    if others:
+        found = [p for p in found if all(key in state[p] for key in others)]
+    if len(found) < len(begun):  # a client has since written state of the base only: the next update completes it
+        run.invalidate()
+    return found
 
 
-def _spans(tensor: torch.Tensor, most: int) -> list[tuple[Span, int]]:
+def gradient_norm(
+    update: Update, chains: Sequence[Chain], groups: list[ParamGroup], norm_type: float = 2.0
+) -> torch.Tensor:
+    """Return the norm over the gradients of some groups, over devices and shards; pending factors count."""
+    factor = update.scale.get(chains[0])
+    if any(update.scale.get(chain) is not factor for chain in chains):
+        # chains with different pending factors: these cannot be taken out of the norm
+        for chain in chains:
+            update.apply_scale(chain)
+        factor = None
+    gradients = [dense(g) if g.is_sparse else g for group in groups for p in group["params"] if (g := p.grad) is not None]
+    total = total_norm(gradients, norm_type)
+    return total if factor is None else total * factor.abs().to(total.device)
+
+
+def push(history: torch.Tensor, value: torch.Tensor) -> None:
+    """Append a value to a history, whose oldest value goes; never waits for the device."""
+    history.copy_(torch.cat([history[1:], value.detach().reshape(1).to(history)]))
+
+
+def _base_keys(chain: Chain, param_state: ParamState) -> list[str]:
+    """Return the keys of what the base keeps: none if its entries are placeholders."""
+    return [] if param_state.get(PLACEHOLDER) else [key for key in param_state if chain.is_base_key(key)]
+
+
+def _row_ranges(tensor: torch.Tensor, most: int) -> list[tuple[Rows, int]]:
     size = tensor.numel()
     if size <= most or tensor.dim() == 0:
         return [(None, size)]
     length = tensor.shape[0]
     row = size // length
-    rows = max(1, most // row)
-    cuts = [(begin, min(begin + rows, length)) for begin in range(0, length, rows)]
+    step = max(1, most // row)
+    cuts = [(begin, min(begin + step, length)) for begin in range(0, length, step)]
     return [((begin, end), row * (end - begin)) for begin, end in cuts]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from metaopt.errors import CheckpointError
+from metaopt.lab.holding import scratch_of
 from metaopt.reading import read_saved
 
 KEPT = 2
@@ -24,7 +25,7 @@ def save(folder: Path, step: int, content: dict[str, Any]) -> Path:
     torch.save(content, buffer)
     data = buffer.getvalue()
     path = folder / f"step-{step:09d}-{hashlib.sha256(data).hexdigest()}.pt"
-    scratch = folder / f".step-{step:09d}.tmp"
+    scratch = scratch_of(path)
     try:
         with scratch.open("wb") as file:
             file.write(data)

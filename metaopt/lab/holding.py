@@ -8,15 +8,21 @@ from filelock import FileLock, Timeout
 
 from metaopt.errors import LogError
 
-SCRATCH = ".tmp"
+# no name that a user, or another program, would give to a file
+SCRATCH = ".metaopt-{}.tmp"
+
+
+def scratch_of(path: Path) -> Path:
+    """Return the file beside `path` that is written first and then renamed to it."""
+    return path.with_name(SCRATCH.format(path.name))
 
 
 @contextmanager
 def held(folder: Path, what: str) -> Iterator[None]:
     """Make `folder` if need be and keep other processes out of it; the system lets go of it for a process that dies.
 
-    Files that end in `.tmp` are removed: nobody is writing them. `what` names the folder's use in errors.
-    Raises LogError where the folder cannot be written, or another process holds it.
+    Files named as `scratch_of` names them are removed: nobody is writing them. `what` names the folder's use in errors.
+    Raises LogError if the folder cannot be written, or another process holds it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -27,7 +33,7 @@ def held(folder: Path, what: str) -> Iterator[None]:
     except OSError as error:
         raise LogError(f"{what} cannot be written to {folder}: {error.strerror or error}") from None
     try:
-        for scratch in folder.glob(f"*{SCRATCH}"):
+        for scratch in folder.glob(SCRATCH.format("*")):
             scratch.unlink(missing_ok=True)
         yield
     finally:

@@ -142,7 +142,7 @@ def _with_rate(part: Part, spec: str, rate: float) -> Part:
         return part
     if "lr" not in part.hyperparameters:
         raise SpecError(f"{spec}: {part.name} has no lr, so no grid can be tried: give --no-tune")
-    if isinstance(part.given.get("lr"), Schedule):
+    if isinstance(part.arguments.get("lr"), Schedule):
         raise SpecError(f"{spec}: a schedule owns the learning rate, so no grid can be tried: give --no-tune")
     made: Part = part(lr=rate)
     return made
@@ -150,7 +150,7 @@ def _with_rate(part: Part, spec: str, rate: float) -> Part:
 
 def given_rate(spec: str) -> float | None:
     """Return the learning rate that a spec gives itself, or None."""
-    given = next((part.given.get("lr") for part in parse(spec) if part.kind == "optimizer"), None)
+    given = next((part.arguments.get("lr") for part in parse(spec) if part.kind == "optimizer"), None)
     return float(given) if isinstance(given, int | float) else None
 
 
@@ -160,6 +160,6 @@ def expanded(spec: str) -> str:
 
 
 def _expanded(part: Part) -> str:
-    values = {name: h.default for name, h in part.hyperparameters.items() if not h.required} | dict(part.given)
+    values = {name: h.default for name, h in part.hyperparameters.items() if not h.required} | dict(part.arguments)
     label = {} if part.label is None else {"label": part.label}
     return f"{part.name}({', '.join(f'{name}={value!r}' for name, value in (values | label).items())})"

@@ -9,6 +9,7 @@ from typing import Any
 
 from metaopt.errors import LogError
 from metaopt.lab.compare import Contender
+from metaopt.lab.holding import scratch_of
 from metaopt.lab.named import problem_named
 from metaopt.lab.plan import Plan, expanded, given_rate
 from metaopt.lab.statistics import DRAWS, EXACT_UP_TO, LEVEL, fewest_seeds
@@ -178,7 +179,7 @@ def _plain(value: Any) -> Any:
 
 
 def _write(path: Path, text: str) -> None:
-    scratch = path.with_suffix(path.suffix + ".tmp")
+    scratch = scratch_of(path)
     try:
         scratch.write_text(text, encoding="utf-8")
         scratch.replace(path)

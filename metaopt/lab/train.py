@@ -83,7 +83,7 @@ def train(
 
 def _updates(problem: Problem, spec: str, steps: int, device: str) -> int:
     """Return how many updates so many steps make: fewer where gradients are accumulated."""
-    holds = any(getattr(part.target, "holds_updates", False) for part in parse(spec))
+    holds = any(getattr(part.target, "may_skip_updates", False) for part in parse(spec))
     return steps // cost_of_an_update(problem, spec, device, steps)[0] if holds else steps
 
 

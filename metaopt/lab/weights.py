@@ -30,8 +30,8 @@ def shown(opt: Stack) -> Iterator[None]:
 
 def _outermost(opt: Stack) -> str | None:
     # of several averages the outermost: it has seen the whole run
-    return next((w.label for w in reversed(opt.wrappers) if "averaged" in w.acts_on()), None)
+    return next((w.label for w in reversed(opt.wrappers) if "averaged" in w.implemented_hooks()), None)
 
 
 def _has_modes(opt: Stack) -> bool:
-    return any(callable(getattr(lane.base, "eval", None)) for lane in opt.lanes)
+    return any(callable(getattr(chain.base, "eval", None)) for chain in opt.chains)

@@ -15,6 +15,7 @@ import torch
 
 from metaopt.errors import LogError, ProblemError
 from metaopt.lab.circumstances import THREADS
+from metaopt.lab.holding import scratch_of
 from metaopt.lab.trial import Trial, run_trial
 from metaopt.registry import registry
 
@@ -98,7 +99,7 @@ def _run_and_store(trial: Trial, folder: Path, jobs: int) -> dict[str, Any]:
     # read back: the same types whether a result is new or old
     result = json.dumps({**run_trial(trial), "jobs": jobs})
     path = _file(trial, folder)
-    scratch = path.with_suffix(f".{os.getpid()}.tmp")
+    scratch = scratch_of(path.with_suffix(f".{os.getpid()}"))
     try:
         scratch.write_text(result)
         scratch.replace(path)

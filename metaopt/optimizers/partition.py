@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from metaopt import Division, Example, ParameterError, hookimpl
+from metaopt import Example, ParameterError, Partitioner, hookimpl
 
 DIMENSIONS = {"scalar": lambda d: d == 0, "vector": lambda d: d == 1, "matrix": lambda d: d == 2}
 
 
-class Partition(Division):
+class Partition(Partitioner):
     """Each parameter goes to the pipeline of the first pattern that matches it: partition({"pattern": pipeline, ...}).
 
     A pattern is a shell glob on the parameter's name, one of the words scalar, vector and matrix (0, 1 and 2
@@ -27,7 +27,7 @@ class Partition(Division):
             if not all(terms):
                 raise ParameterError(f"partition: the pattern {pattern!r} has nothing on one side of a '&'")
 
-    def part_of(self, name: str, parameter: torch.Tensor) -> str | None:
+    def branch_of(self, name: str, parameter: torch.Tensor) -> str | None:
         return next((p for p, terms in self._terms.items() if all(_fits(t, name, parameter) for t in terms)), None)
 
 
@@ -37,7 +37,7 @@ def _fits(term: str, name: str, parameter: torch.Tensor) -> bool:
 
 
 @hookimpl
-def metaopt_optimizers() -> dict[str, type[Division]]:
+def metaopt_optimizers() -> dict[str, type[Partitioner]]:
     return {"partition": Partition}
 
 

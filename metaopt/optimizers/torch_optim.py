@@ -83,11 +83,13 @@ def metaopt_optimizers() -> dict[str, type[torch.optim.Optimizer]]:
 def metaopt_examples() -> dict[str, Example | list[Example]]:
     reads = "torch reads {} in Python at every update"
     examples: dict[str, Example | list[Example]] = {
-        "adafactor": Example(excuses={"waits_for_no_device": reads.format("the norm of each parameter")}),
-        "asgd": Example(excuses={"waits_for_no_device": reads.format("its step and rate, kept on the device,")}),
+        "adafactor": Example(expected_failures={"waits_for_no_device": reads.format("the norm of each parameter")}),
+        "asgd": Example(
+            expected_failures={"waits_for_no_device": reads.format("its step and rate, kept on the device,")}
+        ),
         "lbfgs": Example(
             "lbfgs(lr=0.1, max_iter=3)",
-            excuses={
+            expected_failures={
                 "state_is_whole_at_the_first_step": "torch leaves early, without a history, where the gradient is zero",
                 "template_step_leaves_the_run_alone": "torch keeps the state of all parameters under the first one",
                 "waits_for_no_device": reads.format("the loss and the direction"),
@@ -102,7 +104,7 @@ def metaopt_examples() -> dict[str, Example | list[Example]]:
         "muon": Example("muon(lr=0.01)", parameters="matrices"),
         "sparse_adam": Example(
             gradients="sparse",
-            excuses={
+            expected_failures={
                 "template_step_leaves_the_run_alone": "that step has dense gradients, which it refuses",
                 "waits_for_no_device": "summing up duplicate indices has to count them",
             },

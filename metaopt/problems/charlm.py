@@ -34,10 +34,10 @@ class CharLM(Problem):
 
     targets = {"loss": 2.2}
     default_steps = 300
-    batch_size: int = hyper(16, min=1, doc="windows in a batch")
-    context: int = hyper(64, min=2, doc="characters in a window")
-    width: int = hyper(64, min=4, doc="width of the transformer; a multiple of 4")
-    layers: int = hyper(2, min=1, doc="number of blocks")
+    batch_size: int = hyper(16, ge=1, doc="windows in a batch")
+    context: int = hyper(64, ge=2, doc="characters in a window")
+    width: int = hyper(64, ge=4, doc="width of the transformer; a multiple of 4")
+    layers: int = hyper(2, ge=1, doc="number of blocks")
 
     def _texts(self) -> dict[str, str]:
         from pydoc_data.topics import topics

@@ -49,7 +49,7 @@ class Xor(Problem):
     """The sign of x y: 1000 points of the square, a 2-16-16-1 tanh network, batches of 32."""
 
     targets = {"accuracy": 0.98}
-    batch_size: int = hyper(32, min=1, doc="points in a batch")
+    batch_size: int = hyper(32, ge=1, doc="points in a batch")
 
     def _points(self, split: str) -> Data:
         seed = {"train": 0, "validation": 1, "test": 2}[split]
@@ -114,7 +114,7 @@ class Digits(Problem):
 
     targets = {"accuracy": 0.95}
     default_steps = 150
-    batch_size: int = hyper(64, min=1, doc="images in a batch")
+    batch_size: int = hyper(64, ge=1, doc="images in a batch")
 
     def _split(self, split: str) -> Data:
         x, y = shuffled_digits()

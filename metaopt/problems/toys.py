@@ -48,8 +48,8 @@ class NoisyQuadratic(Problem):
     """sum_i a_i (x_i - c_i)^2 / 2 with a_i = 1 / i and c ~ N(0, sigma^2 a^-1) anew for every batch. arXiv:1907.08610"""
 
     targets = {"loss": 1.0}
-    dimensions: int = hyper(100, min=1, doc="number of eigenvalues, 1 / i each")
-    sigma: float = hyper(1.0, min=0.0, doc="size of the gradient noise")
+    dimensions: int = hyper(100, ge=1, doc="number of eigenvalues, 1 / i each")
+    sigma: float = hyper(1.0, ge=0.0, doc="size of the gradient noise")
 
     def _eigenvalues(self, device: torch.device | str) -> torch.Tensor:
         return 1.0 / torch.arange(1, self.dimensions + 1, dtype=torch.float64, device=device)

@@ -11,7 +11,7 @@ class Constant(Schedule):
     known_as = ("ConstantLR", "constant_schedule")
     value: float = hyper(doc="the value")
 
-    def over(self, run: int | None, span: int | None) -> Callable[[float], float]:
+    def curve(self, run: int | None, span: int | None) -> Callable[[float], float]:
         return lambda t: self.value
 
 

@@ -16,14 +16,14 @@ class Cyclic(Schedule):
     known_as = ("CyclicLR",)
     low: float = hyper(doc="the value at both ends of a cycle", known_as=("base_lr",))
     high: float = hyper(doc="the value in the middle of a cycle", known_as=("max_lr",))
-    up: int = hyper(2000, min=1, doc="updates from low to high", known_as=("step_size_up",))
-    down: int | None = hyper(None, min=1, doc="updates from high to low; None: as many", known_as=("step_size_down",))
+    up: int = hyper(2000, ge=1, doc="updates from low to high", known_as=("step_size_up",))
+    down: int | None = hyper(None, ge=1, doc="updates from high to low; None: as many", known_as=("step_size_down",))
     mode: Literal["triangular", "triangular2", "exp_range"] = hyper(
         "triangular", choices=("triangular", "triangular2", "exp_range"), doc="how the height changes"
     )
-    gamma: float = hyper(1.0, above=0.0, doc="the factor of every update in exp_range")
+    gamma: float = hyper(1.0, gt=0.0, doc="the factor of every update in exp_range")
 
-    def over(self, run: int | None, span: int | None) -> Callable[[float], float]:
+    def curve(self, run: int | None, span: int | None) -> Callable[[float], float]:
         total = self.up + (self.up if self.down is None else self.down)
         turn = self.up / total
 
@@ -47,20 +47,21 @@ class Cyclic(Schedule):
 class OneCycle(Schedule):
     """v rises from peak / div_factor to peak, then falls to that / final_div_factor, by half cosines. arXiv:1708.07120
 
-    As torch counts, the peak is at update pct_start steps - 1 and the end at steps - 1.
+    As torch counts, the peak is at update pct_start steps - 1 and the end at steps - 1. In optax, both come one update
+    later: cosine_onecycle_schedule has its peak at update pct_start steps and its end at steps.
     """
 
     known_as = ("OneCycleLR", "cosine_onecycle_schedule")
     peak: float = hyper(doc="the largest value", known_as=("max_lr", "peak_value"))
-    pct_start: float = hyper(0.3, above=0.0, below=1.0, doc="the part of the run that rises")
-    div_factor: float = hyper(25.0, above=0.0, doc="peak / first value")
-    final_div_factor: float = hyper(1e4, above=0.0, doc="first value / last value")
+    pct_start: float = hyper(0.3, gt=0.0, lt=1.0, doc="the part of the run that rises")
+    div_factor: float = hyper(25.0, gt=0.0, doc="peak / first value")
+    final_div_factor: float = hyper(1e4, gt=0.0, doc="first value / last value")
     anneal: Literal["cos", "linear"] = hyper(
         "cos", choices=("cos", "linear"), doc="the form of both parts", known_as=("anneal_strategy",)
     )
     steps: int | float | None = hyper(None, doc="updates, a fraction of the run, or None: to its end")
 
-    def over(self, run: int | None, span: int | None) -> Callable[[float], float]:
+    def curve(self, run: int | None, span: int | None) -> Callable[[float], float]:
         steps = self.resolve_steps(self.steps, run, span)
         top, last = self.pct_start * steps - 1.0, steps - 1.0
         if top <= 0:

@@ -14,7 +14,7 @@ class Linear(Schedule):
     end: float = hyper(doc="the value after `steps` updates", known_as=("end_value", "end_factor"))
     steps: int | float | None = hyper(None, doc="updates, a fraction of the run, or None: to its end")
 
-    def over(self, run: int | None, span: int | None) -> Callable[[float], float]:
+    def curve(self, run: int | None, span: int | None) -> Callable[[float], float]:
         steps = self.resolve_steps(self.steps, run, span)
         return lambda t: self.start + (self.end - self.start) * min(t / steps, 1.0)
 
@@ -25,10 +25,10 @@ class Polynomial(Schedule):
     known_as = ("PolynomialLR", "polynomial_schedule")
     start: float = hyper(doc="the value at the first update", known_as=("init_value",))
     end: float = hyper(0.0, doc="the value after `steps` updates", known_as=("end_value",))
-    power: float = hyper(1.0, above=0.0, doc="the exponent; 1 is linear")
+    power: float = hyper(1.0, gt=0.0, doc="the exponent; 1 is linear")
     steps: int | float | None = hyper(None, doc="updates, a fraction of the run, or None: to its end")
 
-    def over(self, run: int | None, span: int | None) -> Callable[[float], float]:
+    def curve(self, run: int | None, span: int | None) -> Callable[[float], float]:
         steps = self.resolve_steps(self.steps, run, span)
         return lambda t: self.end + (self.start - self.end) * (1.0 - min(t / steps, 1.0)) ** self.power
 
@@ -43,7 +43,7 @@ class Cosine(Schedule):
         None, doc="updates, a fraction of the run, or None: to its end", known_as=("T_max", "decay_steps")
     )
 
-    def over(self, run: int | None, span: int | None) -> Callable[[float], float]:
+    def curve(self, run: int | None, span: int | None) -> Callable[[float], float]:
         steps = self.resolve_steps(self.steps, run, span)
         return lambda t: self.end + (self.start - self.end) * (1.0 + math.cos(math.pi * min(t / steps, 1.0))) / 2.0
 

@@ -19,9 +19,9 @@ class Exponential(Schedule):
 
     known_as = ("ExponentialLR", "exponential_decay")
     start: float = hyper(doc="the value at the first update", known_as=("init_value",))
-    gamma: float = hyper(above=0.0, doc="the factor of every update", known_as=("decay_rate",))
+    gamma: float = hyper(gt=0.0, doc="the factor of every update", known_as=("decay_rate",))
 
-    def over(self, run: int | None, span: int | None) -> Callable[[float], float]:
+    def curve(self, run: int | None, span: int | None) -> Callable[[float], float]:
         return lambda t: self.start * power(self.gamma, t)
 
 
@@ -30,10 +30,10 @@ class StepDecay(Schedule):
 
     known_as = ("StepLR", "piecewise_constant_schedule")
     start: float = hyper(doc="the value at the first update", known_as=("init_value",))
-    step_size: int = hyper(min=1, doc="updates between two decays")
-    gamma: float = hyper(0.1, above=0.0, doc="the factor of every decay")
+    step_size: int = hyper(ge=1, doc="updates between two decays")
+    gamma: float = hyper(0.1, gt=0.0, doc="the factor of every decay")
 
-    def over(self, run: int | None, span: int | None) -> Callable[[float], float]:
+    def curve(self, run: int | None, span: int | None) -> Callable[[float], float]:
         return lambda t: self.start * power(self.gamma, t // self.step_size)
 
 

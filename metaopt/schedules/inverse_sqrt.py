@@ -9,11 +9,11 @@ class Noam(Schedule):
     """v(t) = factor d_model^-0.5 min(s^-0.5, s warmup^-1.5), s = t + 1 the number of the update. arXiv:1706.03762"""
 
     known_as = ("NoamOpt", "NoamLR")
-    d_model: int = hyper(512, min=1, doc="the width of the model")
-    warmup: int = hyper(4000, min=1, doc="updates until the peak", known_as=("warmup_steps",))
-    factor: float = hyper(1.0, above=0.0, doc="multiplies every value")
+    d_model: int = hyper(512, ge=1, doc="the width of the model")
+    warmup: int = hyper(4000, ge=1, doc="updates until the peak", known_as=("warmup_steps",))
+    factor: float = hyper(1.0, gt=0.0, doc="multiplies every value")
 
-    def over(self, run: int | None, span: int | None) -> Callable[[float], float]:
+    def curve(self, run: int | None, span: int | None) -> Callable[[float], float]:
         scale = self.factor * self.d_model**-0.5
         return lambda t: scale * min((t + 1) ** -0.5, (t + 1) * self.warmup**-1.5)
 
@@ -26,7 +26,7 @@ class InverseSqrt(Schedule):
     warmup: int | float = hyper(doc="updates, or a fraction of the run", known_as=("warmup_steps", "num_warmup_steps"))
     start: float = hyper(0.0, doc="the value at the first update", known_as=("init_value", "warmup_init_lr"))
 
-    def over(self, run: int | None, span: int | None) -> Callable[[float], float]:
+    def curve(self, run: int | None, span: int | None) -> Callable[[float], float]:
         warmup = self.resolve_steps(self.warmup, run, span)
 
         def value(t: float) -> float:

@@ -14,7 +14,7 @@ class Warmup(Schedule):
     steps: int | float = hyper(doc="updates, or a fraction of the run", known_as=("warmup_steps", "num_warmup_steps"))
     start: float = hyper(0.0, doc="the value at the first update", known_as=("init_value",))
 
-    def over(self, run: int | None, span: int | None) -> Callable[[float], float]:
+    def curve(self, run: int | None, span: int | None) -> Callable[[float], float]:
         steps = self.resolve_steps(self.steps, run, span)
         _check_reached("warmup", "its schedule", steps, span)
         then = _curve(self.schedule, run, None if span is None else span - steps, "warmup")
@@ -46,7 +46,7 @@ class Sequence(Schedule):
         self.given = {}
         self.positional = members
 
-    def over(self, run: int | None, span: int | None) -> Callable[[float], float]:
+    def curve(self, run: int | None, span: int | None) -> Callable[[float], float]:
         curves: list[tuple[int, Callable[[float], float]]] = []
         begin = 0
         for member, steps in zip(self.positional[::2], (*self.positional[1::2], None), strict=True):
@@ -91,7 +91,7 @@ def _check_reached(where: str, what: str, begin: int, span: int | None) -> None:
 
 def _curve(member: Any, run: int | None, span: int | None, where: str) -> Callable[[float], float]:
     if isinstance(member, Schedule):
-        return member.over(run, span)
+        return member.curve(run, span)
     if isinstance(member, int | float) and not isinstance(member, bool):
         number = float(member)
         return lambda t: number

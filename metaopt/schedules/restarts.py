@@ -11,11 +11,11 @@ class CosineRestarts(Schedule):
 
     known_as = ("CosineAnnealingWarmRestarts", "sgdr_schedule")
     start: float = hyper(doc="the value at every restart")
-    first: int = hyper(min=1, doc="updates in the first cycle", known_as=("T_0",))
-    mult: int = hyper(1, min=1, doc="how much longer each cycle is than the one before", known_as=("T_mult",))
+    first: int = hyper(ge=1, doc="updates in the first cycle", known_as=("T_0",))
+    mult: int = hyper(1, ge=1, doc="how much longer each cycle is than the one before", known_as=("T_mult",))
     end: float = hyper(0.0, doc="the value that each cycle approaches", known_as=("eta_min",))
 
-    def over(self, run: int | None, span: int | None) -> Callable[[float], float]:
+    def curve(self, run: int | None, span: int | None) -> Callable[[float], float]:
         def value(t: float) -> float:
             done, cycle = 0, self.first
             if self.mult == 1:

@@ -21,7 +21,7 @@ class Wsd(Schedule):
     start: float = hyper(0.0, doc="the value at the first update", known_as=("init_value",))
     steps: int | float | None = hyper(None, doc="updates, a fraction of the run, or None: to its end")
 
-    def over(self, run: int | None, span: int | None) -> Callable[[float], float]:
+    def curve(self, run: int | None, span: int | None) -> Callable[[float], float]:
         steps = self.resolve_steps(self.steps, run, span)
         warmup = self.resolve_steps(self.warmup, run, span)
         decay = self.resolve_steps(self.decay, run, span)

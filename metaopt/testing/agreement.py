@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from metaopt.engine.composition import RUN_FLAGS
-from metaopt.engine.dividing import Division
+from metaopt.engine.chain import RUN_FLAGS
+from metaopt.engine.multi_base import Partitioner
 from metaopt.errors import MetaoptError
 from metaopt.stack import Stack
 from metaopt.testing.comparing import same
@@ -24,7 +24,7 @@ SHAPES = ((), (1,), (3,), (4, 3), (3, 2, 2, 2))
 
 def bare_optimizer(subject: StackSubject, parameters: Sequence[torch.Tensor], like: Stack) -> torch.optim.Optimizer:
     """Return the class of the part without a stack around it, run as the stack runs it (fused or not)."""
-    given = dict(subject.part.given)
+    given = dict(subject.part.arguments)
     given.update(
         {k: v for k, v in like.param_groups[0].items() if k in RUN_FLAGS and k in subject.part.hyperparameters}
     )
@@ -38,7 +38,7 @@ def bare_optimizer(subject: StackSubject, parameters: Sequence[torch.Tensor], li
 @check("optimizer", presumes=(REPEATS,))
 def is_the_bare_class_bit_for_bit(subject: StackSubject) -> None:
     """A stack of the optimizer alone trains exactly like the class outside of metaopt."""
-    if _is_division(subject):
+    if _is_partition(subject):
         raise NotApplicable("it is made of other optimizers")
     model = subject.model()
     bare = bare_optimizer(subject, list(model.parameters()), subject.pair()[1])
@@ -96,7 +96,7 @@ def takes_every_dtype(subject: StackSubject) -> None:
         with failing(
             f"over {dtype} parameters",
             "The base alone trains them, so users will",
-            "Compute in the parameter's dtype; cast where state is kept in another (a wrapper: group.move_to casts)",
+            "Compute in the parameter's dtype; cast where state is kept in another (a wrapper: group.set_params casts)",
         ):
             model, opt = subject.pair(dtype)
             run = subject.train(model, opt, 0, FEW)
@@ -120,8 +120,8 @@ def _resumes_unrounded(subject: StackSubject, model: Halves, opt: Stack, dtype: 
         )
 
 
-def _is_division(subject: StackSubject) -> bool:
-    return inspect.isclass(subject.entry.target) and issubclass(subject.entry.target, Division)
+def _is_partition(subject: StackSubject) -> bool:
+    return inspect.isclass(subject.entry.target) and issubclass(subject.entry.target, Partitioner)
 
 
 def _base_can(subject: StackSubject, dtype: torch.dtype) -> bool:
@@ -136,7 +136,7 @@ def _trains(subject: StackSubject, dtype: torch.dtype) -> bool:
     model = subject.model(dtype)
     opt: Any = None
     try:
-        if _is_division(subject):
+        if _is_partition(subject):
             model, opt = subject.pair(dtype)
         elif subject.entry.kind == "optimizer":
             opt = bare_optimizer(subject, list(model.parameters()), subject.pair(dtype)[1])

@@ -10,7 +10,7 @@ from metaopt.testing.subject import StackSubject, checkpoint, weights
 def averages_swap_in_and_out(subject: StackSubject) -> None:
     """`opt.averaged()` shows the average and gives the weights back exactly, in a loaded checkpoint too."""
     model, opt = subject.pair()
-    if "averaged" not in subject.wrapper_of(opt).acts_on():
+    if "averaged" not in subject.wrapper_of(opt).implemented_hooks():
         raise NotApplicable("it keeps no average")
     with opt.averaged(subject.label):
         if subject.parting([weights(model)], subject.run.weights[:1], 0):

@@ -40,7 +40,7 @@ def acts_in_a_hook(subject: StackSubject) -> None:
     own = [name for name, value in vars(cls).items() if inspect.isfunction(value) and not name.startswith("_")]
     contract = [name for name, value in vars(Wrapper).items() if not name.startswith("_") and callable(value)]
     nearly = next((name for name in own if name not in contract and did_you_mean(name, HOOKS)), "")
-    if nearly or not cls.acts_on():
+    if nearly or not cls.implemented_hooks():
         what = (
             f"defines {nearly}(), which the engine does not call" if nearly else f"defines none of {', '.join(HOOKS)}"
         )
@@ -92,19 +92,19 @@ def holds_its_bounds(subject: Subject) -> None:
 def _outside(hyperparameter: Hyperparameter) -> list[Any]:
     """Return a value just beyond each declared bound, and what is no number where a number is asked for."""
     beyond: list[Any] = []
-    whole = hyperparameter.kind is int
+    whole = hyperparameter.type is int
     step = 1 if whole else 1e-6
-    if hyperparameter.min is not None:
-        beyond.append(hyperparameter.min - step)
-    if hyperparameter.above is not None:
-        beyond.append(hyperparameter.above)
-    if hyperparameter.max is not None:
-        beyond.append(hyperparameter.max + step)
-    if hyperparameter.below is not None:
-        beyond.append(hyperparameter.below)
+    if hyperparameter.ge is not None:
+        beyond.append(hyperparameter.ge - step)
+    if hyperparameter.gt is not None:
+        beyond.append(hyperparameter.gt)
+    if hyperparameter.le is not None:
+        beyond.append(hyperparameter.le + step)
+    if hyperparameter.lt is not None:
+        beyond.append(hyperparameter.lt)
     if hyperparameter.choices is not None:
         beyond.append("no such choice")
-    if hyperparameter.kind in (int, float):
+    if hyperparameter.type in (int, float):
         beyond = [int(value) if whole else float(value) for value in beyond] + [float("nan")]
     return beyond
 
@@ -140,10 +140,10 @@ def _is_refused(subject: Subject, target: Any, name: str, value: Any, hyperparam
 
 
 def _is_harmless(subject: StackSubject, name: str, value: Any, hyperparameter: Hyperparameter) -> None:
-    if hyperparameter.kind not in (int, float, int | None, float | None, int | float):
+    if hyperparameter.type not in (int, float, int | None, float | None, int | float):
         return
     try:
-        hyperparameter.check(value, where=subject.label)
+        hyperparameter.validate(value, where=subject.label)
         model, opt = subject.pair(spec=subject.with_given(**{name: value}))
         subject.train(model, opt, 0, FEW)
     except CheckFailed as error:
@@ -153,7 +153,7 @@ def _is_harmless(subject: StackSubject, name: str, value: Any, hyperparameter: H
         raise CheckFailed(
             f"{subject.label} takes {name}={value!r}, and then a step raised {type(cause).__name__}: {cause}",
             "A user's mistake belongs to the moment at which it is written, with the bounds in the message",
-            f"Declare the bounds: {name} = hyper(..., min=1) or above=0.0",
+            f"Declare the bounds: {name} = hyper(..., ge=1) or gt=0.0",
         ) from error
     except MetaoptError:
         return

@@ -99,7 +99,7 @@ def _another(hyperparameter: Hyperparameter, value: Any) -> Any:
         candidates = [tuple(item * 0.9 for item in value)]
     for candidate in candidates:
         try:
-            if hyperparameter.check(candidate, where=hyperparameter.name) != value:
+            if hyperparameter.validate(candidate, where=hyperparameter.name) != value:
                 return candidate
         except HyperparameterError:
             continue

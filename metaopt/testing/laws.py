@@ -22,8 +22,8 @@ from metaopt.wrapper import Group, Wrapper, anchor
 def waits_for_no_device(subject: StackSubject) -> None:
     """A step reads no value from the device: the host never waits for it."""
     model, opt = subject.pair()
-    if any(wrapper.synchronises for wrapper in opt.wrappers):
-        raise NotApplicable("it declares that it waits for the device (synchronises = True)")
+    if any(wrapper.syncs_device for wrapper in opt.wrappers):
+        raise NotApplicable("it declares that it waits for the device (syncs_device = True)")
     descent = Descent(model.parameters(), inspect.getsourcefile(subject.entry.target) or "")
     plain = opt.step
 
@@ -32,7 +32,7 @@ def waits_for_no_device(subject: StackSubject) -> None:
         with FunctionWatch(descent), OperatorWatch(descent), _told_by_the_device(subject):
             return plain(closure) if closure is not None else plain()
 
-    opt.step = watched  # type: ignore[method-assign]
+    opt.step = watched  # type: ignore[assignment, method-assign]
     subject.train(model, opt, 0, STEPS // 2)
     if descent.reads:
         others = f" (and {len(descent.reads) - 1} more)" if len(descent.reads) > 1 else ""
@@ -40,7 +40,7 @@ def waits_for_no_device(subject: StackSubject) -> None:
             f"{subject} reads from the device in {STEPS // 2} steps: {descent.reads[0]}{others}",
             "Each read waits until the device has done all its work, and keeps it idle afterwards",
             "Compute with 0-dim tensors (torch.where, clamp, a tensor factor) instead of .item(), float() or `if`; a "
-            "wrapper that cannot do without sets synchronises = True",
+            "wrapper that cannot do without sets syncs_device = True",
         )
 
 
@@ -71,8 +71,8 @@ class Witness(Wrapper):
 
 @check("wrapper")
 def tells_when_it_moves_the_weights(subject: StackSubject) -> None:
-    """A wrapper that moves the parameters does so through `group.move_to`: anchors nearer the base follow."""
-    if "after_update" not in subject.entry.target.acts_on():
+    """A wrapper that moves the parameters does so through `group.set_params`: anchors nearer the base follow."""
+    if "after_update" not in subject.entry.target.implemented_hooks():
         raise NotApplicable("it does not act after the update")
     parts = list(subject.pipeline)
     at = next(i for i, part in enumerate(parts) if part.kind == "optimizer")
@@ -94,16 +94,16 @@ def tells_when_it_moves_the_weights(subject: StackSubject) -> None:
                     f"{subject} moved the parameters without saying so: after step {number + 1} the anchor of a "
                     f"wrapper nearer the base stayed behind",
                     "A Lookahead inside this one would pull the weights back to where they no longer belong",
-                    "Write group.move_to(tensors) instead of copying into group.params",
+                    "Write group.set_params(tensors) instead of copying into group.params",
                 )
 
 
 @check("wrapper")
 def leaves_the_weights_to_the_base(subject: StackSubject) -> None:
     """What a wrapper does to the weights while the loss is evaluated is undone exactly before the base updates them."""
-    if not {"around", "on_gradients"} & subject.entry.target.acts_on():
+    if not {"around", "on_gradients"} & subject.entry.target.implemented_hooks():
         raise NotApplicable("it acts neither on the evaluation nor on the gradients")
-    if "after_update" in subject.entry.target.acts_on():
+    if "after_update" in subject.entry.target.implemented_hooks():
         raise NotApplicable("it also acts on the updated weights")
     model = subject.model()
     parts = [part if part.kind == "wrapper" else as_pipeline("sgd(lr=0.0)").parts[0] for part in subject.pipeline]
@@ -136,7 +136,7 @@ def works_or_refuses_where_the_loss_is_evaluated_again(subject: StackSubject) ->
     except MetaoptError as error:
         if len(str(error)) < 20:
             raise CheckFailed(
-                f"{over} is refused with {str(error)!r}", "A refusal needs its reason", "Say why in check()"
+                f"{over} is refused with {str(error)!r}", "A refusal needs its reason", "Say why in validate()"
             ) from error
         return
     for p in model.parameters():
@@ -144,5 +144,5 @@ def works_or_refuses_where_the_loss_is_evaluated_again(subject: StackSubject) ->
             raise CheckFailed(
                 f"{over}: a parameter is not finite after 3 steps",
                 "What a wrapper on gradients does is done at every evaluation of the loss",
-                "Keep nothing between evaluations; or refuse such a base in check()",
+                "Keep nothing between evaluations; or refuse such a base in validate()",
             )

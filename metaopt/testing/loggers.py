@@ -86,7 +86,7 @@ def changes_nothing_of_the_run(subject: LoggerSubject) -> None:
                 opt.zero_grad()
                 x.square().sum().backward()  # type: ignore[no-untyped-call]
                 opt.step()
-            opt.metrics_of_run.close()
+            opt.log.close()
             ends.append(x.detach().clone())
     if not same(*ends):
         raise CheckFailed(

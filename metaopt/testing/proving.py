@@ -64,7 +64,7 @@ def cases(name: str, *, device: str = "cpu", **given: Any) -> list[Case]:
 
 
 def _subjects(entry: Entry, example: Example, device: torch.device) -> Iterator[Subject]:
-    if example.not_run:
+    if example.skip_reason:
         yield Subject(entry, example, example.spec, device)
         return
     if entry.kind in ("problem", "logger"):
@@ -78,37 +78,37 @@ def _subjects(entry: Entry, example: Example, device: torch.device) -> Iterator[
     if entry.kind == "optimizer":
         yield StackSubject(entry, example, text, device)
     else:
-        before = entry.target.stands_before_base()
-        for base in example.over or BASES:
+        before = entry.target.runs_before_base()
+        for base in example.bases or BASES:
             stack = f"{text} | {base}" if before else f"{base} | {text}"
             yield StackSubject(entry, example, stack, device)
 
 
 def outcome(case: Case, check: Check) -> Result:
     """Put a case to a check and say what came of it."""
-    if case.example.not_run:
-        return Result(case.name, check.name, check.claim, "not run", case.example.not_run)
+    if case.example.skip_reason:
+        return Result(case.name, check.name, check.claim, "not run", case.example.skip_reason)
     reasons = []
-    excuse = case.example.excuses.get(check.name)
+    reason = case.example.expected_failures.get(check.name)
     for subject in case.subjects:
         try:
             with warnings.catch_warnings():
                 # what code from elsewhere warns of is not what is checked
                 warnings.simplefilter("ignore")
                 check.holds(subject)
-        except NotApplicable as reason:
-            reasons.append(str(reason))
+        except NotApplicable as error:
+            reasons.append(str(error))
         except Exception as error:
-            if excuse is not None:
-                return Result(case.name, check.name, check.claim, "excused", excuse)
+            if reason is not None:
+                return Result(case.name, check.name, check.claim, "excused", reason)
             return Result(case.name, check.name, check.claim, "failed", _cause(subject, check) or _told(error))
-    if excuse is not None:
+    if reason is not None:
         return Result(
             case.name,
             check.name,
             check.claim,
             "outdated",
-            f"its metaopt.Example excuses it ({excuse}), but it passes: take the excuse out",
+            f"its metaopt.Example expects it to fail ({reason}), but it passes: take it out of expected_failures",
         )
     if len(reasons) == len(case.subjects):
         return Result(case.name, check.name, check.claim, "not applicable", reasons[0])
@@ -141,7 +141,7 @@ def prove(
     case: Case, each: Callable[[Result], None] = lambda result: None, *, only: Collection[str] | None = None
 ) -> list[Result]:
     """Put a case to all of its checks, or to some by name; `each` hears of every result as it comes."""
-    _unknown_excuses(case)
+    _unknown_failures(case)
     results = []
     for check in case.checks:
         if only is not None and check.name not in only:
@@ -153,10 +153,10 @@ def prove(
     return results
 
 
-def _unknown_excuses(case: Case) -> None:
-    unknown = case.example.excuses.keys() - {check.name for check in case.checks}
+def _unknown_failures(case: Case) -> None:
+    unknown = case.example.expected_failures.keys() - {check.name for check in case.checks}
     if unknown:
         raise MetaoptError(
-            f"the example of {case.name} excuses {', '.join(sorted(unknown))}, which is no check of a "
+            f"the example of {case.name} expects a failure of {', '.join(sorted(unknown))}, which is no check of a "
             f"{case.subjects[0].entry.kind}; there are {', '.join(check.name for check in case.checks)}"
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from metaopt.engine.composition import RUN_FLAGS
+from metaopt.engine.chain import RUN_FLAGS
 from metaopt.stack import Stack
 from metaopt.testing.comparing import attributes, changed_attributes, first_difference
 from metaopt.testing.feeding import MIDDLE, STEPS, Halves

@@ -25,7 +25,7 @@ class ScheduleSubject(Subject):
 
     def made(self) -> Schedule:
         """Return a new schedule object."""
-        found = parse(f"sgd(lr={self.text})").parts[0].given["lr"]
+        found = parse(f"sgd(lr={self.text})").parts[0].arguments["lr"]
         if not isinstance(found, Schedule):
             raise CheckFailed(f"{self.text} is no schedule", "It was registered as one", "Subclass metaopt.Schedule")
         return found
@@ -33,10 +33,10 @@ class ScheduleSubject(Subject):
     def curve(self) -> Curve:
         """Return the curve of a new schedule over the run."""
         try:
-            return self.made().over(RUN, RUN)
+            return self.made().curve(RUN, RUN)
         except Exception as error:
             raise CheckFailed(
-                f"{self.text}: over({RUN}, {RUN}) raised {type(error).__name__}: {error}",
+                f"{self.text}: curve({RUN}, {RUN}) raised {type(error).__name__}: {error}",
                 f"A run of {RUN} updates cannot be built with it",
                 "Give a metaopt.Example(spec=...) that fits; raise HyperparameterError only for lengths that cannot be",
             ) from error
@@ -70,7 +70,7 @@ def is_pure(subject: ScheduleSubject) -> None:
     forwards = list(range(RUN + BEYOND))
     shuffled = random.Random(0).sample(forwards, len(forwards))
     schedule = subject.made()
-    curves = schedule.over(RUN, RUN), schedule.over(RUN, RUN)
+    curves = schedule.curve(RUN, RUN), schedule.curve(RUN, RUN)
     for how, order in (("in order", forwards), ("backwards", forwards[::-1]), ("out of order", shuffled)):
         for t, curve in itertools.product(order, curves):
             value = curve(t)
@@ -98,7 +98,7 @@ def honours_its_length(subject: ScheduleSubject) -> None:
                 "Clamp t to the length: min(t / steps, 1.0)",
             )
     try:
-        schedule.over(None, None)
+        schedule.curve(None, None)
     except MetaoptError:
         return
     except Exception as error:
@@ -124,7 +124,7 @@ def text_rebuilds_the_schedule(subject: ScheduleSubject) -> None:
         "pickle": pickle.loads(pickle.dumps(schedule)),
     }
     for how, twin in twins.items():
-        values, others = schedule.over(RUN, RUN), twin.over(RUN, RUN)
+        values, others = schedule.curve(RUN, RUN), twin.curve(RUN, RUN)
         if twin != schedule or any(values(t) != others(t) for t in range(RUN)):
             raise CheckFailed(
                 f"{subject}: {how} gives another schedule: {twin!r}",

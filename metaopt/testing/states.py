@@ -114,7 +114,7 @@ def declares_what_it_keeps(subject: StackSubject) -> None:
         subject.train(model, opt, 0, STEPS)
     except CheckFailed as error:
         failure = error
-    declared = tuple(f"{w.label}.{name}" for w in opt.wrappers for name in w.state_slots())
+    declared = tuple(f"{w.label}.{name}" for w in opt.wrappers for name in w.active_slots())
     known = {key for held in bare.state.values() for key in held}
     foreign = {
         str(key)

@@ -96,7 +96,7 @@ class StackSubject(Subject):
     def with_given(self, **values: Any) -> Pipeline:
         """Return the pipeline with other hyperparameters of the part under check."""
         parts = list(self.pipeline)
-        parts[self.position] = changed(self.part, given={**self.part.given, **values})
+        parts[self.position] = changed(self.part, arguments={**self.part.arguments, **values})
         return Pipeline(tuple(parts))
 
     @property
@@ -108,7 +108,7 @@ class StackSubject(Subject):
     def calls_closure(self) -> bool:
         """Whether the stack evaluates the loss itself."""
         _, opt = self.pair()
-        around = any("around" in wrapper.acts_on() for wrapper in opt.wrappers)
+        around = any("around" in wrapper.implemented_hooks() for wrapper in opt.wrappers)
         return self.example.closure or opt.needs_closure or around
 
     def gradients(self, model: Halves, batch: Batch, halves: Sequence[int] = (0, 1)) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import torch
 
-from metaopt import Gradients, Wrapper, counter, hookimpl, hyper, zeros
+from metaopt import Groups, Wrapper, counter, hookimpl, hyper, zeros
 
 
 class Accumulate(Wrapper):
@@ -14,10 +14,10 @@ class Accumulate(Wrapper):
     """
 
     known_as = ("MultiSteps", "accumulate_grad_batches", "gradient_accumulation_steps", "grad_accum_steps")
-    holds_updates = True
+    may_skip_updates = True
 
     steps: int = hyper(
-        min=1,
+        ge=1,
         doc="how many calls of step() make one update",
         known_as=("every_k_schedule", "gradient_accumulation_steps", "accumulate_grad_batches"),
         per_group=False,
@@ -25,24 +25,24 @@ class Accumulate(Wrapper):
     sum = zeros(early=True)
     seen = counter("how many gradients the sum holds")
 
-    def on_gradients(self, groups: Gradients) -> None:
+    def on_gradients(self, groups: Groups) -> None:
         seen = groups.seen + 1
         if seen == 1:
             # here and not after the update: the mean that was lent for it is this very tensor
-            for group in groups.gathered():
+            for group in groups.groups_with_state():
                 torch._foreach_zero_(group.sum)
         for group in groups:
             torch._foreach_add_(group.sum, group.grads)
         if seen < groups.steps:
             for group in groups:
-                group.clear_gradients()
-            groups.count("seen", seen)
-            groups.hold(f"accumulated {seen} of {groups.steps}")
+                group.clear_grads()
+            groups.set_counter("seen", seen)
+            groups.skip_update(f"accumulated {seen} of {groups.steps}")
             return
-        groups.count("seen", 0)
-        for group in groups.gathered():
+        groups.set_counter("seen", 0)
+        for group in groups.groups_with_state():
             torch._foreach_div_(group.sum, groups.steps)
-            group.lend(group.sum)
+            group.replace_grads(group.sum)
 
 
 @hookimpl

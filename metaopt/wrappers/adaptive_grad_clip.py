@@ -2,7 +2,7 @@
 
 import torch
 
-from metaopt import Gradients, Wrapper, hookimpl, hyper
+from metaopt import Groups, Wrapper, hookimpl, hyper
 
 
 class AdaptiveGradClip(Wrapper):
@@ -15,10 +15,10 @@ class AdaptiveGradClip(Wrapper):
 
     known_as = ("AGC", "agc", "adaptive_clip_grad", "unitwise clipping")
 
-    clipping: float = hyper(0.01, above=0.0, doc="the largest |g| / |w| of a row", known_as=("clip_factor",))
-    eps: float = hyper(1e-3, min=0.0, doc="the smallest size that weights count as; zeros could not move otherwise")
+    clipping: float = hyper(0.01, gt=0.0, doc="the largest |g| / |w| of a row", known_as=("clip_factor",))
+    eps: float = hyper(1e-3, ge=0.0, doc="the smallest size that weights count as; zeros could not move otherwise")
 
-    def on_gradients(self, groups: Gradients) -> None:
+    def on_gradients(self, groups: Groups) -> None:
         for group in groups:
             gradients = group.grads
             bounds = [n.clamp(min=group.eps) * group.clipping for n in group.norms(group.params, rows=True)]

@@ -2,7 +2,7 @@
 
 import torch
 
-from metaopt import Gradients, Wrapper, hookimpl
+from metaopt import Groups, Wrapper, hookimpl
 
 
 class Centralize(Wrapper):
@@ -14,7 +14,7 @@ class Centralize(Wrapper):
 
     known_as = ("GC", "gradient_centralization", "use_gc")
 
-    def on_gradients(self, groups: Gradients) -> None:
+    def on_gradients(self, groups: Groups) -> None:
         for group in groups:
             gradients = group.grads
             means = group.means(gradients, rows=True)

@@ -1,6 +1,6 @@
 """Clipping by the global norm of all gradients."""
 
-from metaopt import Gradients, Wrapper, hookimpl, hyper
+from metaopt import Groups, Wrapper, hookimpl, hyper
 
 
 class ClipGradNorm(Wrapper):
@@ -9,20 +9,20 @@ class ClipGradNorm(Wrapper):
     known_as = ("clip_by_global_norm", "gradient_clip_val", "max_grad_norm", "clip_grad_norm_")
 
     max_norm: float = hyper(
-        min=0.0,
+        ge=0.0,
         doc="the largest norm that passes unchanged",
         known_as=("clip_value", "max_grad_norm"),
         per_group=False,
     )
-    norm_type: float = hyper(2.0, above=0.0, doc="the p of the norm; inf is allowed", known_as=("p",), per_group=False)
+    norm_type: float = hyper(2.0, gt=0.0, doc="the p of the norm; inf is allowed", known_as=("p",), per_group=False)
 
-    def on_gradients(self, groups: Gradients) -> None:
+    def on_gradients(self, groups: Groups) -> None:
         norm = groups.norm(groups.norm_type)
         # as in torch: an infinite norm scales to zero or NaN, it is not hidden
         # max_norm / (norm + 1e-6), in place: over small tensors arithmetic on one number costs as much as the norm
         factor = (norm + 1e-6).reciprocal_().mul_(groups.max_norm).clamp_(max=1.0)
         groups.scale(factor)
-        if groups.logged or groups.measured:
+        if groups.has_logger or groups.is_logged:
             groups.measure("clipped_fraction", factor < 1.0)
 
 

@@ -2,18 +2,18 @@
 
 import torch
 
-from metaopt import Gradients, Wrapper, hookimpl, hyper
+from metaopt import Groups, Wrapper, hookimpl, hyper
 
 
 class ClipGradValue(Wrapper):
     """g <- min(max(g, -clip_value), clip_value), componentwise."""
 
     known_as = ("clip", "gradient_clip_algorithm", "clip_grad_value_")
-    takes_sparse = True
+    supports_sparse_grads = True
 
-    clip_value: float = hyper(min=0.0, doc="the largest magnitude of a component", known_as=("max_delta", "value"))
+    clip_value: float = hyper(ge=0.0, doc="the largest magnitude of a component", known_as=("max_delta", "value"))
 
-    def on_gradients(self, groups: Gradients) -> None:
+    def on_gradients(self, groups: Groups) -> None:
         for group in groups:
             # a complex number has two components
             components = [torch.view_as_real(g) if g.is_complex() else g for g in group.grads]

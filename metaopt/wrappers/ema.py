@@ -14,13 +14,13 @@ class Ema(Wrapper):
 
     known_as = ("EMA", "ModelEmaV3", "EMAModel", "AveragedModel", "ExponentialMovingAverage", "polyak averaging")
 
-    decay: float = hyper(0.999, min=0.0, below=1.0, doc="how much of the average an update keeps", known_as=("beta",))
+    decay: float = hyper(0.999, ge=0.0, lt=1.0, doc="how much of the average an update keeps", known_as=("beta",))
     warmup: bool = hyper(False, doc="begin with a shorter memory", known_as=("use_warmup", "num_updates"))
     average_dtype: str | None = hyper(
         None,
         choices=(None, "float32"),
         doc="the dtype of the average; None: the parameter's own, in 16 bits too coarse for a decay near 1",
-        structural=True,
+        defines_state=True,
     )
     average = start(dtype="average_dtype")
 
@@ -33,8 +33,8 @@ class Ema(Wrapper):
             torch._foreach_lerp_(averages, group.params, 1.0 - decay)
             return
         # a multi-tensor lerp refuses mixed dtypes; cast in parts, or all weights would be copied at once
-        for part in group.parts():
-            for average, p in zip(part.average, part.params, strict=True):
+        for block in group.blocks():
+            for average, p in zip(block.average, block.params, strict=True):
                 average.lerp_(p.to(average.dtype), 1.0 - decay)
 
     def averaged(self, group: Group) -> list[torch.Tensor]:

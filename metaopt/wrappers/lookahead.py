@@ -7,7 +7,7 @@ import torch
 from metaopt import Example, Group, Wrapper, anchor, hookimpl, hyper, moments
 
 
-class Lookahead(Wrapper, every="k", each="element"):
+class Lookahead(Wrapper, every="k", elementwise=True):
     """slow <- slow + alpha (fast - slow); fast <- slow, every k updates. arXiv:1907.08610
 
     `pullback_momentum` treats the base's moments at a pull: "reset" drops the base's state, which then starts lazily
@@ -15,10 +15,10 @@ class Lookahead(Wrapper, every="k", each="element"):
     m <- alpha m + (1 - alpha) c; c <- m, with c = 0 at first. The paper maintains, resets or interpolates them.
     """
 
-    k: int = hyper(5, min=1, doc="updates between pulls", known_as=("sync_period", "la_steps", "lookahead_k"))
+    k: int = hyper(5, ge=1, doc="updates between pulls", known_as=("sync_period", "la_steps", "lookahead_k"))
     alpha: float = hyper(
         0.5,
-        above=0.0,
+        gt=0.0,
         doc="how far the slow weights move toward the fast ones",
         known_as=("slow_step_size", "la_alpha", "lookahead_alpha"),
     )
@@ -26,32 +26,32 @@ class Lookahead(Wrapper, every="k", each="element"):
         "none",
         choices=("none", "reset", "pullback"),
         doc="what a pull does to the base's moments",
-        structural=True,
+        defines_state=True,
     )
     slow_dtype: str | None = hyper(
         None,
         choices=(None, "float32"),
         doc="the dtype of the slow weights; None: the parameter's own",
-        structural=True,
+        defines_state=True,
     )
     slow = anchor(dtype="slow_dtype")
     cached = moments()
 
-    def state_slots(self) -> dict:  # type: ignore[type-arg]
+    def active_slots(self) -> dict:  # type: ignore[type-arg]
         pulls_back = self.pullback_momentum == "pullback"
         return {name: slot for name, slot in self.slots.items() if pulls_back or name != "cached"}
 
-    def resets_base(self) -> bool:
+    def resets_base_state(self) -> bool:
         return self.pullback_momentum == "reset"
 
     def after_update(self, group: Group) -> None:
-        if group.measured:
+        if group.is_logged:
             group.measure("distance", _distance(group), reduce="norm")
         slow = group.slow
         _lerp(slow, group.params, group.alpha)
-        group.move_to(slow)
+        group.set_params(slow)
         if self.pullback_momentum == "reset":
-            group.reset_base()
+            group.reset_base_state()
         elif self.pullback_momentum == "pullback":
             for key, held in group.cached.items():
                 current = group.base_moments[key]

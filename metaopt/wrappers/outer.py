@@ -5,7 +5,7 @@ import torch
 from metaopt import Example, Group, Wrapper, anchor, hookimpl, hyper, zeros
 
 
-class Outer(Wrapper, every="k", each="element"):
+class Outer(Wrapper, every="k", elementwise=True):
     """s = slow - fast; b <- momentum b + s; slow <- slow - lr (momentum b + s); fast <- slow, every k updates.
 
     Without `nesterov` the step is lr b. With momentum=0 it is Lookahead with alpha=lr (arXiv:1907.08610); with Nesterov
@@ -14,15 +14,15 @@ class Outer(Wrapper, every="k", each="element"):
 
     known_as = ("SNOO", "DiLoCo", "BlockMomentum", "slow momentum")
 
-    k: int = hyper(28, min=1, doc="updates between outer steps", known_as=("sync_period",))
-    lr: float = hyper(0.7, above=0.0, doc="the outer rate; above 1 is allowed", known_as=("outer_lr", "alpha"))
-    momentum: float = hyper(0.6, min=0.0, below=1.0, doc="the outer momentum", known_as=("outer_momentum", "mu"))
+    k: int = hyper(28, ge=1, doc="updates between outer steps", known_as=("sync_period",))
+    lr: float = hyper(0.7, gt=0.0, doc="the outer rate; above 1 is allowed", known_as=("outer_lr", "alpha"))
+    momentum: float = hyper(0.6, ge=0.0, lt=1.0, doc="the outer momentum", known_as=("outer_momentum", "mu"))
     nesterov: bool = hyper(True, doc="step along momentum b + s rather than along b")
     slow_dtype: str | None = hyper(
         None,
         choices=(None, "float32"),
         doc="the dtype of the slow weights and the outer momentum; None: the parameter's own",
-        structural=True,
+        defines_state=True,
     )
     slow = anchor(dtype="slow_dtype")
     buffer = zeros(dtype="slow_dtype")
@@ -36,7 +36,7 @@ class Outer(Wrapper, every="k", each="element"):
         else:
             for f, s, b in zip(fast, slow, buffer, strict=True):
                 _advance([s], [b], [f.to(s.dtype) - s], group)
-        group.move_to(slow)
+        group.set_params(slow)
 
     def averaged(self, group: Group) -> list[torch.Tensor]:
         slow: list[torch.Tensor] = group.slow

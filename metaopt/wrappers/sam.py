@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from metaopt import Gradients, Group, Wrapper, hookimpl, hyper
+from metaopt import Group, Groups, Wrapper, hookimpl, hyper
 
 
 class Sam(Wrapper):
@@ -18,7 +18,7 @@ class Sam(Wrapper):
 
     known_as = ("SAM", "ASAM", "sharpness-aware minimization")
 
-    rho: float = hyper(0.05, min=0.0, doc="how far from the weights the gradient is taken")
+    rho: float = hyper(0.05, ge=0.0, doc="how far from the weights the gradient is taken")
     adaptive: bool = hyper(
         False,
         doc="measure that distance relative to each weight's size (ASAM), with a rho about ten times as large",
@@ -26,7 +26,7 @@ class Sam(Wrapper):
         per_group=False,
     )
 
-    def around(self, closure: Callable[[], Any], groups: Gradients) -> Any:
+    def around(self, closure: Callable[[], Any], groups: Groups) -> Any:
         loss = closure()
         pieces = list(groups)
         if not pieces:
@@ -37,7 +37,7 @@ class Sam(Wrapper):
             for group in pieces:
                 _climb(group, norm, adaptive=groups.adaptive)
                 # also where the closure does not clear them, the gradient is that of the second evaluation alone
-                group.clear_gradients()
+                group.clear_grads()
             closure()
         finally:
             for group, weights in zip(pieces, kept, strict=True):
@@ -49,7 +49,7 @@ def _climb(group: Group, norm: torch.Tensor, *, adaptive: bool) -> None:
     norm = norm.to(group.params[0].device)
     # gradients that are all zero have no direction; a small number added to the norm would be lost in 16 bits
     directions = torch._foreach_div(group.grads, torch.where(norm == 0, 1.0, norm))
-    torch._foreach_mul_(directions, -group.rho if group.maximizes else group.rho)
+    torch._foreach_mul_(directions, -group.rho if group.maximize else group.rho)
     if adaptive:
         sizes = torch._foreach_abs(group.params)
         torch._foreach_mul_(directions, sizes)

@@ -2,7 +2,7 @@
 
 import math
 
-from metaopt import Gradients, StepError, Wrapper, counter, hookimpl, hyper
+from metaopt import Groups, StepError, Wrapper, counter, hookimpl, hyper
 
 
 class SkipNonfinite(Wrapper):
@@ -13,33 +13,33 @@ class SkipNonfinite(Wrapper):
     """
 
     known_as = ("apply_if_finite", "skip_nan", "skip_not_finite")
-    holds_updates = True
-    synchronises = True
+    may_skip_updates = True
+    syncs_device = True
 
     patience: int = hyper(
-        min=1,
+        ge=1,
         doc="how many such updates in a row are too many",
         known_as=("max_consecutive_errors",),
         per_group=False,
     )
     in_a_row = counter("how many updates were skipped since the last one that was made")
 
-    def on_gradients(self, groups: Gradients) -> None:
+    def on_gradients(self, groups: Groups) -> None:
         largest = float(groups.norm(math.inf))
         if math.isfinite(largest):
             if groups.in_a_row:
-                groups.count("in_a_row", 0)
+                groups.set_counter("in_a_row", 0)
             return
         skipped = groups.in_a_row + 1
-        groups.count("in_a_row", skipped)
+        groups.set_counter("in_a_row", skipped)
         if skipped >= groups.patience:
             raise StepError(
                 f"{self.label}: gradients were not finite {skipped} times in a row (patience={groups.patience}): "
                 f"lower the learning rate, clip the gradients, or look at the data of these steps"
             )
         for group in groups:
-            group.clear_gradients()
-        groups.hold("gradients that are not finite")
+            group.clear_grads()
+        groups.skip_update("gradients that are not finite")
 
 
 @hookimpl

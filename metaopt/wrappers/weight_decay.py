@@ -2,7 +2,7 @@
 
 import torch
 
-from metaopt import Gradients, Group, Wrapper, hookimpl, hyper
+from metaopt import Group, Groups, Wrapper, hookimpl, hyper
 
 
 class L2(Wrapper):
@@ -13,12 +13,12 @@ class L2(Wrapper):
 
     known_as = ("add_decayed_weights", "coupled weight decay", "weight_decay of SGD and Adam")
 
-    weight_decay: float = hyper(min=0.0, doc="the strength of the penalty weight_decay |w|^2 / 2")
+    weight_decay: float = hyper(ge=0.0, doc="the strength of the penalty weight_decay |w|^2 / 2")
 
-    def on_gradients(self, groups: Gradients) -> None:
+    def on_gradients(self, groups: Groups) -> None:
         for group in groups:
             # a base that maximizes turns the gradient round, and the penalty must still point to zero
-            strength = -group.weight_decay if group.maximizes else group.weight_decay
+            strength = -group.weight_decay if group.maximize else group.weight_decay
             torch._foreach_add_(group.grads, group.params, alpha=strength)
 
 
@@ -27,7 +27,7 @@ class Decay(Wrapper):
 
     known_as = ("decoupled weight decay", "weight_decay of AdamW", "decoupled_weight_decay")
 
-    weight_decay: float = hyper(min=0.0, doc="the share of the weights that an update at rate 1 takes away")
+    weight_decay: float = hyper(ge=0.0, doc="the share of the weights that an update at rate 1 takes away")
 
     def before_update(self, group: Group) -> None:
         torch._foreach_mul_(group.params, 1 - group.base_lr * group.weight_decay)

@@ -123,7 +123,7 @@ if find_spec("einops") is None:
     NOT_RUN["demo"] = "it needs the package einops, which is not installed"
 
 
-def _excuses(name: str) -> dict[str, str]:
+def _expected_failures(name: str) -> dict[str, str]:
     found = {check: reasons[name] for check, reasons in OTHERS.items() if name in reasons}
     if name in READS:
         found["waits_for_no_device"] = f"it reads {READS[name]} in Python at every update"
@@ -138,7 +138,9 @@ def _excuses(name: str) -> dict[str, str]:
 @hookimpl
 def metaopt_examples() -> dict[str, Example]:
     return {
-        name: Example(**NEEDS.get(short, {}), excuses=_excuses(short), not_run=NOT_RUN.get(short, ""))
+        name: Example(
+            **NEEDS.get(short, {}), expected_failures=_expected_failures(short), skip_reason=NOT_RUN.get(short, "")
+        )
         for name in metaopt_optimizers()
         for short in [name.rpartition(".")[2]]
     }

@@ -17,8 +17,8 @@ import torch
 import warm
 from filelock import FileLock
 
-# a rank that waits for one that died learns of it at once; this is for the rest
-PATIENCE = 60
+# a rank that waits for one that died learns of it at once; this is for the rest, on a busy machine
+PATIENCE = timedelta(seconds=120)
 
 
 @dataclass
@@ -75,6 +75,29 @@ def _run(path: Path, names: list[str], scratch: Path) -> dict[str, list[str]]:
     return {name: [told[0][name], told[1][name]] for name in names}
 
 
+def meet(file: Path, rank: int) -> None:
+    """Join the two ranks in a gloo group; try once more, with another file, if they miss each other under load.
+
+    The second try is more patient: one rank may come to it while the other still waits in the first.
+    """
+    for attempt in (1, 2):
+        try:
+            torch.distributed.init_process_group(
+                "gloo",
+                init_method=f"file://{file}.{attempt}",
+                rank=rank,
+                world_size=2,
+                timeout=attempt * PATIENCE,
+            )
+            torch.distributed.barrier()  # both are there: a try that only one rank made is none
+            return
+        except RuntimeError:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+            if attempt == 2:
+                raise
+
+
 def _be_rank(path: Path, names: list[str], scratch: Path, rank: int) -> None:
     os.chdir(scratch)
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -85,13 +108,7 @@ def _be_rank(path: Path, names: list[str], scratch: Path, rank: int) -> None:
     told = {}
     for name in names:
         # a group of its own for each: what one test leaves behind cannot fail the next
-        torch.distributed.init_process_group(
-            "gloo",
-            init_method=f"file://{scratch}/{name}",
-            rank=rank,
-            world_size=2,
-            timeout=timedelta(seconds=PATIENCE),
-        )
+        meet(scratch / name, rank)
         torch.manual_seed(0)
         try:
             _body(getattr(module, name))()

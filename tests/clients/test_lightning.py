@@ -8,14 +8,17 @@ import lightning
 import pytest
 import torch
 from clients.training import assert_same, batch, loss_of, small_model, train, weights
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 import metaopt
 
-# advice on faster loading of data
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),  # advice on faster loading of data
+    pytest.mark.filterwarnings("ignore:.*srun.*command is available.*"),  # on a machine with Slurm, outside of a job
+]
 SPEC = "clip_grad_norm(0.5) | adamw(lr=warmup(cosine(0.05), 3)) | lookahead(k=3)"
 
 
@@ -58,6 +61,7 @@ def fit(program: Program, folder: Path, steps: int, checkpoint: Path | None = No
         devices=1,
         max_steps=steps,
         default_root_dir=folder,
+        plugins=[LightningEnvironment()],  # not the one of a Slurm job that these tests may run in
         **{"enable_checkpointing": False, **quiet, **how},
     )
     rows = torch.utils.data.DataLoader([batch(step) for step in range(12)], batch_size=None)
@@ -133,7 +137,7 @@ def test_the_rate_monitor_shows_the_stack_s_schedule(tmp_path: Path) -> None:
     with open(Path(logger.log_dir) / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     # at every update the rate that it uses
-    rate = stack_over(small_model()).schedules["lr"].over(12, 12)
+    rate = stack_over(small_model()).schedules["lr"].curve(12, 12)
     assert [float(row["lr-Stack"]) for row in rows] == [rate(t) for t in range(7)]
     assert {row["lr-Stack-momentum"] for row in rows} == {"0.9"}
 
@@ -179,7 +183,7 @@ def test_validation_sees_the_fast_weights_and_in_averaged_the_slow_ones(tmp_path
 def test_fabric_trains_as_a_loop_of_one_s_own() -> None:
     model, twin = small_model(), small_model()
     opt = stack_over(model)
-    fabric = lightning.Fabric(accelerator="cpu", devices=1)
+    fabric = lightning.Fabric(accelerator="cpu", devices=1, plugins=[LightningEnvironment()])
     wrapped, prepared = fabric.setup(model, opt)
     for step in range(7):
         prepared.zero_grad()

@@ -216,6 +216,6 @@ def test_what_the_constructor_made_is_not_kept_beside_what_was_loaded() -> None:
     train(model, opt, range(2))
     twin = small_model()
     again = metaopt.build(twin.named_parameters(), "adagrad(lr=0.1)")
-    assert again.set_aside
+    assert again._run.constructor_state
     again.load_state_dict(opt.state_dict())
-    assert not again.set_aside
+    assert not again._run.constructor_state

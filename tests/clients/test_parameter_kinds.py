@@ -8,7 +8,7 @@ import torch
 from small_runs import assert_same, assert_same_weights, loss_of, small_model, train, weights
 
 import metaopt
-from metaopt.engine.views import CPU_PIECE
+from metaopt.engine.update import CPU_BLOCK
 
 WRAPPERS = "clip_grad_norm(0.5) | lookahead(k=3) | ema(0.9)"
 
@@ -149,12 +149,12 @@ def test_sparse_gradients_train_as_without_a_stack(spec: str, built: bool) -> No
 
     model, twin = embedding(), embedding()
     (part,) = metaopt.spec.parse(spec).parts
-    bare = part.target(twin.parameters(), **part.given)
+    bare = part.target(twin.parameters(), **part.arguments)
     # a built stack takes the fused kernel where it can, which refuses sparse gradients
     opt = (
         metaopt.build(model, f"{spec} | lookahead(k=2, alpha=1.0)")
         if built
-        else metaopt.wrap(part.target(model.parameters(), **part.given), "lookahead(k=2, alpha=1.0)")
+        else metaopt.wrap(part.target(model.parameters(), **part.arguments), "lookahead(k=2, alpha=1.0)")
     )
     for step in range(5):
         for m, o in ((model, opt), (twin, bare)):
@@ -243,7 +243,7 @@ def test_channels_last_and_transposed_weights_keep_their_layout() -> None:
 
 @pytest.mark.parametrize("spec", ["sgd(lr=0.1) | ema(0.9)", "sgd(lr=0.1) | lookahead(k=1)", "sgd(lr=0.1) | cautious"])
 def test_an_empty_parameter_stands_before_ones_too_large_for_a_cache(spec: str) -> None:
-    empty, large = torch.nn.Parameter(torch.ones(0, 3)), torch.nn.Parameter(torch.ones(CPU_PIECE + 7))
+    empty, large = torch.nn.Parameter(torch.ones(0, 3)), torch.nn.Parameter(torch.ones(CPU_BLOCK + 7))
     twin = torch.nn.Parameter(torch.ones(7))
     opt, plain = metaopt.build([empty, large, torch.nn.Parameter(torch.ones(3, 0))], spec), metaopt.build([twin], spec)
     for _ in range(2):

@@ -232,8 +232,8 @@ def test_an_average_that_cannot_be_shown_whole_is_not_shown_at_all(monkeypatch: 
             raise MemoryError
         exchange(a, b)
 
-    exchange = metaopt.engine.averaging.exchange
-    monkeypatch.setattr(metaopt.engine.averaging, "exchange", out_of_memory_at_the_third)
+    exchange = metaopt.engine.averages.exchange
+    monkeypatch.setattr(metaopt.engine.averages, "exchange", out_of_memory_at_the_third)
     with pytest.raises(MemoryError), opt.averaged():
         raise AssertionError("the context is not entered")
     assert_same(weights(model), fast)

@@ -76,7 +76,7 @@ def test_a_schedule_of_the_stack_drives_a_tensor_rate_in_place() -> None:
     opt = metaopt.build(model.named_parameters(), "sgd(lr=cosine(0.1))", total_steps=9)
     plain = metaopt.build(twin.named_parameters(), "sgd(lr=cosine(0.1))", total_steps=9)
     opt.param_groups[0]["lr"] = rate.fill_(opt.param_groups[0]["lr"])
-    opt._fix_timetables()  # what a load does: the value that stands there is a tensor from now on
+    opt._run.begin_schedules()  # what a load does: the value that stands there is a tensor from now on
     train(model, opt, range(9))
     train(twin, plain, range(9))
     assert opt.param_groups[0]["lr"] is rate

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+import metaopt
+
 ROWS = 8
 
 
@@ -30,7 +32,7 @@ def train(model: nn.Module, opt: torch.optim.Optimizer, first: int, last: int) -
             loss.backward()
             return loss
 
-        if getattr(opt, "phases", None) and opt.phases.around:  # it evaluates the loss itself
+        if isinstance(opt, metaopt.Stack) and opt._run.structure.around:  # it evaluates the loss itself
             opt.step(closure)
         else:
             closure()

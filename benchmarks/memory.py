@@ -1,0 +1,62 @@
+"""The memory of an update: what it keeps, what it takes for a moment, and how often it starts a kernel."""
+
+import gc
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+_LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "hipLaunchKernel", "hipExtLaunchKernel", "hipModuleLaunchKernel")
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The most bytes held at once beyond those before the update, the bytes kept after it, kernel launches in it."""
+
+    peak: int
+    kept: int
+    launches: int
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the bytes behind these tensors, memory that several of them share counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def watch_memory(step: Callable[[], Any], device: torch.device | str = "cpu") -> Taken:
+    """Make one update under the profiler and add up its memory records on this device."""
+    kind = torch.device(device).type
+    activities = [ProfilerActivity.CPU]
+    if kind == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+        torch.cuda.synchronize()
+    # what earlier profiles saw allocated and nobody needs any more must not be released in this one
+    gc.collect()
+    with profile(activities=activities, profile_memory=True) as recorded:
+        step()
+        if kind == "cuda":
+            torch.cuda.synchronize()
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    events = recorded.profiler.kineto_results.events()
+    # every allocation is a record with its bytes, every release one with as many below zero
+    records = [e for e in events if e.name() == "[memory]" and str(e.device_type()).rpartition(".")[2].lower() == kind]
+    now = peak = 0
+    for record in sorted(records, key=lambda record: record.start_ns()):
+        now += record.nbytes()
+        peak = max(peak, now)
+    return Taken(peak, now, sum(e.name().startswith(_LAUNCHES) for e in events))
+
+
+def watch_cycle(
+    step: Callable[[], Any], before: Callable[[], Any], updates: int, device: torch.device | str = "cpu"
+) -> tuple[int, float]:
+    """Return the most that one of several updates took for a moment, and their mean number of kernel launches."""
+    taken = []
+    for _ in range(updates):
+        before()
+        taken.append(watch_memory(step, device))
+    # what stays is state, not a temporary
+    return max(t.peak - max(0, t.kept) for t in taken), sum(t.launches for t in taken) / updates

@@ -1,0 +1,179 @@
+"""Averages shown in the parameters' place, and the weights back, bit for bit (law 13)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from metaopt.engine.run import AVERAGE_SHOWN, TEMPLATE, Run
+from metaopt.engine.shards import local
+from metaopt.engine.torch_internals import keep_versions, reshard_fsdp_modules
+from metaopt.engine.update import Update
+from metaopt.engine.views import GroupView, updated, views_of
+from metaopt.errors import StepError, did_you_mean
+
+# elements exchanged at a time, so that the temporary tensor stays small
+BLOCK = 1 << 20
+# a parameter, the part of it that this process holds, its average, and whether the average is kept in the state
+Shown = tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]
+
+
+@contextmanager
+def averages_shown(run: Run, label: str | None) -> Iterator[None]:
+    """Hold the average called `label` in the parameters for the length of the context."""
+    label = _choose(run, label)
+    shown = run.param_groups[0][AVERAGE_SHOWN]
+    if shown and run.inside_averaged:
+        raise StepError(f"averaged() inside averaged({shown!r}): leave that one first")
+    restore_weights(run)
+    run.await_copies()
+    show(run, label)
+    _mark(run, label)
+    run.inside_averaged = True
+    try:
+        yield
+    finally:
+        run.inside_averaged = False
+        # a checkpoint loaded inside the context has brought its own weights, or another average
+        restore_weights(run)
+        _reshard(run)
+
+
+def before_step(run: Run) -> None:
+    """Refuse a step inside the live context; restore the weights after a checkpoint from inside one was loaded."""
+    label = run.param_groups[0].get(AVERAGE_SHOWN)
+    if label and run.inside_averaged:
+        raise StepError(f"step() inside averaged({label!r}): leave the context before the next update")
+    restore_weights(run)
+
+
+def before_gradients(run: Run) -> None:
+    """At `zero_grad()`: restore the weights after a checkpoint that was taken inside `averaged()` was loaded.
+
+    If it is called before the forward pass, as in torch's own examples, the first gradient is that of the weights. If
+    it is called between forward and backward, the exchange must not look like a change of the weights to autograd.
+    """
+    if run.param_groups[0].get(AVERAGE_SHOWN) and not run.inside_averaged:
+        with keep_versions(tuple(local(p) for group in run.param_groups for p in group["params"])):
+            restore_weights(run)
+
+
+@torch.no_grad()
+def restore_weights(run: Run) -> None:
+    """Give the parameters their weights back if they hold an average."""
+    label = run.param_groups[0].get(AVERAGE_SHOWN)
+    if not label:
+        return
+    for p, weights in _set_aside(run, label):
+        local(p).copy_(local(weights))
+    for shown in _exchanged(run, label):
+        exchange(shown[1], shown[2])
+    for group in run.param_groups:
+        for p in group["params"]:
+            run.state.get(p, {}).pop(f"{label}.fast", None)
+    _mark(run, "")
+
+
+@torch.no_grad()
+def show(run: Run, label: str) -> None:
+    """Put an average into the parameters' place, for all of them or for none.
+
+    An average that is kept in the state is exchanged with the weights. If it is computed, or of another dtype, the
+    weights are set aside beside it.
+    """
+    done: list[Shown] = []
+    try:
+        for p, weights, average, kept in _averages(run, label):
+            if kept:
+                exchange(weights, average)
+            else:
+                run.state[p][f"{label}.fast"] = p.detach().clone()
+                weights.copy_(average)
+            done.append((p, weights, average, kept))
+    except BaseException:
+        for p, weights, average, kept in reversed(done):
+            if kept:
+                exchange(weights, average)
+            else:
+                weights.copy_(local(run.state[p].pop(f"{label}.fast")))
+        for group in run.param_groups:
+            for p in group["params"]:
+                run.state.get(p, {}).pop(f"{label}.fast", None)
+        raise
+
+
+def _choose(run: Run, label: str | None) -> str:
+    averages = run.structure.averages()
+    if not averages:
+        raise StepError("averaged(): no part of this stack keeps an average; see: metaopt list wrappers")
+    if label is None:
+        if len(averages) > 1:  # with nested Lookaheads there is no sensible default
+            raise StepError(f"averaged(): this stack keeps several averages: name one of {', '.join(averages)}")
+        return averages[0]
+    if label not in averages:
+        raise StepError(
+            f"averaged({label!r}): no average has this label.{did_you_mean(label, averages)} "
+            f"Choose from: {', '.join(averages)}"
+        )
+    return label
+
+
+def _mark(run: Run, label: str) -> None:
+    for group in run.param_groups:
+        group[AVERAGE_SHOWN] = label
+    _reshard(run)
+
+
+def _reshard(run: Run) -> None:
+    reshard_fsdp_modules(p for group in run.param_groups for p in group["params"])
+
+
+def _set_aside(run: Run, label: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the parameters whose weights are set aside beside the average, with those weights."""
+    for group in run.param_groups:
+        for p in group["params"]:
+            weights = run.state.get(p, {}).get(f"{label}.fast")
+            if weights is not None:
+                yield p, weights
+
+
+def _exchanged(run: Run, label: str) -> Iterator[Shown]:
+    """Yield the parameters that were exchanged with a kept average."""
+    for shown in _averages(run, label):
+        if f"{label}.fast" not in run.state[shown[0]]:
+            yield shown
+
+
+def _averages(run: Run, label: str) -> Iterator[Shown]:
+    """Yield every parameter that has an average; the others keep their weights."""
+    update = Update(run)
+    for group in run.param_groups:
+        wrapper = run.structure.chain_of(group).labelled.get(label)
+        if wrapper is None or "averaged" not in wrapper.implemented_hooks() or group[TEMPLATE]:
+            continue
+        for view in views_of(update, group, wrapper, updated(update, group, wrapper)):
+            averages = wrapper.averaged(view)
+            if averages is None:
+                continue
+            for p, weights, average in zip(view.parameters, view.params, averages, strict=True):
+                yield p, weights, average, average.dtype == weights.dtype and _is_kept(view, p, average)
+
+
+def _is_kept(view: GroupView, p: torch.Tensor, average: torch.Tensor) -> bool:
+    """Return whether an average is a tensor of the wrapper's own state, not computed from it."""
+    return any(
+        isinstance(value, torch.Tensor)
+        and local(value).data_ptr() == average.data_ptr()
+        and local(value).shape == average.shape
+        for value in view.own_state(p)
+    )
+
+
+def exchange(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Exchange the contents of two tensors of one shape and dtype, a block at a time."""
+    rows = max(1, BLOCK // max(1, a[0].numel())) if a.dim() and a.shape[0] else 1
+    pairs = zip(torch.split(a, rows), torch.split(b, rows), strict=True) if a.dim() else [(a, b)]
+    for x, y in pairs:
+        first = x.clone()
+        x.copy_(y)
+        y.copy_(first)

@@ -1,0 +1,297 @@
+"""A chain: one base with the wrappers and schedules around it, over the groups that carry its name.
+
+It is fixed when a stack is made. It knows how its base is stepped, and what a scratch copy of the base would do.
+"""
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim import SGD, Adagrad, Adam, AdamW
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+from metaopt.engine.shards import is_sharded
+from metaopt.engine.torch_internals import (
+    optimizer_parts,
+    restored_optimizer,
+    without_grad_mode,
+    without_step_hooks,
+)
+from metaopt.schedule import Schedule
+from metaopt.wrapper import Closure, Scalar, Slot, Wrapper
+
+ParamGroup = dict[str, Any]
+ParamState = dict[str, Any]
+
+# state[p][PLACEHOLDER]: 1 if the base's entries only show which keys there will be (see param_state)
+PLACEHOLDER = "metaopt.anew"
+# group entries that say how to run and not what is computed
+RUN_FLAGS = frozenset({"foreach", "fused", "capturable", "differentiable"})
+# torch's elementwise optimizers: stepped block by block they compute the same numbers
+ELEMENTWISE = frozenset(
+    getattr(torch.optim, name)
+    for name in "SGD Adam AdamW Adagrad Adadelta Adamax ASGD NAdam RAdam RMSprop Rprop".split()
+)
+
+
+@dataclass(frozen=True)
+class KeyedSlot:
+    """A slot of one wrapper with the key of its tensor in `state[p]`."""
+
+    key: str
+    wrapper: Wrapper
+    slot: Slot
+
+
+@dataclass(frozen=True)
+class SlotLayout:
+    """What follows from the place of a wrapper in its chain, worked out once."""
+
+    state_keys: tuple[str, ...]  # of the tensors that it keeps for every parameter
+    uses_previous: bool
+    keeps_moments: bool
+    inner_anchor_keys: tuple[str, ...]  # of anchors between the base and the wrapper
+
+
+class Chain:
+    """One base and the wrappers that act on its groups. A stack has one chain, or one for each base of a partition.
+
+    `wrappers` belong to the chain only, `outer` are those around all chains. `ordered` holds both in the order in which
+    they act: outer ones before the base, the chain's own, those of the chain behind the base, outer ones.
+    """
+
+    def __init__(
+        self,
+        base: torch.optim.Optimizer,
+        wrappers: Sequence[Wrapper] = (),
+        schedules: Mapping[str, Schedule] | None = None,
+        *,
+        outer: Sequence[Wrapper] = (),
+        name: str = "",
+        fused_by_default: bool = False,
+    ) -> None:
+        self.base = base
+        self.wrappers = tuple(wrappers)
+        self.outer = tuple(outer)
+        self.schedules = dict(schedules or {})
+        self.name = name
+        self.fused_by_default = fused_by_default
+        self._derive()
+
+    def _derive(self) -> None:
+        before = [w for w in (*self.outer, *self.wrappers) if w.runs_before_base()]
+        self.behind = tuple(w for w in (*self.wrappers, *self.outer) if not w.runs_before_base())
+        self.ordered = (*before, *self.behind)
+        self.labelled = {w.label: w for w in self.ordered}
+        self.slots = tuple(_keyed_slots(self.ordered))
+        self.moment_slots = tuple(
+            (f"{w.label}.{n}", w) for w in self.ordered for n, s in w.active_slots().items() if s.kind == "moments"
+        )
+        self.early_keys = frozenset(keyed.key for keyed in self.slots if keyed.slot.early)
+        self.hyperparameters = {f"{w.label}.{name}": (w, name) for w in self.ordered for name in w.hyperparameters}
+        self.counters = tuple(f"{w.label}.{name}" for w in self.ordered for name in w.counters)
+        self.scalars: dict[str, tuple[Wrapper, Scalar]] = {
+            f"{w.label}.{name}": (w, scalar) for w in self.ordered for name, scalar in w.scalars.items()
+        }
+        self.resets = tuple(w for w in self.ordered if w.resets_base_state())
+        self._layouts = {id(wrapper): self._layout(wrapper) for wrapper in self.ordered}
+        self.update_parts = _first_update_parts(self.behind)
+        self.keeps_previous = any(
+            self.layout(w).uses_previous
+            or "after_updates" in w.implemented_hooks()
+            or ("on_update" in w.implemented_hooks() and w not in self.update_parts)
+            for w in self.behind
+        )
+        self._prefixes = ("metaopt.", *(f"{label}." for label in self.labelled))
+        # the stack's own step calls the hooks
+        self._traced_step = without_step_hooks(type(self.base).step)
+        self._step = without_grad_mode(self._traced_step)
+        closure = inspect.signature(self._traced_step).parameters.get("closure")
+        self.needs_closure = closure is not None and closure.default is inspect.Parameter.empty
+        # group entries that the base's constructor takes; others were added by wrappers or by user code
+        self.constructor_names = frozenset(inspect.signature(type(self.base)).parameters) - {"params"}
+
+    # ---- which groups and keys belong to it
+
+    def has_group(self, group: ParamGroup) -> bool:
+        """Return whether a group belongs to this chain; without a name every group does."""
+        return not self.name or group.get("metaopt.part") == self.name
+
+    def groups_in(self, groups: list[ParamGroup]) -> list[ParamGroup]:
+        """Return the groups that belong to this chain."""
+        return [group for group in groups if self.has_group(group)] if self.name else groups
+
+    def is_base_key(self, key: Any) -> bool:
+        """Return whether a key of a group or of `state[p]` belongs to the base, not to a wrapper."""
+        return not (isinstance(key, str) and key.startswith(self._prefixes))
+
+    def has_base_state(self, param_state: Mapping[str, Any]) -> bool:
+        """Return whether the base has begun a parameter: it keeps something that is not a placeholder."""
+        return not param_state.get(PLACEHOLDER) and any(map(self.is_base_key, param_state))
+
+    def layout(self, wrapper: Wrapper) -> SlotLayout:
+        """Return what follows from the place of a wrapper."""
+        return self._layouts[id(wrapper)]
+
+    def _layout(self, wrapper: Wrapper) -> SlotLayout:
+        inner = {id(other) for other in self.ordered[: self.ordered.index(wrapper)]}
+        kinds = {slot.kind for slot in wrapper.active_slots().values()}
+        return SlotLayout(
+            state_keys=tuple(keyed.key for keyed in self.slots if keyed.wrapper is wrapper),
+            uses_previous="previous" in kinds,
+            keeps_moments="moments" in kinds,
+            inner_anchor_keys=tuple(
+                k.key for k in self.slots if k.slot.kind == "anchor" and id(k.wrapper) in inner
+            ),
+        )
+
+    # ---- stepping the base
+
+    def step(self, *closure: Closure, **keywords: Any) -> Any:
+        """Call the base's own step, without the hooks and the grad mode that the stack's step has handled already."""
+        return self._step(self.base, *closure, **keywords)
+
+    def traced_step(self, *closure: Closure) -> None:
+        """Call the base's own step as torch traces it."""
+        self._traced_step(self.base, *closure)
+
+    def step_on(self, group: ParamGroup, members: list[torch.Tensor]) -> None:
+        """Step the base over some parameters of one group, and over nothing else."""
+        groups, params = self.base.param_groups, group["params"]
+        self.base.param_groups, group["params"] = [group], members
+        try:
+            self._step(self.base)
+        finally:
+            self.base.param_groups, group["params"] = groups, params
+
+    @property
+    def steps_in_blocks(self) -> bool:
+        """Whether the base may be stepped over some parameters at a time with the same result."""
+        return type(self.base) in ELEMENTWISE
+
+    def call_mode(self, name: str) -> None:
+        """Call `train()` or `eval()` of a base that has it; most bases have no modes."""
+        change = getattr(self.base, name, None)
+        if change is not None:
+            change()
+
+    # ---- what a scratch base does
+
+    def arguments(self, group: ParamGroup) -> dict[str, Any]:
+        """Return what the base's constructor takes of a group, or of its defaults."""
+        return {k: v for k, v in {**self.base.defaults, **group}.items() if k in self.constructor_names}
+
+    def constructor_state(self, group: ParamGroup, p: torch.Tensor) -> ParamState:
+        """Return the state that the base's constructor makes for a parameter like `p`: {} for most bases."""
+        with _nothing_drawn(p), torch.enable_grad():
+            zeros = torch.zeros_like(p).requires_grad_()
+            scratch = type(self.base)([zeros], **self.arguments(group))
+        return dict(scratch.state.get(zeros, {}))
+
+    def scratch_step(
+        self, group: ParamGroup, like: torch.Tensor, gradient: float = 0.0
+    ) -> tuple[ParamState, ParamGroup, list[str]]:
+        """Step a new base of the same class over zeros like `like`, all gradients being `gradient`.
+
+        Returns the state, the group, and which numbers of the group the step changed. The base may draw random
+        numbers: the generators are left as they were. Raises whatever the class raises.
+        """
+        with _nothing_drawn(like):
+            with torch.enable_grad():
+                zeros = torch.zeros_like(like).requires_grad_()
+                zeros.grad = torch.full_like(zeros, gradient)
+                scratch = type(self.base)([zeros], **self.arguments(group))
+            other = Chain(scratch)
+            other.call_mode("train")
+            made = scratch.param_groups[0]
+            before = {key: _number(value) for key, value in made.items()}
+            with torch.no_grad():
+                other.step(*((lambda: torch.zeros(()),) if self.needs_closure else ()))
+        counted = [k for k, v in made.items() if _number(v) != before.get(k) and k not in ("lr", "params")]
+        return dict(scratch.state.get(zeros, {})), made, counted
+
+    # ---- copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("wrappers", "outer", "schedules", "name", "fused_by_default")
+        return {"base": optimizer_parts(self.base), **{key: getattr(self, key) for key in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, base=restored_optimizer(*state["base"]))
+        self._derive()
+
+
+def _keyed_slots(wrappers: Iterable[Wrapper]) -> Iterator[KeyedSlot]:
+    """Yield the slots with tensors in `state[p]`: all but those of the update in progress, and moments."""
+    for wrapper in wrappers:
+        for name, slot in wrapper.active_slots().items():
+            if slot.kind in ("moments", "previous"):
+                continue
+            if slot.copies is None:
+                yield KeyedSlot(f"{wrapper.label}.{name}", wrapper, slot)
+                continue
+            for i in range(number_of(slot.copies, vars(wrapper))):
+                yield KeyedSlot(f"{wrapper.label}.{name}.{i}", wrapper, slot)
+
+
+def number_of(given: int | str, values: Mapping[str, Any]) -> int:
+    """Return a number that is given, or that a hyperparameter holds."""
+    return int(values[given]) if isinstance(given, str) else given
+
+
+def _first_update_parts(behind: Sequence[Wrapper]) -> tuple[Wrapper, ...]:
+    """Return the wrappers on the update that act before anything else has moved the weights."""
+    found = []
+    for wrapper in behind:
+        hooks = wrapper.implemented_hooks()
+        if "on_update" in hooks:
+            found.append(wrapper)
+        if hooks & {"after_update", "after_updates"}:
+            break
+    return tuple(found)
+
+
+def has_fused_kernel(kind: type[torch.optim.Optimizer], params: Sequence[torch.Tensor]) -> bool:
+    """Return whether torch's `kind(..., fused=True)` updates all of these parameters, and rightly.
+
+    What torch 2.13 lacks: kernels for complex and sparse parameters, sharding rules for SGD and Adagrad, Adagrad off
+    the CPU; SGD leaves vectors of 16-bit parameters unmoved on a CPU (pytorch#191763). A test asks torch again.
+    """
+    devices = _get_fused_kernels_supported_devices()
+    if kind not in (SGD, Adagrad, Adam, AdamW):
+        return False
+    for p in params:
+        if p.device.type not in devices or not p.is_floating_point() or p.is_sparse:
+            return False
+        if kind in (SGD, Adagrad) and is_sharded(p):
+            return False
+        if kind is Adagrad and p.device.type != "cpu":
+            return False
+        if kind is SGD and p.device.type == "cpu" and p.element_size() == 2:
+            return False
+    return True
+
+
+@contextmanager
+def _nothing_drawn(like: torch.Tensor) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
+        yield
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, torch.Tensor):
+        return float(value) if value.numel() == 1 else None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def is_moment(value: Any, key: str, parameter: torch.Tensor) -> bool:
+    """Return whether an entry of the base's state is a moment: floating, not `step`, not a lone number."""
+    return (
+        isinstance(value, torch.Tensor)
+        and key != "step"
+        and (value.is_floating_point() or value.is_complex())
+        and (value.numel() > 1 or parameter.numel() <= 1)
+    )

@@ -1,0 +1,315 @@
+"""A run: a base with its groups and state, and what is remembered between two updates. Only this outlives a step."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from metaopt.engine.chain import Chain, ParamGroup, ParamState, number_of
+from metaopt.engine.structure import Structure
+from metaopt.engine.torch_internals import called_by_zero_redundancy_optimizer
+from metaopt.errors import HyperparameterError, ParameterError, StepError, did_you_mean
+from metaopt.metrics import Metrics
+from metaopt.schedule import Schedule, ScheduledValues
+from metaopt.wrapper import Scalar, Wrapper
+
+# group entries of the engine: the count of updates is the run's, the same in every group
+UPDATES = "metaopt.updates"
+# the label of the average that the parameters hold now, or ""
+AVERAGE_SHOWN = "metaopt.swapped"
+# not "": a client has asked for the keys of the state, which holds only placeholders (see param_state)
+TEMPLATE = "metaopt.template"
+# nothing in the stack decays this group; taken out when the group is completed
+NO_DECAY = "metaopt.no_decay"
+
+
+class Run:
+    """The base, its groups and state, and the engine's memory of them. Made with every stack, and anew in a copy."""
+
+    def __init__(self, structure: Structure, base: torch.optim.Optimizer, metrics: Metrics) -> None:
+        self.structure = structure
+        self.base = base
+        self.metrics = metrics
+        self.scheduled: list[ScheduledValues] = []
+        self.has_schedules = False
+        # what the base's constructor made of parameters that it has not updated yet
+        self.constructor_state: dict[torch.Tensor, ParamState] = {}
+        self.inside_averaged = False
+        self.skipped: str | None = None
+        # a rank's share of the parameters: a norm over them is not the model's
+        self.has_zero_shard = called_by_zero_redundancy_optimizer()
+        self.built_with_lr = any(float(group.get("lr", 0.0)) != 0.0 for group in self.param_groups)
+        # tensors in main memory are being written to from an accelerator
+        self.copies_under_way = False
+        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._adopted: tuple[list[ParamGroup], int] = (self.param_groups, 0)
+        self.invalidate()
+
+    # ---- shared with the base, also if a client replaces them
+
+    @property
+    def param_groups(self) -> list[ParamGroup]:
+        """The live list of group dicts, the base's own."""
+        return self.base.param_groups
+
+    @property
+    def state(self) -> defaultdict[torch.Tensor, Any]:
+        """The live mapping of parameter to state, the base's own."""
+        return self.base.state
+
+    @property
+    def updates(self) -> int:
+        """How many updates were made."""
+        return int(self.param_groups[0].get(UPDATES, 0))
+
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether the user differentiates through updates (torch's `differentiable=True`)."""
+        return bool(self.base.defaults.get("differentiable"))
+
+    def group_of(self, p: torch.Tensor) -> ParamGroup:
+        """Return the group that holds a parameter."""
+        return next(group for group in self.param_groups if any(p is member for member in group["params"]))
+
+    def names(self) -> dict[torch.Tensor, str]:
+        """Return a name for every parameter: the user's, or its position in the run."""
+        found: dict[torch.Tensor, str] = {}
+        for group in self.param_groups:
+            names = group.get("param_names")
+            if names is None or len(names) != len(group["params"]):
+                names = [f"#{len(found) + i}" for i in range(len(group["params"]))]
+            found.update(zip(group["params"], names, strict=True))
+        return found
+
+    # ---- what is remembered of the state
+
+    def invalidate(self) -> None:
+        """Look at every parameter's state at the next update: something may have changed it."""
+        # parameters whose state lacks something; None: not known
+        self.incomplete: list[torch.Tensor] | None = None
+        self.state_size = -1
+        # by group: parameters without a momentum buffer, of a fused SGD
+        self.without_momentum: dict[int, list[torch.Tensor]] = {}
+
+    def await_copies(self) -> None:
+        """Wait for copies to main memory, before anything but the device reads them."""
+        if self.copies_under_way:
+            for device in {p.device for group in self.param_groups for p in group["params"] if p.device.type != "cpu"}:
+                torch.accelerator.synchronize(device)
+            self.copies_under_way = False
+
+    def forget_base_state(self, params: Sequence[torch.Tensor], chain: Chain) -> None:
+        """Drop the base's state of some parameters: its next update of them is like a first one."""
+        for p in params:
+            param_state = self.state[p]
+            for key in [key for key in param_state if chain.is_base_key(key)]:
+                del param_state[key]
+        self.invalidate()
+
+    # ---- schedules
+
+    def write_schedules(self) -> None:
+        """Set every scheduled value for the update that comes next."""
+        for scheduled, group in zip(self.scheduled, self.param_groups, strict=True):
+            scheduled.write(group)
+
+    def begin_schedules(self) -> None:
+        """Follow the schedules of all groups from the present count on."""
+        structure = self.structure
+        self.scheduled = [
+            ScheduledValues(structure.schedules_of(group), structure.total_steps) for group in self.param_groups
+        ]
+        self.has_schedules = any(scheduled.schedules for scheduled in self.scheduled)
+        self._adopted = self.param_groups, len(self.param_groups)
+        self.write_schedules()
+
+    def lr_set_by_client(self, position: int) -> bool:
+        """Return whether user code changed a group's learning rate since a schedule wrote it or the run was made."""
+        group = self.param_groups[position]
+        if "lr" in self.structure.schedules_of(group):
+            return not self.scheduled[position].are_unchanged(group)
+        return self.built_with_lr
+
+    # ---- groups
+
+    def complete_groups(self) -> None:
+        """Validate and complete the groups that the base was built with."""
+        for position, group in enumerate(self.param_groups):
+            self.validate_group(group, position, built=True)
+            self.complete_group(group)
+        self.know_members()
+        self.begin_schedules()
+
+    def adopt_groups(self) -> None:
+        """Complete the groups that a client has put into `param_groups`, or added through the base's own methods."""
+        groups, (adopted, number) = self.param_groups, self._adopted
+        if groups is adopted and len(groups) == number:
+            return
+        new = any(UPDATES not in group for group in groups)
+        count = next((group[UPDATES] for group in groups if UPDATES in group), 0)
+        for position, group in enumerate(groups):
+            if UPDATES in group:
+                continue
+            if self.structure.multi_base is not None:
+                group["metaopt.part"] = self.structure.multi_base.chain_for(group).name
+            self.validate_group(group, position, built=True)
+            group[UPDATES] = count
+            self.complete_group(group)
+        self.know_members()
+        if new or len(groups) != len(self.scheduled):
+            self.begin_schedules()
+        self.invalidate()
+        self._adopted = groups, len(groups)
+
+    def add_group(self, param_group: ParamGroup) -> None:
+        """Add a group to the base and complete it; nothing changes if it is refused."""
+        group = _with_list(param_group)
+        if self.structure.multi_base is not None:
+            group["metaopt.part"] = self.structure.multi_base.chain_for(group).name
+        self.validate_group(group, len(self.param_groups))
+        _name_like_others(group, self.param_groups)
+        before = set(self.state)
+        self.base.add_param_group(group)
+        for p in [p for p in self.state if p not in before]:
+            self.constructor_state[p] = self.state.pop(p)
+        group[UPDATES] = self.updates
+        self.complete_group(group)
+        self.know_members()
+        self.begin_schedules()
+        self.invalidate()
+
+    def validate_members(self, group: ParamGroup) -> None:
+        """Refuse a group whose parameters a client has replaced by another number; names may be out of date."""
+        names, members = group.get("param_names"), group["params"]
+        if names is not None and len(names) != len(members) and not all(p in self._known for p in members):
+            raise StepError(
+                f"a group of {len(names)} parameters ({', '.join(names[:3])}, ...) holds {len(members)} now: a client "
+                f"has put others in their places. DeepSpeed's ZeRO does so: a rank gets a flat share, of which norms, "
+                f"shapes and names are not the model's. Shard with FSDP2 (fully_shard) instead"
+            )
+
+    def know_members(self) -> None:
+        """Remember which parameters the groups hold; see `validate_members`."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._known[p] = True
+
+    def validate_group(self, group: ParamGroup, position: int, *, built: bool = False) -> None:
+        """Raise HyperparameterError for an entry that no part has, that is out of bounds or that has a schedule.
+
+        A group that the base has `built` holds the base's defaults already: those are not settings of the user.
+        """
+        where = f"group {group.get('name', position)}"
+        chain = self.structure.chain_of(group)
+        schedules, known = self.structure.schedules_of(group), chain.hyperparameters
+        if group.get("differentiable") and chain.ordered:
+            raise HyperparameterError(
+                f"{where}: differentiable=True: {chain.ordered[0].label} changes tensors in place and cannot be "
+                f"differentiated through; leave one of the two out"
+            )
+        for key in schedules.keys() & (known.keys() if group.get(NO_DECAY) else set()):
+            if known[key][1] == "weight_decay" and key not in group:
+                raise HyperparameterError(
+                    f"{where} is to have no decay, but the stack has a schedule for {key}: drop one of the two"
+                )
+        for key, value in group.items():
+            if key in schedules and not (built and key not in known):
+                raise HyperparameterError(
+                    f"{where} sets {key}={value!r}, but the stack has a schedule for it: "
+                    f"use lr_scale in the group to scale the learning rate, or drop one of the two"
+                )
+            if isinstance(value, Schedule):
+                raise HyperparameterError(
+                    f"{where}: {key} has a schedule of its own: schedules belong to the whole stack"
+                )
+            if key in known:
+                wrapper, name = known[key]
+                group[key] = wrapper.hyperparameters[name].validate(value, where=f"{where}, {wrapper.label}")
+                if not wrapper.hyperparameters[name].per_group:
+                    self._validate_shared(group, key, wrapper, name, where)
+            elif "." in key and not key.startswith("metaopt."):
+                raise HyperparameterError(f"{where}: no part of this stack has {key!r}.{did_you_mean(key, known)}")
+
+    def _validate_shared(self, group: ParamGroup, key: str, wrapper: Wrapper, name: str, where: str) -> None:
+        # before the first group is complete the wrapper's own value is what the others will get
+        others = [g.get(key, getattr(wrapper, name)) for g in self.param_groups if g is not group] or [group[key]]
+        if any(other != group[key] for other in others):
+            raise HyperparameterError(
+                f"{where} sets {key}={group[key]!r}, but {wrapper.label} acts on all groups at once, where it is "
+                f"{others[0]!r}: give it in the stack, for all"
+            )
+
+    def complete_group(self, group: ParamGroup) -> None:
+        """Give a group the entries that wrappers and engine keep in it, and apply its `lr_scale` once."""
+        chain = self.structure.chain_of(group)
+        group.setdefault(UPDATES, 0)
+        group.setdefault("metaopt.total_steps", self.structure.total_steps)
+        group.setdefault(AVERAGE_SHOWN, "")
+        group.setdefault(TEMPLATE, "")
+        scale = _lr_scale(group.pop("lr_scale", 1.0), group)
+        if "metaopt.lr_scale" not in group:
+            group["metaopt.lr_scale"] = scale
+            if scale != 1.0 and "lr" not in self.structure.schedules_of(group):
+                group["lr"] = group["lr"] * scale
+        without_decay = group.pop(NO_DECAY, False)
+        # the state of a part without hyperparameters is known as that part's by this entry
+        group["metaopt.labels"] = ",".join(chain.labelled)
+        for key, (wrapper, name) in chain.hyperparameters.items():
+            value = getattr(wrapper, name)
+            zero = (without_decay and name == "weight_decay") or isinstance(value, Schedule)
+            group.setdefault(key, 0.0 if zero else value)
+        for key in chain.counters:
+            # a group that comes later joins the others' count
+            group.setdefault(key, next((g[key] for g in self.param_groups if key in g), 0))
+        self.place_scalars(group, chain)
+
+    def place_scalars(self, group: ParamGroup, chain: Chain) -> None:
+        """Give a group the scalars of its wrappers, beside its parameters; those of the whole run are one tensor."""
+        device = group["params"][0].device if group["params"] else torch.device("cpu")
+        wide = any(p.dtype in (torch.float64, torch.complex128) for p in group["params"])
+        dtype = torch.float64 if wide else torch.float32
+        for key, (wrapper, scalar) in chain.scalars.items():
+            shared = None
+            if scalar.per == "run":
+                peers = self.param_groups if wrapper in chain.outer else chain.groups_in(self.param_groups)
+                shared = next((g[key] for g in peers if g is not group and key in g), None)
+            if shared is not None:
+                group[key] = shared
+            elif key in group:
+                group[key] = group[key].to(device=device)
+            else:
+                group[key] = _new_scalar(scalar, wrapper, dtype, device)
+
+
+def _new_scalar(scalar: Scalar, wrapper: Wrapper, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    size = () if scalar.size is None else (number_of(scalar.size, vars(wrapper)),)
+    return torch.full(size, scalar.initial, dtype=dtype, device=device)
+
+
+def _lr_scale(value: Any, group: ParamGroup) -> float:
+    number = not isinstance(value, bool) and isinstance(value, Real | torch.Tensor)
+    if not number or not 0.0 <= float(value) < float("inf"):
+        where = f"group {group['name']}" if "name" in group else "a group"
+        raise HyperparameterError(f"{where} sets lr_scale={value!r:.60}: it multiplies the rate, give a number >= 0")
+    return float(value)
+
+
+def _with_list(group: ParamGroup) -> ParamGroup:
+    """Return a copy of a group with its parameters, which may come from a generator, in a list."""
+    if not isinstance(group, dict) or "params" not in group:
+        raise ParameterError(f"add_param_group: a group is a dict with the key 'params', not {group!r:.60}")
+    members = group["params"]
+    if isinstance(members, set):  # torch refuses sets, because they are unordered
+        return dict(group)
+    return {**group, "params": [members] if isinstance(members, torch.Tensor) else list(members)}
+
+
+def _name_like_others(group: ParamGroup, others: Sequence[ParamGroup]) -> None:
+    """Name a new group's parameters if existing groups have names; torch requires all or none."""
+    unnamed = "param_names" not in group and not any(isinstance(member, tuple) for member in group["params"])
+    if unnamed and any("param_names" in other for other in others):
+        called = group.get("name", f"group {len(others)}")
+        group["param_names"] = [f"{called}.{position}" for position in range(len(group["params"]))]

@@ -1,0 +1,520 @@
+"""The order of one update: evaluate, filter gradients, step the base, let the wrappers behind it act. Compiled or not.
+
+`torch.compile(opt.step)` traces only the base's step, as torch compiles it; everything around runs eagerly. torch's
+tracer knows optimizers: it runs a base's `_init_group` for real and guards on its groups and state. It knows no
+wrappers: traced, they would guard on every gradient tensor, which `zero_grad` frees, and specialise on which of the k
+updates of a cycle this is. They are a few multi-tensor calls that a compiler could not make faster.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from metaopt.engine import averages, param_state
+from metaopt.engine.chain import Chain, ParamGroup, has_fused_kernel
+from metaopt.engine.run import AVERAGE_SHOWN, TEMPLATE, UPDATES, Run
+from metaopt.engine.structure import Placed
+from metaopt.engine.update import Members, Update, blocks_of
+from metaopt.engine.views import GroupsView, GroupView, block_views_of, gradient_norm, groups_of, updated, views_of
+from metaopt.errors import StepError
+from metaopt.wrapper import Closure, Group, Wrapper
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def step(run: Run, closure: Closure | None, keywords: dict[str, Any]) -> Any:
+    """Make one update, or none; return the closure's loss, or what the base's step returns without a closure."""
+    evaluation = begin(run, closure)
+    if evaluation is None:
+        return None
+    if evaluation.update is None:
+        return evaluation.loss
+    try:
+        returned = _step_bases(evaluation.update, evaluation.closure_for_base(), keywords)
+    except BaseException:
+        abandon(evaluation.update)
+        raise
+    finish(evaluation.update, evaluation.loss)
+    return returned if closure is None else evaluation.loss
+
+
+def begin(run: Run, closure: Closure | None) -> "Evaluation | None":
+    """Do all that comes before the base's step; return the evaluation, without an update if none is due.
+
+    None: a client wanted to see the keys of the state. Features that are not in use cost one look at a flag, so that a
+    stack without wrappers is as fast as its base.
+    """
+    run.skipped = None
+    structure = run.structure
+    run.adopt_groups()
+    first = run.base.param_groups[0]
+    if first[AVERAGE_SHOWN]:
+        averages.before_step(run)
+    if not run.base.state and closure is None and param_state.is_template_step(run):
+        param_state.add_placeholders(run)
+        return None
+    if run.has_schedules:
+        for scheduled, group in zip(run.scheduled, run.base.param_groups, strict=True):
+            scheduled.raise_if_changed(group)
+    update = Update(run, is_logged=run.metrics.wanted(first[UPDATES] + 1))
+    evaluation = Evaluation(update, closure)
+    if closure is not None or structure.needs_closure or structure.around:
+        evaluation.evaluate()
+    if not any(p.grad is not None for group in run.base.param_groups for p in group["params"]):
+        return _skip(evaluation, "no gradients")
+    try:
+        if structure.keeps_early_state:
+            param_state.add_early_state(update)
+        param_state.collect_initial(update)
+        if structure.on_gradients or update.is_logged:
+            filter_gradients(update)
+            if update.skip_reason is not None:
+                update.release()
+                return _skip(evaluation, update.skip_reason)
+            if update.lent:  # some had no gradient before
+                param_state.collect_initial(update)
+        _prepare_base(update)
+    except BaseException:
+        abandon(update)
+        raise
+    return evaluation
+
+
+def _skip(evaluation: "Evaluation", reason: str) -> "Evaluation":
+    """Leave a step that makes no update: nothing advances."""
+    run = evaluation.run
+    run.skipped = reason
+    run.metrics.drop_update()
+    evaluation.update = None
+    return evaluation
+
+
+def abandon(update: Update) -> None:
+    """Leave an update that failed: no state of wrappers is lost, nothing that was measured counts."""
+    update.run.metrics.drop_update()
+    param_state.restore(update)
+    update.run.invalidate()
+    update.release()
+
+
+# ---- before the base
+
+
+def filter_gradients(update: Update) -> None:
+    """Let the wrappers on gradients act, once per evaluation of the loss, until one of them skips the update."""
+    run = update.run
+    update.skip_reason = None
+    update.scale.clear()
+    for group in run.base.param_groups:
+        for p in group["params"]:
+            # an embedding leaves a row that it looked up twice as two
+            if p.grad is not None and p.grad.is_sparse and not p.grad.is_coalesced():
+                p.grad = p.grad.coalesce()
+    if update.is_logged and not run.has_zero_shard:
+        run.metrics.measure("train/grad_norm", gradient_norm(update, run.structure.chains, run.param_groups))
+    for placed in run.structure.on_gradients:
+        groups = groups_of(update, placed)
+        if placed.chain is not None and not any(p.grad is not None for group in groups for p in group["params"]):
+            continue
+        placed.wrapper.on_gradients(GroupsView(update, placed, groups))
+        if update.skip_reason is not None:
+            return
+
+
+def _prepare_base(update: Update) -> None:
+    run, structure = update.run, update.run.structure
+    if run.base.param_groups[0][TEMPLATE]:
+        param_state.remove_placeholders(run, keep_early=True)
+    if update.initial or run.incomplete is None:
+        _leave_refused_kernels(run)
+        param_state.park(update)
+    for placed in structure.before_update:
+        for group in _due(update, placed, made=False):
+            _call(placed.wrapper.before_update, views_of(update, group, placed.wrapper, update.members_of(group)))
+    if structure.keeps_previous or structure.changes_updates:
+        # a base may take gradients away inside its step: which parameters it updates is known only now
+        update.members = {id(group): update.members_of(group) for group in run.param_groups}
+        for group in run.param_groups:
+            if structure.chain_of(group).keeps_previous:
+                update.keep_weights(update.members_of(group))
+    for chain in list(update.scale):
+        update.fold_scale(chain)
+
+
+def _leave_refused_kernels(run: Run) -> None:
+    """Turn the fused kernel off for groups whose tensors it cannot update, if it was our choice.
+
+    Gradients may turn out sparse, and parameters may have another dtype or be DTensors since construction.
+    """
+    for group in run.base.param_groups:
+        chain = run.structure.chain_of(group)
+        if not (chain.fused_by_default and group.get("fused")):
+            continue
+        sparse = any(p.grad is not None and p.grad.is_sparse for p in group["params"])
+        if sparse or not has_fused_kernel(type(chain.base), group["params"]):
+            group["fused"] = None
+
+
+# ---- the base
+
+
+def _step_bases(update: Update, closure: tuple[Closure, ...], keywords: dict[str, Any]) -> Any:
+    """Step every base: as a whole, or block by block with the wrappers on the update; return what the only one does."""
+    structure = update.run.structure
+    if structure.multi_base is not None:
+        structure.multi_base.assign_groups()
+    returned = None
+    for chain in structure.chains:
+        if chain.update_parts and chain.steps_in_blocks and not chain.keeps_previous:
+            for group in chain.groups_in(update.run.param_groups):
+                _step_in_blocks(update, chain, group)
+        else:
+            if chain.update_parts and not chain.keeps_previous:
+                _keep_due_weights(update, chain)
+            if late := _late_momentum(update, chain):
+                for group in chain.groups_in(update.run.param_groups):
+                    _step_on(chain, group, update.members_of(group), late)
+            else:
+                returned = chain.step(*closure, **keywords)
+            _change_updates(update, chain)
+    return returned
+
+
+def _late_momentum(update: Update, chain: Chain) -> set[int]:
+    """Return the parameters that torch's fused SGD has to step apart: it wants all momentum buffers, or none."""
+    if type(chain.base) is not torch.optim.SGD:
+        return set()
+    run = update.run
+    late: set[int] = set()
+    for group in chain.groups_in(run.base.param_groups):
+        if not (group.get("fused") and group["momentum"]):
+            continue
+        lacking = run.without_momentum.get(id(group))
+        if lacking is None:
+            lacking = [p for p in group["params"] if run.state.get(p, {}).get("momentum_buffer") is None]
+            run.without_momentum[id(group)] = lacking
+        begin = [p for p in lacking if p.grad is not None]
+        if begin:
+            del run.without_momentum[id(group)]
+            if any(p.grad is not None and not any(p is b for b in begin) for p in group["params"]):
+                late.update(map(id, begin))
+    return late
+
+
+def _step_on(chain: Chain, group: ParamGroup, members: Members, late: set[int]) -> None:
+    """Step the base over some parameters of a group, those that begin their momentum late apart from the others."""
+    for part in ([p for p in members if id(p) not in late], [p for p in members if id(p) in late]):
+        if part:
+            chain.step_on(group, part)
+
+
+def _step_in_blocks(update: Update, chain: Chain, group: ParamGroup) -> None:
+    """Step the base and let the wrappers on the update act, one block of parameters after the other.
+
+    A block stays in the cache, and only its weights are kept twice.
+    """
+    late = _late_momentum(update, chain)
+    members = update.members_of(group)
+    wrappers = [w for w in chain.update_parts if _is_due(w, group, made=False)]
+    if not wrappers:
+        _step_on(chain, group, members, late)
+        return
+    for block in blocks_of(members):
+        update.keep_weights(block)
+        _step_on(chain, group, block, late)
+        _change(update, group, wrappers, block)
+        update.drop_weights(block)
+
+
+def _keep_due_weights(update: Update, chain: Chain) -> None:
+    for group in chain.groups_in(update.run.param_groups):
+        if any(_is_due(wrapper, group, made=False) for wrapper in chain.update_parts):
+            update.keep_weights(update.members_of(group))
+
+
+def _change_updates(update: Update, chain: Chain) -> None:
+    """Let the wrappers act on the update of a base that was stepped as a whole."""
+    for group in chain.groups_in(update.run.param_groups) if chain.update_parts else ():
+        wrappers = [w for w in chain.update_parts if _is_due(w, group, made=False)]
+        if wrappers:
+            _change(update, group, wrappers, update.members_of(group))
+            if not chain.keeps_previous:
+                update.drop_weights(update.members_of(group))
+
+
+def _change(update: Update, group: ParamGroup, wrappers: list[Wrapper], members: Members) -> None:
+    """Let wrappers change what is added to some parameters, in written order, and add it."""
+    update.open(members)
+    for wrapper in wrappers:
+        _call(wrapper.on_update, block_views_of(update, group, wrapper, members, updates=update.count))
+    update.close(members)
+
+
+# ---- behind the base
+
+
+def finish(update: Update, loss: Any) -> None:
+    """Do all that comes after the base's step."""
+    run = update.run
+    # a torch scheduler bound to the base before it was wrapped looks here
+    run.base._opt_called = True  # type: ignore[attr-defined]
+    try:
+        if update.initial or run.incomplete is None:
+            param_state.store(update)
+            param_state.find_incomplete(run)
+        run.state_size = len(run.base.state)
+        for group in run.base.param_groups:
+            group[UPDATES] += 1
+        for placed in run.structure.behind:
+            _act_behind(update, placed)
+        _measure(update, loss)
+    finally:
+        update.release()
+        # the update was made, also if a wrapper behind it raised
+        if run.has_schedules:
+            run.write_schedules()
+    run.metrics.end_update(run.updates)
+
+
+def _act_behind(update: Update, placed: Placed) -> None:
+    wrapper, hooks = placed.wrapper, placed.wrapper.implemented_hooks()
+    due = _due(update, placed, made=True)
+    if not due:
+        return
+    if "on_update" in hooks:
+        for group in due:
+            if wrapper not in update.run.structure.chain_of(group).update_parts:
+                _change_later(update, group, wrapper)
+    if "after_updates" in hooks:
+        view = GroupsView(update, placed, due)
+        wrapper.after_updates(view)
+        for group in due:
+            _follow(update, group, wrapper, update.apply_changed(update.members_of(group)))
+    if "after_update" in hooks:
+        for group in due:
+            _call(wrapper.after_update, block_views_of(update, group, wrapper, updated(update, group, wrapper)))
+
+
+def _change_later(update: Update, group: ParamGroup, wrapper: Wrapper) -> None:
+    """Let a wrapper change the update after others have moved the weights: their moves are part of it."""
+    members = update.members_of(group)
+    _change(update, group, [wrapper], members)
+    _follow(update, group, wrapper, members)
+
+
+def _follow(update: Update, group: ParamGroup, wrapper: Wrapper, members: Members) -> None:
+    """Let anchors nearer the base follow the weights that a wrapper has moved (law 11)."""
+    for view in views_of(update, group, wrapper, members):
+        view.move_inner_anchors()
+
+
+def _due(update: Update, placed: Placed, *, made: bool) -> list[ParamGroup]:
+    return [group for group in groups_of(update, placed) if _is_due(placed.wrapper, group, made=made)]
+
+
+def _is_due(wrapper: Wrapper, group: ParamGroup, *, made: bool) -> bool:
+    """Return whether a wrapper acts at this update, which counts already if it was `made`."""
+    if wrapper.acts_every is None:
+        return True
+    k: int = group[f"{wrapper.label}.{wrapper.acts_every}"]
+    return bool((group[UPDATES] + (not made)) % k == 0)
+
+
+def _call(hook: Callable[[Group], None], views: list[GroupView]) -> None:
+    for view in views:
+        hook(view)
+        view.write_back()
+
+
+def _measure(update: Update, loss: Any) -> None:
+    run = update.run
+    real = isinstance(loss, int | float) or (hasattr(loss, "__float__") and not isinstance(loss, torch.Tensor))
+    if real and not isinstance(loss, bool):
+        loss = float(loss)
+    elif not (isinstance(loss, torch.Tensor) and loss.numel() == 1 and not loss.is_complex()):
+        loss = None
+    if loss is not None:
+        # at every update, as a loss that is recorded: a point is the mean of both kinds over the same updates
+        run.metrics.measure("train/loss", loss)
+    if update.is_logged:
+        for tag, group in zip(rate_tags(run.param_groups), run.param_groups, strict=True):
+            if "lr" in group:
+                run.metrics.measure(tag, group["lr"])
+
+
+def rate_tags(groups: list[ParamGroup]) -> list[str]:
+    """Return the tag of every group's learning rate, in the groups' order."""
+    if len(groups) == 1:
+        return ["train/learning_rate"]
+    return [f"train/learning_rate/{group.get('name', position)}" for position, group in enumerate(groups)]
+
+
+# ---- the loss
+
+
+class Evaluation:
+    """The closure of one `step()`: evaluated once before the base, its loss then handed to the base.
+
+    It is evaluated again only if the base asks for that (L-BFGS). `update` is None if no update is due.
+    """
+
+    def __init__(self, update: Update, closure: Closure | None) -> None:
+        self.run = update.run
+        self.update: Update | None = update
+        self.loss: Any = None
+        self._closure = closure
+        self._handed_over = True
+        self._versions: list[int] | None = None
+
+    def evaluate(self) -> None:
+        """Evaluate the loss (None without a closure); gradients are as the closure left them."""
+        structure = self.run.structure
+        if self._closure is None and structure.needs_closure:
+            raise StepError(f"{type(self.run.base).__name__} evaluates the loss itself: call step(closure)")
+        if self._closure is None and structure.around:
+            raise StepError(
+                f"{structure.around[0].label} evaluates the loss itself: call step(closure), "
+                f"with a closure that clears the gradients, computes the loss, calls backward() and returns the loss; "
+                f"GradScaler.step() cannot hand one over: train in bfloat16, without it"
+            )
+        if self._closure is None:
+            return
+        evaluate: Closure = self._with_gradients
+        for wrapper in reversed(structure.around):  # the first one outermost
+            assert self.update is not None
+            evaluate = _around(wrapper, evaluate, GroupsView(self.update, Placed(wrapper, None)))
+        self.loss = evaluate()
+        self._handed_over = False
+        if structure.needs_closure:
+            self._versions = self._parameter_versions()
+
+    def closure_for_base(self) -> tuple[Closure, ...]:
+        """Return what the base's step is called with; several bases share the one evaluation."""
+        return () if self._closure is None or len(self.run.structure.chains) > 1 else (self.replay,)
+
+    def replay(self) -> Any:
+        """Give the base the first evaluation, and a new one if it has moved the parameters or asks again."""
+        if self.run.structure.needs_closure:
+            versions, self._versions = self._versions, None
+            if versions is None or versions != self._parameter_versions():
+                return self._reevaluate()
+        elif self._handed_over:
+            return self._reevaluate()
+        self._handed_over = True
+        return self.loss
+
+    def _reevaluate(self) -> Any:
+        assert self.update is not None
+        loss = self._with_gradients()
+        filter_gradients(self.update)
+        for chain in list(self.update.scale):
+            self.update.apply_scale(chain)
+        return loss
+
+    def _with_gradients(self) -> Any:
+        assert self._closure is not None
+        with torch.enable_grad():
+            return self._closure()
+
+    def _parameter_versions(self) -> list[int]:
+        return [p._version for group in self.run.param_groups for p in group["params"]]
+
+
+def _around(wrapper: Wrapper, closure: Closure, groups: GroupsView) -> Closure:
+    return lambda: wrapper.around(closure, groups)
+
+
+# ---- compiled
+
+
+class CompiledStep:
+    """What `Stack.step` does while torch traces it.
+
+    A rate that changes is a retrace per value if a base passes it on as a number (SGD, or any multi-tensor path), so
+    torch's own bases get theirs as a tensor while they are traced. What makes the base's state tensors anew (a Lookahead
+    that resets the momentum) costs a retrace each time: after eight torch runs that base eagerly, and says so.
+    """
+
+    def __init__(self) -> None:
+        # made once per stack: the tracer guards on the identity of what it must not enter
+        self._begin = _untraced(self.begin)
+        self._finish = _untraced(self.finish)
+        self._abandon = _untraced(self.abandon)
+        self._replay = _untraced(self.replay)
+        self._evaluation: Evaluation | None = None
+        self._rates: dict[int, torch.Tensor] = {}
+        self._replaced: list[tuple[ParamGroup, ParamGroup]] = []
+
+    @torch.no_grad()
+    def __call__(self, run: Run, closure: Closure | None) -> Any:
+        loss, due, evaluates = self._begin(run, closure)
+        if not due:
+            return loss
+        try:
+            for chain in run.structure.chains:
+                if evaluates:
+                    chain.traced_step(self._replay)
+                else:
+                    chain.traced_step()
+        except BaseException:
+            self._abandon()
+            raise
+        self._finish()
+        return loss
+
+    def begin(self, run: Run, closure: Closure | None) -> tuple[Any, bool, bool]:
+        """Do what comes before the base's step; return the loss, whether the base is due, and takes a closure."""
+        evaluation = begin(run, closure)
+        if evaluation is None or evaluation.update is None:
+            return None if evaluation is None else evaluation.loss, False, False
+        self._evaluation = evaluation
+        if run.structure.multi_base is not None:
+            run.structure.multi_base.assign_groups()
+        for chain in run.structure.chains:
+            if chain.update_parts and not chain.keeps_previous:
+                _keep_due_weights(evaluation.update, chain)
+        self._replace_rates(run)
+        return evaluation.loss, True, bool(evaluation.closure_for_base())
+
+    def replay(self) -> Any:
+        """Answer the base's own evaluation of the loss."""
+        assert self._evaluation is not None
+        return self._evaluation.replay()
+
+    def finish(self) -> None:
+        """Do what comes after the base's step."""
+        update, loss = self._end()
+        for chain in update.run.structure.chains:
+            _change_updates(update, chain)
+        finish(update, loss)
+
+    def abandon(self) -> None:
+        """Leave an update in which the base's step raised."""
+        abandon(self._end()[0])
+
+    def _replace_rates(self, run: Run) -> None:
+        for position, group in enumerate(run.param_groups):
+            base = run.structure.chain_of(group).base
+            if not type(base).__module__.startswith("torch.optim.") or not isinstance(group.get("lr"), float):
+                continue
+            # the same tensor at every step, or each would be another input
+            rate = self._rates.setdefault(position, torch.zeros((), dtype=torch.float64))
+            self._replaced.append((group, {key: group[key] for key in ("lr", "foreach") if key in group}))
+            group["lr"] = rate.fill_(group["lr"])
+            if group.get("foreach"):
+                # run eagerly after all (a retrace too many), a multi-tensor Adam that was asked for refuses a tensor
+                group["foreach"] = None
+
+    def _end(self) -> tuple[Update, Any]:
+        for group, own in self._replaced:
+            group.update(own)
+        self._replaced.clear()
+        evaluation, self._evaluation = self._evaluation, None
+        assert evaluation is not None and evaluation.update is not None
+        return evaluation.update, evaluation.loss
+
+
+def _untraced(function: Function) -> Function:
+    untraced: Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return untraced

@@ -1,0 +1,219 @@
+"""What follows from the parts of a stack and never changes: its chains, which wrappers act when, and what is refused."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+import torch
+
+from metaopt.engine.chain import Chain, ParamGroup
+from metaopt.engine.multi_base import MultiBase
+from metaopt.errors import HyperparameterError, SpecError
+from metaopt.schedule import Schedule
+from metaopt.wrapper import Wrapper
+
+LABEL = re.compile(r"[a-z_][a-z0-9_]*")
+# points at which a scheduled value is held against the bounds of its hyperparameter, when a stack is made
+SAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A wrapper and the chain that it belongs to; None: it acts around all chains."""
+
+    wrapper: Wrapper
+    chain: Chain | None
+
+
+class Structure:
+    """The chains of a stack, its own wrappers and schedules, and the wrappers of each phase in the order of acting."""
+
+    def __init__(
+        self,
+        base: torch.optim.Optimizer,
+        wrappers: Sequence[Wrapper],
+        schedules: Mapping[str, Schedule],
+        total_steps: int | None,
+        fused_by_default: bool,
+    ) -> None:
+        self.wrappers = tuple(wrappers)
+        self.schedules = dict(schedules)
+        self.total_steps = total_steps
+        self.fused_by_default = fused_by_default
+        single = Chain(base, outer=self.wrappers, fused_by_default=fused_by_default)
+        self.chains: tuple[Chain, ...] = base.chains if isinstance(base, MultiBase) else (single,)
+        self.multi_base = base if isinstance(base, MultiBase) else None
+        self._by_name = {chain.name: chain for chain in self.chains if chain.name}
+        outer = [Placed(wrapper, None) for wrapper in self.wrappers]
+        inner = [Placed(wrapper, chain) for chain in self.chains for wrapper in chain.wrappers]
+        self.around = tuple(w for w in self.wrappers if "around" in w.implemented_hooks())
+        self.on_gradients = _with_hook("on_gradients", (*outer, *inner))
+        self.before_update = _with_hook("before_update", (*outer, *inner))
+        behind = {"on_update", "after_updates", "after_update"}
+        self.behind = tuple(p for p in (*inner, *outer) if p.wrapper.implemented_hooks() & behind)
+        self.needs_closure = any(chain.needs_closure for chain in self.chains)
+        self.keeps_state = any(chain.slots or chain.moment_slots for chain in self.chains)
+        self.keeps_early_state = any(chain.early_keys for chain in self.chains)
+        self.keeps_previous = any(chain.keeps_previous for chain in self.chains)
+        self.changes_updates = any(chain.update_parts for chain in self.chains)
+
+    def chain_of(self, group: ParamGroup) -> Chain:
+        """Return the chain that a group belongs to."""
+        return self._by_name[group["metaopt.part"]] if self._by_name else self.chains[0]
+
+    def schedules_of(self, group: ParamGroup) -> dict[str, Schedule]:
+        """Return the schedules that drive a group's entries, by key."""
+        return {**self.chain_of(group).schedules, **self.schedules} if self._by_name else self.schedules
+
+    def chains_of(self, placed: Placed) -> tuple[Chain, ...]:
+        """Return the chains that a wrapper acts on."""
+        return self.chains if placed.chain is None else (placed.chain,)
+
+    def labels(self) -> list[str]:
+        """Return the labels of all wrappers."""
+        return list(dict.fromkeys(label for chain in self.chains for label in chain.labelled))
+
+    def averages(self) -> list[str]:
+        """Return the labels of the wrappers that `averaged()` can show."""
+        wrappers = [w for chain in self.chains for w in chain.ordered if "averaged" in w.implemented_hooks()]
+        return list(dict.fromkeys(wrapper.label for wrapper in wrappers))
+
+
+def _with_hook(name: str, placed: Sequence[Placed]) -> tuple[Placed, ...]:
+    return tuple(p for p in placed if name in p.wrapper.implemented_hooks())
+
+
+# ---- what is refused
+
+
+def validate(structure: Structure, groups: Sequence[ParamGroup]) -> None:
+    """Raise SpecError or HyperparameterError for parts that cannot work together."""
+    _validate_order(structure.wrappers)
+    for chain in structure.chains:
+        if chain.name and chain.needs_closure:
+            raise SpecError(
+                f"the part {chain.name!r}: {type(chain.base).__name__} evaluates the loss itself, which all parts "
+                f"share: it cannot be one of several bases"
+            )
+        _validate_base(chain.base)
+        validate_labels(chain.ordered)
+        for wrapper in chain.ordered:
+            wrapper.validate()
+            _validate_evaluation(chain, wrapper)
+        _validate_moments(chain)
+        _validate_resets(chain, groups)
+        _validate_schedules({**chain.schedules, **structure.schedules}, chain, structure.total_steps)
+
+
+def _validate_order(wrappers: Sequence[Wrapper]) -> None:
+    """Refuse a wrapper that evaluates the loss behind one that works on the gradients of that evaluation."""
+    for position, wrapper in enumerate(wrappers):
+        hooks = [(w.label, w.implemented_hooks()) for w in wrappers[:position]]
+        earlier = [label for label, names in hooks if "on_gradients" in names and "around" not in names]
+        if "around" in wrapper.implemented_hooks() and earlier:
+            raise SpecError(
+                f"{wrapper.label} makes the gradients that {earlier[0]} works on: write it before {earlier[0]}"
+            )
+
+
+def _validate_base(base: torch.optim.Optimizer) -> None:
+    """Refuse a base that hands the work to another optimizer: the stack would see neither its state nor its updates."""
+    for name, value in vars(base).items():
+        if isinstance(value, torch.optim.Optimizer):
+            outer, inner = type(base).__name__, type(value).__name__
+            raise SpecError(
+                f"{outer} cannot be a base: it keeps {inner} in .{name}, whose state and updates a stack around it "
+                f"would not see. Put the stack inside: give {outer} the stack, or a factory of it, in place of {inner}"
+            )
+
+
+def _validate_evaluation(chain: Chain, wrapper: Wrapper) -> None:
+    hooks = wrapper.implemented_hooks()
+    owns = "around" in hooks
+    if chain.needs_closure and (owns or wrapper.may_skip_updates):
+        what = "evaluates the loss itself" if owns else "skips updates"
+        raise SpecError(
+            f"{wrapper.label} {what}, and {type(chain.base).__name__} evaluates the loss several times within one "
+            f"update: the two do not go together"
+        )
+    if chain.needs_closure and (hooks & {"on_update", "after_updates"} or chain.layout(wrapper).uses_previous):
+        raise SpecError(
+            f"{wrapper.label} works on one update and its gradient, and {type(chain.base).__name__} makes an update of "
+            f"several gradients: the two do not go together"
+        )
+    if wrapper in chain.wrappers and chain.name and (owns or wrapper.may_skip_updates):
+        what = "evaluates the loss, which all parts share" if owns else "skips updates, which all parts count"
+        raise SpecError(f"{wrapper.label} {what}: write it outside, before the base of the whole stack")
+
+
+def _validate_moments(chain: Chain) -> None:
+    """Refuse a second wrapper of one class that acts on the base's moments: only the innermost may."""
+    inner: dict[type, Wrapper] = {}
+    for wrapper in (*chain.wrappers, *(w for w in chain.ordered if w not in chain.wrappers)):
+        needs_moments = chain.layout(wrapper).keeps_moments or wrapper.resets_base_state()
+        if needs_moments and chain.needs_closure:
+            raise SpecError(
+                f"{wrapper.label} acts on the base's moments, but the state of {type(chain.base).__name__} "
+                f"holds lists: use pullback_momentum='none'"
+            )
+        if needs_moments and type(wrapper) in inner:
+            raise SpecError(
+                f"{wrapper.label} acts on the base's moments, but {inner[type(wrapper)].label} is nearer the base: "
+                f"only the innermost may"
+            )
+        inner.setdefault(type(wrapper), wrapper)
+
+
+def _validate_resets(chain: Chain, groups: Sequence[ParamGroup]) -> None:
+    group = next((g for g in groups if chain.has_group(g) and any(p.requires_grad for p in g["params"])), None)
+    if not chain.resets or group is None:
+        return
+    label, base = chain.resets[0].label, type(chain.base).__name__
+    smallest = min((p for p in group["params"] if p.requires_grad), key=torch.numel)
+    try:
+        _, _, counted = chain.scratch_step(group, smallest)
+    except Exception as error:  # whatever a class from elsewhere raises for settings that it cannot step with
+        raise SpecError(
+            f"{label} resets the state of {base}, which must therefore accept zero gradients, but it raised "
+            f"{type(error).__name__}: {error}; change its settings, or use pullback_momentum='none'"
+        ) from error
+    if counted:
+        raise SpecError(
+            f"{label} resets the state of {base}, which counts its updates in its groups ({', '.join(counted)}): the "
+            f"count goes on, and bias correction would be that of a late update; use pullback_momentum='none'"
+        )
+
+
+def _validate_schedules(schedules: Mapping[str, Schedule], chain: Chain, total_steps: int | None) -> None:
+    """Hold scheduled values against the declared bounds; a value on an open bound passes: warm-ups begin there."""
+    for key, schedule in schedules.items():
+        if key not in chain.hyperparameters:
+            continue
+        wrapper, name = chain.hyperparameters[key]
+        hyperparameter = wrapper.hyperparameters[name]
+        curve = schedule.curve(total_steps, total_steps)
+        end = total_steps or schedule.length(total_steps, total_steps) or 10 * SAMPLES
+        for t in sorted({round(end * i / SAMPLES) for i in range(SAMPLES + 1)}):
+            value = curve(t)
+            if not hyperparameter.within_closed_bounds(value):
+                raise HyperparameterError(
+                    f"{wrapper.label}: the schedule {schedule!r} gives {name}={value:.6g} after {t} updates, but "
+                    f"{name} must be {hyperparameter.bounds()}"
+                )
+
+
+def validate_labels(wrappers: Iterable[Wrapper]) -> None:
+    """Raise SpecError for a label that is malformed, reserved or taken."""
+    seen: set[str] = set()
+    for wrapper in wrappers:
+        label = wrapper.label
+        if not LABEL.fullmatch(label):
+            raise SpecError(f"label {label!r}: a label is lower-case letters, digits and underscores")
+        if label == "metaopt":
+            raise SpecError("label 'metaopt' is reserved: choose another")
+        if label in seen:
+            raise SpecError(f"two parts are labelled {label!r}: give one of them another with label=")
+        seen.add(label)
+
+

@@ -1,0 +1,201 @@
+"""Every private behaviour of torch that the engine relies on, one function each, with the reason. Checked with torch 2.13."""
+
+import functools
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+from torch.autograd import profiler
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+Step = TypeVar("Step", bound=Callable[..., Any])
+Hooks = OrderedDict[int, Callable[..., Any]]
+
+STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+CHECKPOINT_HOOKS = (
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+# every optimizer has these attributes
+HOOKS = (*STEP_HOOKS, *CHECKPOINT_HOOKS)
+
+
+# ---- what torch wraps around a step
+
+
+def with_step_hooks(step: Step) -> Step:
+    """Return `step` with torch's own wrapper around it, used only if a hook, the profiler or the compiler would see it.
+
+    Otherwise it would cost a quarter of an update of small tensors, and the engine saves the one around the base's step.
+    """
+    as_torch_does = Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def wrapper(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or profiler._is_profiler_enabled
+            or torch.compiler.is_compiling()
+        ):
+            return as_torch_does(self, *args, **kwargs)
+        return step(self, *args, **kwargs)
+
+    # torch looks for this mark before it puts its own wrapper around the class's step
+    wrapper.hooked = True  # type: ignore[attr-defined]
+    return wrapper  # type: ignore[return-value]
+
+
+def without_step_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a class's step without torch's wrappers that call hooks.
+
+    Compiling anything in a process puts one more around the steps of some classes, with the same mark.
+    """
+    while getattr(step, "hooked", False) and hasattr(step, "__wrapped__"):
+        step = step.__wrapped__
+    return step
+
+
+def without_grad_mode(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a step without torch's decorator that turns gradients off: the stack has done that, once for all."""
+    code, names = getattr(step, "__code__", None), getattr(step, "__globals__", {})
+    decorated = code is not None and code.co_name == "_use_grad" and names.get("__name__") == "torch.optim.optimizer"
+    return getattr(step, "__wrapped__", step) if decorated else step
+
+
+@contextmanager
+def no_grad() -> Iterator[None]:
+    """Turn gradients off, as torch.no_grad() does, at a fifth of its cost."""
+    before = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_grad_enabled(before)
+
+
+def keep_versions(tensors: tuple[torch.Tensor, ...]) -> Any:
+    """Return a context in which writes to these tensors look like none to autograd."""
+    return _unsafe_preserve_version_counter(tensors)
+
+
+# ---- hooks that base and stack share
+
+
+def share_hooks(base: Optimizer, stack: Optimizer) -> None:
+    """Give base and stack the same hooks, whichever a user registers them on: they run once, with the stack.
+
+    Hooks that the base's class registered for itself keep getting the base, of which they know.
+    """
+    for name in HOOKS:
+        hooks: Hooks = getattr(base, name)
+        if name in STEP_HOOKS:
+            # the stack calls the bare step, around which no hook runs
+            hooks.update({key: partial(_with_base, hook, base) for key, hook in hooks.items() if _is_own(hook, base)})
+        setattr(stack, name, hooks)
+
+
+def user_hooks(hooks: Hooks, base: Optimizer) -> list[Callable[..., Any]]:
+    """Return the hooks that the base's class did not register for itself."""
+    return [hook for hook in hooks.values() if not _is_own(hook, base)]
+
+
+@contextmanager
+def only_class_hooks(base: Optimizer) -> Iterator[None]:
+    """Let only the hooks of the base's class run for it: those of users run for the stack."""
+    shared = {name: getattr(base, name) for name in CHECKPOINT_HOOKS}
+    for name, hooks in shared.items():
+        setattr(base, name, OrderedDict((key, hook) for key, hook in hooks.items() if _is_own(hook, base)))
+    try:
+        yield
+    finally:
+        vars(base).update(shared)
+
+
+def _is_own(hook: Callable[..., Any], base: Optimizer) -> bool:
+    if getattr(hook, "__self__", None) is base:
+        return True
+    declared = [value for cls in type(base).__mro__ for value in vars(cls).values()]
+    return any(hook is value or hook is getattr(value, "__func__", None) for value in declared)
+
+
+def _with_base(hook: Callable[..., Any], base: Optimizer, stack: Any, *rest: Any) -> Any:
+    return hook(base, *rest)
+
+
+# ---- copies of optimizers
+
+# a step that a torch scheduler replaced, and what GradScaler and the engine set for one step
+_TEMPORARY = frozenset(["step", "_opt_called", "grad_scale", "found_inf", *HOOKS])
+
+
+def optimizer_parts(base: Optimizer) -> tuple[type[Optimizer], dict[str, Any]]:
+    """Return class and attributes of an optimizer, for a copy or a pickle.
+
+    Its own `__getstate__` keeps three attributes and loses the rest: L-BFGS could not step any more. Of the hooks only
+    those remain that the class registered for itself and that are not bound to the object.
+    """
+    attributes = {key: value for key, value in base.__dict__.items() if key not in _TEMPORARY}
+    for name in CHECKPOINT_HOOKS:
+        hooks: Hooks = getattr(base, name)
+        attributes[name] = OrderedDict(
+            (key, hook)
+            for key, hook in hooks.items()
+            if _is_own(hook, base) and getattr(hook, "__self__", None) is None
+        )
+    return type(base), attributes
+
+
+def restored_optimizer(cls: type[Optimizer], attributes: dict[str, Any]) -> Optimizer:
+    """Return the optimizer that `optimizer_parts` described, without hooks of users, as torch's own copies."""
+    base = cls.__new__(cls)
+    base.__dict__.update({name: OrderedDict() for name in HOOKS})
+    base.__dict__.update(attributes)
+    base._patch_step_function()
+    return base
+
+
+# ---- distributed
+
+
+def reshard_fsdp_modules(params: Iterable[torch.Tensor]) -> None:
+    """Make FSDP2 gather the weights again for the next forward pass, if any of `params` is a DTensor.
+
+    After an evaluation without a backward pass a root module keeps the weights that it gathered: those that were
+    exchanged since would be neither evaluated nor trained.
+    """
+    tensor = sys.modules.get("torch.distributed.tensor")
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    # a parameter has no reference to its module; torch keeps the modules that it shards here
+    states = sys.modules.get("torch.distributed._composable_state")
+    if tensor is None or fsdp is None or states is None:
+        return
+    if any(isinstance(p, tensor.DTensor) for p in params):
+        for module in list(states._module_state_mapping):
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
+
+
+def called_by_zero_redundancy_optimizer() -> bool:
+    """Return whether ZeroRedundancyOptimizer is making a stack now, over the parameters that one rank updates.
+
+    Nothing in such parameters shows it: they are whole tensors, fewer than the model has.
+    """
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    if module is None:
+        return False
+    maker = module.ZeroRedundancyOptimizer._init_local_optimizer.__code__
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not maker:
+        frame = frame.f_back
+    return frame is not None

@@ -1,0 +1,188 @@
+"""Update: everything that exists for one `step()` and not longer. It ends with the step, also with one that fails."""
+
+import math
+
+import torch
+
+from metaopt.engine.chain import Chain, ParamGroup, ParamState
+from metaopt.engine.run import UPDATES, Run
+from metaopt.engine.shards import dense, local
+
+# gradients wider than this many bytes are not scaled by a fused kernel: its factor is float32
+WIDEST_FOLDED = 4
+
+Members = list[torch.Tensor]
+
+
+class Update:
+    """One update of a run: what waits to be multiplied in, what is not in the state yet, what the weights were before.
+
+    `averaged()` outside a step uses one in which nothing is pending.
+    """
+
+    __slots__ = (
+        "before", "change", "closed", "count", "draws", "initial", "is_logged", "lent",
+        "members", "names", "opened", "parked", "run", "scale", "skip_reason",
+    )  # fmt: skip
+
+    def __init__(self, run: Run, *, is_logged: bool = False) -> None:
+        self.run = run
+        self.is_logged = is_logged
+        self.count: int = run.param_groups[0][UPDATES]  # of the updates before this one
+        # why a wrapper wants no update
+        self.skip_reason: str | None = None
+        # by chain: the factor that gradients still wait for
+        self.scale: dict[Chain, torch.Tensor] = {}
+        # wrappers' state of parameters at their first update, until the base has begun them
+        self.initial: dict[torch.Tensor, ParamState] = {}
+        # wrappers' entries taken out of `state[p]` while the base begins
+        self.parked: dict[torch.Tensor, ParamState] = {}
+        # by group: the parameters that the base updates
+        self.members: dict[int, Members] = {}
+        # parameters whose gradient a wrapper has replaced until the end of the step
+        self.lent: Members = []
+        # local weights from right before the base's update, and what is added to them
+        self.before: dict[torch.Tensor, torch.Tensor] = {}
+        self.change: dict[torch.Tensor, torch.Tensor] = {}
+        # parameters that hold the weights from before, and whose change is yet to be added
+        self.opened: set[torch.Tensor] = set()
+        # versions of change and weights when the weights were last set to their sum
+        self.closed: dict[torch.Tensor, tuple[int, int]] = {}
+        # how often a wrapper has drawn random numbers for a parameter
+        self.draws: dict[object, int] = {}
+        self.names: dict[torch.Tensor, str] | None = None
+
+    def state_of(self, p: torch.Tensor) -> ParamState:
+        """Return what wrappers may see of a parameter's state, including what is yet to be stored."""
+        param_state: ParamState = self.run.state.get(p, {})
+        initial = self.initial.get(p)
+        return param_state if initial is None else {**param_state, **initial}
+
+    def members_of(self, group: ParamGroup) -> Members:
+        """Return the parameters of a group that the base updates; until it does, those with a gradient."""
+        members = self.members.get(id(group))
+        return [p for p in group["params"] if p.grad is not None] if members is None else members
+
+    # ---- the factor that gradients wait for
+
+    def add_scale(self, chain: Chain, factor: torch.Tensor) -> None:
+        """Have the gradients of a chain multiplied by a factor before anyone uses them."""
+        waiting = self.scale.get(chain)
+        self.scale[chain] = factor if waiting is None else waiting * factor
+
+    def apply_scale(self, chain: Chain) -> None:
+        """Multiply a chain's gradients by the factor that they wait for, once."""
+        factor = self.scale.pop(chain, None)
+        if factor is None:
+            return
+        gradients: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+        for group in chain.groups_in(self.run.param_groups):
+            for p in group["params"]:
+                if p.grad is not None:
+                    gradients.setdefault((p.device, p.grad.dtype), []).append(dense(local(p.grad)))
+        for (device, _), tensors in gradients.items():
+            torch._foreach_mul_(tensors, factor.to(device))
+
+    def fold_scale(self, chain: Chain) -> None:
+        """Hand a chain's factor to the base's fused kernel if it can take it; otherwise multiply now.
+
+        Decided at each update: a loaded checkpoint or a client may have changed how a group runs.
+        """
+        if chain not in self.scale:
+            return
+        groups = chain.groups_in(self.run.param_groups)
+        foldable = (
+            getattr(chain.base, "_step_supports_amp_scaling", False)
+            and not chain.needs_closure
+            and all(group.get("fused") for group in groups)
+            and all(p.element_size() <= WIDEST_FOLDED for group in groups for p in group["params"])
+        )
+        if not foldable:
+            self.apply_scale(chain)
+            return
+        # the kernel divides by it in its own pass
+        chain.base.grad_scale = self.scale.pop(chain).reciprocal().to(torch.float32)  # type: ignore[attr-defined]
+
+    # ---- the change of the weights
+
+    def keep_weights(self, members: Members) -> None:
+        """Copy the weights of some parameters, right before the base moves them."""
+        for p in members:
+            self.before[p] = local(p).clone()
+
+    def change_of(self, p: torch.Tensor) -> torch.Tensor:
+        """Return what was added to a parameter so far, at least float32; changes of it count at the next `close`."""
+        if p in self.opened:
+            return self.change[p]
+        weights, change = local(p), self.change.get(p)
+        if change is None or self.closed.get(p, (0, -1))[1] != weights._version:
+            before = self.before[p]
+            wide = torch.promote_types(weights.dtype, torch.float32)
+            change = self.change[p] = torch.sub(weights.to(wide), before) if wide != weights.dtype else weights - before
+            self.closed[p] = change._version, weights._version
+        return change
+
+    def open(self, members: Members) -> None:
+        """Give the parameters their weights from before the update; `change` holds what is to be added."""
+        for p in members:
+            self.change_of(p)
+            local(p).copy_(self.before[p])
+            self.opened.add(p)
+
+    def close(self, members: Members) -> None:
+        """Set the parameters to the weights before plus the change, rounded once."""
+        for p in members:
+            weights, change = local(p), self.change[p]
+            weights.add_(change)
+            self.opened.discard(p)
+            self.closed[p] = change._version, weights._version
+
+    def apply_changed(self, members: Members) -> Members:
+        """Set those parameters to the weights before plus the change whose change a wrapper has written to."""
+        written = [p for p in members if p in self.change and self.change[p]._version != self.closed[p][0]]
+        for p in written:
+            local(p).copy_(self.before[p])
+        self.close(written)
+        return written
+
+    def drop_weights(self, members: Members) -> None:
+        """Forget the weights before and the change of some parameters."""
+        for p in members:
+            self.before.pop(p, None)
+            self.change.pop(p, None)
+            self.closed.pop(p, None)
+
+    # ---- the end
+
+    def release(self) -> None:
+        """Take back what was lent for this update, whether or not it was made."""
+        for chain in self.run.structure.chains:
+            chain.base.__dict__.pop("grad_scale", None)
+        for p in self.lent:
+            p.grad = None
+
+
+def block_size(members: Members) -> int:
+    """Return how many elements to work on at a time: what a processor's cache holds, or costs little device memory."""
+    return CPU_BLOCK if members and members[0].device.type == "cpu" else DEVICE_BLOCK
+
+
+def blocks_of(members: Members, most: int | None = None) -> list[Members]:
+    """Return the parameters in blocks of at most so many elements together; a larger one is a block of its own."""
+    most = most or block_size(members)
+    blocks: list[Members] = []
+    filled = math.inf
+    for p in members:
+        size = local(p).numel()
+        if filled + size > most:
+            blocks.append([])
+            filled = 0
+        blocks[-1].append(p)
+        filled += size
+    return blocks
+
+
+# elements that a processor's cache holds together with their state
+CPU_BLOCK = 1 << 19
+# larger blocks on accelerators: few launches, bounded temporary memory
+DEVICE_BLOCK = 1 << 25
