@@ -28,7 +28,8 @@ class Held:
 class Rule:
     """One part: what it does to a step of the base, and what it does after the weights have changed."""
 
-    moves = False
+    # it acts after the weights have changed: a part behind it changes the update later still
+    behind = False
 
     def begin(self, label: str, held: Held) -> None:
         held.parts[label] = {"x": held.weights, "z": held.weights, "m": torch.zeros_like(held.weights)}
@@ -41,7 +42,7 @@ class Rule:
         return u
 
     def moved(self, mine: dict[str, Any], y: Tensor) -> None:
-        """Follow a part nearer the base that has set the weights to `y`."""
+        """Follow a part nearer the base that has set the weights of a parameter without a gradient to `y`."""
 
     def after(self, label: str, t: int, everything: Sequence[Held]) -> list[Held]:
         """Act after update `t`; return whom it moved."""
@@ -125,6 +126,7 @@ class Samples(Rule):
     every: int
     start: int = 0
     last: int | None = None
+    behind = True
     taken: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def after(self, label: str, t: int, everything: Sequence[Held]) -> list[Held]:
@@ -145,7 +147,7 @@ class Lookahead(Rule):
 
     k: int
     alpha: float = 0.5
-    moves = True
+    behind = True
 
     def after(self, label: str, t: int, everything: Sequence[Held]) -> list[Held]:
         pulled = [held for held in everything if held.begun and t % self.k == 0]
@@ -171,27 +173,36 @@ class PlainRun:
         lrs = {h.group: h.lr(self.updates) for h, _ in present}
         for rule in self.parts.values():
             rule.open_update(self.updates, lrs)
+        first = next((n for n, rule in enumerate(self.parts.values()) if rule.behind), len(self.parts))
+        before = {id(held): held.weights for held, _ in present}
         for held, grad in present:
             if not held.begun:
                 held.begun = True
                 for label, rule in self.parts.items():
                     rule.begin(label, held)
             u = base_step(held, self.base, grad, lrs[held.group])
-            for label, rule in self.parts.items():
+            for label, rule in list(self.parts.items())[:first]:
                 u = rule.step(held.parts[label], held, u)
             held.weights = held.weights + u
         self.updates += 1
         for number, (label, rule) in enumerate(self.parts.items()):
+            for held, _ in present if number > first else []:
+                # what parts nearer the base have moved is part of the step
+                u, held.weights = held.weights - before[id(held)], before[id(held)]
+                stepped = rule.step(held.parts[label], held, u)
+                held.weights = held.weights + stepped
+                if stepped is not u:
+                    self._follow(held, number, had_gradient=True)
             for held in rule.after(label, self.updates, self.held):
-                self._follow(held, number)
+                self._follow(held, number, had_gradient=id(held) in before)
 
-    def _follow(self, held: Held, mover: int) -> None:
+    def _follow(self, held: Held, mover: int, *, had_gradient: bool) -> None:
         """Tell the other parts of one parameter where a part has set its weights."""
         for number, (label, rule) in enumerate(self.parts.items()):
             mine = held.parts[label]
             if number < mover:  # what is nearer the base begins anew from there
                 mine["x"] = mine["z"] = held.weights
-            elif number > mover:
+            elif number > mover and not had_gradient:
                 rule.moved(mine, held.weights)
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from metaopt import Example, Group, Groups, Wrapper, hookimpl, hyper, scalar, zeros
+from metaopt import Example, Group, Wrapper, hookimpl, hyper, scalar, zeros
 
 
 class EmaNesterov(Wrapper, elementwise=True):
@@ -24,21 +24,23 @@ class EmaNesterov(Wrapper, elementwise=True):
         defines_state=True,
     )
     direction = zeros(dtype="direction_dtype")
-    ahead = scalar(0.0)
+    ahead = scalar(0.0, doc="the beta in the weights before the last update")
+    next_ahead = scalar(0.0, doc="the beta in the weights")
+    moved = scalar(0.0, doc="the last update that moved the weights")
 
     def on_update(self, group: Group) -> None:
-        # x' - x is u + ahead m, ahead being the beta that made the present weights
+        number = group.updates + 1
+        # a group may come in several lists, and all of them need the beta of the update before
+        group.ahead.copy_(torch.where(group.moved < number, group.next_ahead, group.ahead))
+        group.next_ahead.fill_(group.beta)
+        group.moved.fill_(number)
+        # x' - x = u + ahead m
         torch._foreach_mul_(group.direction, group.gamma + (1.0 - group.gamma) * group.ahead)
         torch._foreach_add_(group.direction, group.update, alpha=1.0 - group.gamma)
         torch._foreach_add_(group.update, group.direction, alpha=group.beta)
 
-    def after_updates(self, groups: Groups) -> None:
-        # here and not above, where a group may come in several lists
-        for group in groups:
-            group.ahead.fill_(group.beta)
-
     def averaged(self, group: Group) -> list[torch.Tensor]:
-        way = torch._foreach_mul(group.direction, group.ahead)
+        way = torch._foreach_mul(group.direction, group.next_ahead)
         return list(torch._foreach_sub(group.params, way))
 
 

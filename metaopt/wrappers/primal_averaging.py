@@ -2,7 +2,7 @@
 
 import torch
 
-from metaopt import Example, Group, Groups, Wrapper, anchor, hookimpl, hyper, scalar
+from metaopt import Example, Group, Wrapper, anchor, hookimpl, hyper, scalar
 
 
 class Gpa(Wrapper, elementwise=True):
@@ -50,30 +50,23 @@ class ScheduleFree(Wrapper, elementwise=True):
     z = anchor(dtype="z_dtype")
     lr_max = scalar(0.0)
     weight_sum = scalar(0.0)
+    summed = scalar(0.0, doc="the last update whose weight is in the sum")
 
     def on_update(self, group: Group) -> None:
-        weight = _weight(group, group.updates + 1)
-        total = group.weight_sum + weight
+        number = group.updates + 1
+        group.lr_max.clamp_(min=group.base_lr)
+        weight = group.lr_max**group.weight_lr_power * float(number) ** group.r
+        # a group may come in several lists, and its weight counts once
+        group.weight_sum.add_(weight * (group.summed < number))
+        group.summed.fill_(number)
         if group.weight_decay_at_y:
-            shrinking = torch._foreach_mul(group.params, group.base_lr * group.weight_decay_at_y)
-            torch._foreach_sub_(group.update, shrinking)
+            decayed = torch._foreach_mul(group.params, group.base_lr * group.weight_decay_at_y)
+            torch._foreach_sub_(group.update, decayed)
         # a warm-up that begins at zero has a first weight of 0
-        _step(group, group.momentum, weight / total.clamp(min=torch.finfo(total.dtype).tiny))
-
-    def after_updates(self, groups: Groups) -> None:
-        # here and not above: a group of several dtypes or devices comes in several lists, with one sum for all
-        for group in {group.weight_sum.data_ptr(): group for group in groups}.values():
-            group.weight_sum.add_(_weight(group, group.updates))
-            group.lr_max.clamp_(min=group.base_lr)
+        _step(group, group.momentum, weight / group.weight_sum.clamp(min=torch.finfo(weight.dtype).tiny))
 
     def averaged(self, group: Group) -> list[torch.Tensor]:
         return _average(group, group.momentum)
-
-
-def _weight(group: Group, number: int) -> torch.Tensor:
-    """Return the weight in the average that update `number` has."""
-    weight: torch.Tensor = group.lr_max.clamp(min=group.base_lr) ** group.weight_lr_power * float(number) ** group.r
-    return weight
 
 
 def _step(group: Group, mu: float, c: float | torch.Tensor) -> None:

@@ -6,17 +6,17 @@ from metaopt import Example, Group, Wrapper, hookimpl, hyper
 from metaopt import start as copy_of_start
 
 
-class TailAverage(Wrapper, every="k", elementwise=True):
+class TailAverage(Wrapper, every="every", elementwise=True):
     """average <- average + (w - average) / n at the n-th sample: SWA's equal weights. arXiv:1803.05407
 
-    A sample is taken after every `k`-th update past update `start`. `opt.averaged()` shows the mean of all samples,
+    A sample is taken after every `every`-th update past update `start`. `opt.averaged()` shows the mean of all samples,
     and the current weights before the first. Statistics of a model (batch norm) are the caller's to renew.
     """
 
     known_as = ("swa", "SWA", "stochastic weight averaging", "AveragedModel", "Polyak-Ruppert averaging")
 
     start: int = hyper(0, ge=0, doc="the update after which samples are taken", known_as=("swa_start",))
-    k: int = hyper(1, ge=1, doc="updates between samples", known_as=("every", "cycle_length", "swa_freq"))
+    every: int = hyper(1, ge=1, doc="updates between samples", known_as=("cycle_length", "swa_freq"))
     average_dtype: str | None = hyper(
         None,
         choices=(None, "float32"),
@@ -40,7 +40,7 @@ class TailAverage(Wrapper, every="k", elementwise=True):
 
 def _samples(group: Group) -> int:
     """Return how many samples have been taken, the present one included."""
-    number: int = group.updates // group.k - group.start // group.k
+    number: int = group.updates // group.every - group.start // group.every
     return number
 
 
@@ -54,7 +54,7 @@ def metaopt_examples() -> dict[str, list[Example]]:
     return {
         "tail_average": [
             Example("tail_average"),
-            Example("tail_average(start=3, k=2)"),
+            Example("tail_average(start=3, every=2)"),
             Example("tail_average(average_dtype='float32')"),
         ]
     }
