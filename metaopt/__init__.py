@@ -71,20 +71,27 @@ if TYPE_CHECKING:
     clip_update_rms: Part
     decay: Part
     ema: Part
-    hyperball: Part
     ema_nesterov: Part
     gpa: Part
+    gradient_noise: Part
+    grokfast: Part
+    hyperball: Part
     l2: Part
     lawa: Part
     lookahead: Part
+    magma: Part
+    mars: Part
+    mechanic: Part
+    orthograd: Part
     outer: Part
     radial_brake: Part
     sam: Part
     schedule_free: Part
     skip_nonfinite: Part
+    tail_average: Part
     trust_ratio: Part
     update_floor: Part
-    tail_average: Part
+    zclip: Part
     constant: Part
     cosine: Part
     cosine_restarts: Part

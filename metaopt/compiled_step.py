@@ -23,8 +23,8 @@ class CompiledStep:
     """What `Stack.step` does while torch traces it.
 
     A rate that changes is a retrace per value if a base passes it on as a number (SGD, or any multi-tensor path), so
-    torch's own bases get theirs as a tensor while they are traced. What makes the base's state tensors anew (a Lookahead
-    that resets the momentum) costs a retrace each time: after eight torch runs that base eagerly, and says so.
+    torch's own bases get theirs as a tensor while they are traced. What makes the base's state tensors anew, such as a
+    Lookahead that resets the momentum, costs a retrace each time: after eight torch runs that base eagerly, and says so.
     """
 
     def __init__(self) -> None:

@@ -25,7 +25,9 @@ class Description:
             base = Part("optimizer", name or type(stack.base).__name__, type(stack.base), registered=name is not None)
             group = stack.param_groups[0]
             given = {k: group[k] for k in base.hyperparameters if k in group and k not in RUN_FLAGS}
-            given.update({k: stack.defaults[k] for k in given if not _same(stack.param_groups, k) and k in stack.defaults})
+            given.update(
+                {k: stack.defaults[k] for k in given if not _same(stack.param_groups, k) and k in stack.defaults}
+            )
             before = sum(wrapper.runs_before_base() for wrapper in stack.wrappers)
             ordered = sorted(parts, key=lambda p: not p.build_wrapper().runs_before_base())
             parts = [*ordered[:before], changed(base, arguments=given), *ordered[before:]]

@@ -39,7 +39,7 @@ class Logger(ABC):
 
 
 class Metrics:
-    """Collects measurements without waiting for a device, and writes a point every `every` updates.
+    """Collects measurements without waiting for a device, and writes a point every `every` updates (50).
 
     A point is the mean over the updates since the point before that measured its tag: the loss at every update, what
     costs extra (a norm) at the update of the point alone. `latest()` is of the last update. The last, shorter window
@@ -47,14 +47,16 @@ class Metrics:
     callables, asked when the run opens: a checkpoint has been loaded by then.
     """
 
-    def __init__(self, logger: Logger | None = None, *, every: int = 50, **run: Any) -> None:
+    def __init__(self, logger: Logger | None = None, *, every: int | None = None, **run: Any) -> None:
+        # somebody reads what is measured, also if there is no log
+        self._asked = every is not None
+        every = 50 if every is None else every
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise LogError(f"log_every={every!r} is not a number of updates: give an integer from 1 up")
         self.every = every
         self.describe(**run)
         self._now: dict[str, _Parts] = {}  # of the update that is being made
         self._last: dict[str, Value] = {}  # of the last update that measured the tag
-        self._asked = False  # somebody reads what is measured without a log
         self._window: _Window | None = None  # of the updates since the last point
         self.attach(logger)
 

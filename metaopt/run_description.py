@@ -28,7 +28,7 @@ def stack_value(stack: Stack, key: str) -> Any:
     if key == "lr":  # a scaled group has its own
         groups = [group for group in groups if group["metaopt.lr_scale"] == 1.0] or groups
     first = groups[0].get(key)
-    if all(group.get(key) is first or group.get(key) == first for group in groups[1:]):
+    if isinstance(first, torch.Tensor) or all(group.get(key) == first for group in groups[1:]):
         return first
     wrapper, name = stack.chains[0].hyperparameters.get(key, (None, key))
     return stack.defaults.get(key, first) if wrapper is None else getattr(wrapper, name)
@@ -49,9 +49,9 @@ def _hyperparameters(stack: Stack | None) -> dict[str, bool | int | float | str]
     base = type(stack.base).__name__.lower()
     values: dict[str, bool | int | float | str] = {}
     for key in stack.param_groups[0]:
-        value = stack_value(stack, key)
         if key.startswith("metaopt.") or key in RUN_FLAGS or key in ("params", "name", "param_names", "initial_lr"):
             continue
+        value = stack_value(stack, key)
         name = key if "." in key else f"{base}.{key}"
         if key in stack.schedules:
             values[name] = repr(stack.schedules[key])

@@ -30,7 +30,6 @@ from metaopt.metrics import Metrics
 from metaopt.schedule import Schedule
 from metaopt.wrapper import Closure, Wrapper
 
-
 # what a copy of a run cannot find out again
 _REMEMBERED = ("constructor_state", "constructor_chains", "built_with_lr", "has_zero_shard")
 
@@ -269,7 +268,9 @@ class Stack(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         structure = self._run.structure
-        parts = {name: getattr(structure, name) for name in ("wrappers", "schedules", "total_steps", "fused_by_default")}
+        parts = {
+            name: getattr(structure, name) for name in ("wrappers", "schedules", "total_steps", "fused_by_default")
+        }
         memory = {name: getattr(self._run, name) for name in _REMEMBERED}
         # a copy logs nowhere, and has no hooks, as torch's own copies
         derived = {"_run", "_compiled_step", "step", "_opt_called", *HOOKS}
