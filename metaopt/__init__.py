@@ -72,14 +72,19 @@ if TYPE_CHECKING:
     decay: Part
     ema: Part
     hyperball: Part
+    ema_nesterov: Part
+    gpa: Part
     l2: Part
+    lawa: Part
     lookahead: Part
     outer: Part
     radial_brake: Part
     sam: Part
+    schedule_free: Part
     skip_nonfinite: Part
     trust_ratio: Part
     update_floor: Part
+    tail_average: Part
     constant: Part
     cosine: Part
     cosine_restarts: Part
