@@ -19,27 +19,24 @@ class RadialBrake(Wrapper):
     inward: float = hyper(1.0, ge=0.0, le=1.0, doc="the share of a shrinkage that stays", known_as=("inward_scale",))
 
     def on_update(self, group: Group) -> None:
-        squares, tangents, radials = _components(group)
+        squares, mixed, whole = _products(group)
+        radials = torch.where(squares > 0, mixed / squares, 0.0)
         damped = torch.where(radials > 0, radials * group.outward, radials * group.inward)
         radii = squares.sqrt() * (1 + damped).abs()
         # the length of w + u after the damping, from its two legs
-        lengths = torch.hypot(radii, tangents)
+        lengths = torch.hypot(radii, (whole - mixed * radials).clamp(min=0.0).sqrt())
         factors = torch.where((squares > 0) & (lengths > 0), radii / lengths, 1.0)
-        shifts = factors * (1 + damped - radials) - 1
         torch._foreach_mul_(group.update, factors.unbind())
-        torch._foreach_addcmul_(group.update, group.params, shifts.unbind())
+        torch._foreach_addcmul_(group.update, group.params, (factors * (1 + damped - radials) - 1).unbind())
 
 
-def _components(group: Group) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return for each tensor the mean square of its weights, the root mean square of t, and c."""
-    products = [_products(w.to(u.dtype), u) for w, u in zip(group.params, group.update, strict=True)]
-    squares, mixed, whole = (torch.stack(group.means(list(each))).real for each in zip(*products, strict=True))
-    radials = torch.where(squares > 0, mixed / squares, 0.0)
-    return squares, (whole - mixed * radials).clamp(min=0.0).sqrt(), radials
+def _products(group: Group) -> list[torch.Tensor]:
+    """Return the means of |w|^2, of w u and of |u|^2 for each tensor, in the update's dtype."""
+    found = [_inner(w.to(u.dtype).flatten(), u.flatten()) for w, u in zip(group.params, group.update, strict=True)]
+    return [torch.stack(group.means(list(each))).real for each in zip(*found, strict=True)]
 
 
-def _products(w: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    w, u = w.flatten(), u.flatten()
+def _inner(w: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.vdot(w, w), torch.vdot(w, u), torch.vdot(u, u)
 
 
