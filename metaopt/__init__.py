@@ -68,11 +68,18 @@ if TYPE_CHECKING:
     clip_grad_value: Part
     decay: Part
     ema: Part
+    gradient_noise: Part
+    grokfast: Part
     l2: Part
     lookahead: Part
+    magma: Part
+    mars: Part
+    mechanic: Part
+    orthograd: Part
     outer: Part
     sam: Part
     skip_nonfinite: Part
+    zclip: Part
     constant: Part
     cosine: Part
     cosine_restarts: Part
