@@ -195,3 +195,17 @@ def test_weights_of_16_bits_come_near_those_of_32(part: str) -> None:
     moved = (ends[0] - begun).norm()
     assert moved > 0.3
     assert (ends[1] - ends[0]).norm() < 0.25 * moved
+
+
+def test_zclip_follows_schedules() -> None:
+    params = [torch.nn.Parameter(w) for w in weights()]
+    opt = metaopt.build(params, "zclip(linear(0.5, 0.9, steps=8), linear(0.4, 1.6, steps=8), warmup=2) | sgd(lr=0.1)")
+    rule = plain.Zclip([{}] * len(SHAPES))
+    run = plain.PlainRun(weights(), plain.Base("sgd", [0.1] * len(SHAPES)), rule)
+    for number in range(STEPS):
+        done = min(number / 8, 1.0)
+        rule.given = [{"alpha": 0.5 + 0.4 * done, "z_thresh": 0.4 + 1.2 * done, "warmup": 2}] * len(SHAPES)
+        run.step(gradient(number), presence(number, uneven=False))
+        step(dict(enumerate(params)), opt, number, uneven=False)
+        for p, w in zip(params, run.weights, strict=True):
+            torch.testing.assert_close(p.detach(), w, rtol=1e-12, atol=1e-12)

@@ -123,14 +123,16 @@ def declares_what_it_keeps(subject: StackSubject) -> None:
         if key not in known and not str(key).startswith(("metaopt.", *declared))
     }
     groups = {key for group in opt.param_groups for key in group} - set(bare.param_groups[0])
-    foreign |= groups - {f"{w.label}.{name}" for w in opt.wrappers for name in (*w.hyperparameters, *w.counters)}
+    foreign |= groups - {
+        f"{w.label}.{name}" for w in opt.wrappers for name in (*w.hyperparameters, *w.counters, *w.scalars)
+    }
     if foreign:
         raise CheckFailed(
             f"{subject.label} keeps {', '.join(sorted(foreign))}, which it does not declare"
             + (f"; {failure.what}" if failure else ""),
             "A base such as Adam makes its state only where state[p] is empty, so an entry written before its first "
             "update breaks it; and what is not declared is not cast, moved, dropped or reported",
-            "Declare it in the class body (name = anchor(), start(), zeros(), counter(), ...) and read group.name",
+            "Declare it in the class body (name = anchor(), start(), zeros(), scalar(), ...) and read group.name",
         )
     if failure:
         raise failure

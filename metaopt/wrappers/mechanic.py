@@ -2,7 +2,7 @@
 
 import torch
 
-from metaopt import Groups, Wrapper, hookimpl, hyper, previous, scalar, start
+from metaopt import Example, Groups, Wrapper, hookimpl, hyper, previous, scalar, start
 
 
 class Mechanic(Wrapper):
@@ -69,3 +69,9 @@ def _bet(groups: Groups, h: torch.Tensor) -> None:
 @hookimpl
 def metaopt_wrappers() -> dict[str, type[Wrapper]]:
     return {"mechanic": Mechanic}
+
+
+@hookimpl
+def metaopt_examples() -> dict[str, Example]:
+    # its own first steps are too small to be seen in a short run
+    return {"mechanic": Example("mechanic(s_init=0.1)")}
