@@ -9,7 +9,8 @@ class Gpa(Wrapper, elementwise=True):
     """z <- z + u; x <- mu_x x + (1 - mu_x) z; y <- mu_y x + (1 - mu_y) z, u being the base's step. arXiv:2512.17131
 
     The weights are y, where gradients are taken and a decay of the base acts. `opt.averaged()` shows x, the weights to
-    evaluate. Only z is kept: x is worked out from y and z, so a change of mu_y in the middle of a run moves x.
+    evaluate. Only z is kept: x is worked out from y and z, so a change of mu_y in the middle of a run moves x. Give a
+    decay to the base, or write it as a part on the update: `decay` before the base changes y and not z.
     mu_x = 0.9^(1/s) averages about as far back as single-worker DiLoCo with s inner steps: 0.9967 for 32.
     """
 
@@ -34,6 +35,7 @@ class ScheduleFree(Wrapper, elementwise=True):
     so far. The weights are y, where gradients are taken; `opt.averaged()` shows x, the weights to evaluate, which is
     worked out from y and z: leave momentum as it is during a run. The base needs no momentum of its own:
     `adamw(betas=(0.0, 0.999), weight_decay=0.1) | schedule_free(0.9)` is AdamWScheduleFree, whose decay acts at y too.
+    `decay` before the base would change y and not z: take weight_decay_at_y.
     """
 
     known_as = ("ScheduleFree", "ScheduleFreeWrapper", "AdamWScheduleFree", "SGDScheduleFree", "schedule-free")
