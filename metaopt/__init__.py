@@ -63,20 +63,27 @@ if TYPE_CHECKING:
     accumulate: Part
     adaptive_grad_clip: Part
     cautious: Part
+    cautious_decay: Part
     centralize: Part
     clip_grad_norm: Part
     clip_grad_value: Part
+    clip_update_norm: Part
+    clip_update_rms: Part
     decay: Part
     ema: Part
+    hyperball: Part
     ema_nesterov: Part
     gpa: Part
     l2: Part
     lawa: Part
     lookahead: Part
     outer: Part
+    radial_brake: Part
     sam: Part
     schedule_free: Part
     skip_nonfinite: Part
+    trust_ratio: Part
+    update_floor: Part
     tail_average: Part
     constant: Part
     cosine: Part

@@ -54,6 +54,7 @@ class Metrics:
         self.describe(**run)
         self._now: dict[str, _Parts] = {}  # of the update that is being made
         self._last: dict[str, Value] = {}  # of the last update that measured the tag
+        self._asked = False  # somebody reads what is measured without a log
         self._window: _Window | None = None  # of the updates since the last point
         self.attach(logger)
 
@@ -78,9 +79,11 @@ class Metrics:
     def wanted(self, update: int, within: int = 1) -> bool:
         """Return whether a point is written after this update (counted from 1), or after one of the next `within - 1`.
 
+        Never, if there is no log and nobody has called `latest`.
+
         What happens every k updates asks with `within=k`: else only common multiples of k and `every` would be seen.
         """
-        return -update % self.every < within
+        return (self._window is not None or self._asked) and -update % self.every < within
 
     def measure(self, tag: str, value: Value, reduce: Reduce = "mean") -> None:
         """Keep one number under `tag`; a tensor is copied on its device and not read.
@@ -115,6 +118,7 @@ class Metrics:
 
     def latest(self) -> dict[str, float]:
         """Return the last measured value of every tag; several of one update as `measure` says."""
+        self._asked = True
         now = {tag: parts.whole() for tag, parts in self._now.items()}
         values = _read({tag: [value] for tag, value in {**self._last, **now}.items()})
         return {tag: number for tag, (number,) in values.items()}

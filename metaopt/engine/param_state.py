@@ -157,7 +157,7 @@ def park(update: Update) -> None:
         if begun_before:
             update.parked[p] = begun_before
         made = run.constructor_state.pop(p, None)
-        if made is None and begun_before:
+        if made is None and chain.name in run.constructor_chains:
             made = chain.constructor_state(group, p)
         if made:
             run.state[p] = made
@@ -226,6 +226,16 @@ def take_constructor_state(run: Run) -> None:
     # a base may keep numbers of its own beside the parameters' state
     states = {p: s for p, s in run.state.items() if isinstance(p, torch.Tensor) and isinstance(s, dict)}
     unstepped = [p for p, s in states.items() if "step" in s and not bool(s["step"])]
+    for group in run.param_groups:
+        chain = run.structure.chain_of(group)
+        for p in group["params"]:
+            if states.get(p) and chain.name not in run.constructor_chains:
+                try:
+                    made = chain.constructor_state(group, p)
+                except Exception:  # a class from elsewhere may keep what it was made with for itself
+                    break
+                run.constructor_chains |= {chain.name} if made else set()
+                break
     run.constructor_state = {p: run.state.pop(p) for p in unstepped}
 
 

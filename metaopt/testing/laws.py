@@ -61,7 +61,7 @@ def _told_by_the_device(subject: StackSubject) -> Iterator[None]:
 class Witness(Wrapper):
     """Keeps an anchor and notes the weights that it sees: an instrument of the check, not a part."""
 
-    scale: float = hyper(1.0, doc="nothing")
+    strength: float = hyper(1.0, doc="nothing")
     kept = anchor()
 
     def after_update(self, group: Group) -> None:

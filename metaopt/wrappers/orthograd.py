@@ -1,0 +1,50 @@
+"""OrthoGrad: no gradient along the weights."""
+
+import torch
+
+from metaopt import Group, Groups, Wrapper, hookimpl
+
+
+class Orthograd(Wrapper):
+    """a = g - (w g / (w w + 1e-30)) w; g <- a |g| / (|a| + 1e-30) for each tensor, so that w g = 0. arXiv:2501.04697
+
+    What rounding leaves of a gradient along the weights counts as zero: a tensor of one element stays where it is.
+    Weights that are all zero have no direction, and keep their gradient.
+    """
+
+    known_as = ("OrthoGrad", "⊥Grad", "orthogonal gradient")
+
+    def on_gradients(self, groups: Groups) -> None:
+        for group in groups:
+            own = _components(group.grads)
+            # 32 bits or more: products of small numbers are zero in 16
+            wide = torch.promote_types(own[0].dtype, torch.float32)
+            weights, gradients = ([t.to(wide) for t in each] for each in (_components(group.params), own))
+            sizes = group.norms(gradients)
+            torch._foreach_sub_(gradients, torch._foreach_mul(weights, _shares(group, weights, gradients)))
+            left = group.norms(gradients)
+            torch._foreach_mul_(gradients, [_stretch(s, n).to(wide) for s, n in zip(sizes, left, strict=True)])
+            if own[0].dtype != wide:
+                torch._foreach_copy_(own, gradients)
+
+
+def _components(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the tensors, complex ones as two real numbers each: views of the same memory."""
+    return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+
+
+def _shares(group: Group, weights: list[torch.Tensor], gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return w g / w w of each tensor: means over one number of elements are as good as sums."""
+    along = group.means(list(torch._foreach_mul(weights, gradients)))
+    squares = group.means(list(torch._foreach_mul(weights, weights)))
+    return [(a / (s + 1e-30)).to(w.dtype) for a, s, w in zip(along, squares, weights, strict=True)]
+
+
+def _stretch(size: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+    noise = 4 * torch.finfo(left.dtype).eps * size
+    return torch.where(left > noise, size / (left + 1e-30), 0.0)
+
+
+@hookimpl
+def metaopt_wrappers() -> dict[str, type[Wrapper]]:
+    return {"orthograd": Orthograd}
