@@ -16,11 +16,8 @@ class Lawa(Wrapper, every="k", elementwise=True):
 
     k: int = hyper(ge=1, doc="updates between samples", known_as=("every",))
     n: int = hyper(ge=1, doc="how many samples are averaged", known_as=("history_len",), defines_state=True)
-    average_dtype: str | None = hyper(
-        None, choices=(None, "float32"), doc="the dtype of the samples; None: the parameter's own", defines_state=True
-    )
-    first = start(dtype="average_dtype")
-    samples = zeros(dtype="average_dtype", copies="n")
+    first = start()
+    samples = zeros(copies="n")
 
     def after_update(self, group: Group) -> None:
         # the oldest gives its place to the newest
@@ -31,6 +28,7 @@ class Lawa(Wrapper, every="k", elementwise=True):
         number = min(group.updates // group.k, self.n)
         if number < 1:
             return None
+        # in 16 bits every one of n additions would be rounded
         wide = torch.promote_types(group.first[0].dtype, torch.float32)
         average = [first.to(wide, copy=True) for first in group.first]
         for sample in group.samples[:number]:
@@ -45,4 +43,4 @@ def metaopt_wrappers() -> dict[str, type[Wrapper]]:
 
 @hookimpl
 def metaopt_examples() -> dict[str, list[Example]]:
-    return {"lawa": [Example("lawa(k=1, n=3)"), Example("lawa(k=2, n=2, average_dtype='float32')")]}
+    return {"lawa": [Example("lawa(k=1, n=3)"), Example("lawa(k=2, n=2)")]}

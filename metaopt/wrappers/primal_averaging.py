@@ -9,7 +9,8 @@ class Gpa(Wrapper, elementwise=True):
     """z <- z + u; x <- mu_x x + (1 - mu_x) z; y <- mu_y x + (1 - mu_y) z, u being the base's step. arXiv:2512.17131
 
     The weights are y, where gradients are taken and a decay of the base acts. `opt.averaged()` shows x, the weights to
-    evaluate. Only z is kept: x is worked out from y and z, so a change of mu_y in the middle of a run moves x.
+    evaluate. Only z is kept: x is worked out from y and z, so a change of mu_y in the middle of a run moves x. Give a
+    decay to the base, or write it as a part on the update: `decay` before the base changes y and not z.
     mu_x = 0.9^(1/s) averages about as far back as single-worker DiLoCo with s inner steps: 0.9967 for 32.
     """
 
@@ -17,10 +18,8 @@ class Gpa(Wrapper, elementwise=True):
 
     mu_x: float = hyper(0.9967, ge=0.0, lt=1.0, doc="how much of x an update keeps", known_as=("eval_interp_coeff",))
     mu_y: float = hyper(0.7, gt=0.0, le=1.0, doc="the share of x in y, the rest is z", known_as=("train_interp_coeff",))
-    z_dtype: str | None = hyper(
-        None, choices=(None, "float32"), doc="the dtype of z; None: the parameter's own", defines_state=True
-    )
-    z = anchor(dtype="z_dtype")
+    # a step is too small beside weights of 16 bits to be added to them again and again
+    z = anchor(dtype="at least float32")
 
     def on_update(self, group: Group) -> None:
         _step(group, group.mu_y, 1.0 - group.mu_x)
@@ -36,6 +35,7 @@ class ScheduleFree(Wrapper, elementwise=True):
     so far. The weights are y, where gradients are taken; `opt.averaged()` shows x, the weights to evaluate, which is
     worked out from y and z: leave momentum as it is during a run. The base needs no momentum of its own:
     `adamw(betas=(0.0, 0.999), weight_decay=0.1) | schedule_free(0.9)` is AdamWScheduleFree, whose decay acts at y too.
+    `decay` before the base would change y and not z: take weight_decay_at_y.
     """
 
     known_as = ("ScheduleFree", "ScheduleFreeWrapper", "AdamWScheduleFree", "SGDScheduleFree", "schedule-free")
@@ -44,10 +44,8 @@ class ScheduleFree(Wrapper, elementwise=True):
     r: float = hyper(0.0, ge=0.0, doc="the power of the update's number in its weight")
     weight_lr_power: float = hyper(2.0, ge=0.0, doc="the power of the largest rate so far in an update's weight")
     weight_decay_at_y: float = hyper(0.0, ge=0.0, doc="z <- z - lr weight_decay_at_y y, for a base without decay")
-    z_dtype: str | None = hyper(
-        None, choices=(None, "float32"), doc="the dtype of z; None: the parameter's own", defines_state=True
-    )
-    z = anchor(dtype="z_dtype")
+    # a step is too small beside weights of 16 bits to be added to them again and again
+    z = anchor(dtype="at least float32")
     lr_max = scalar(0.0)
     weight_sum = scalar(0.0)
     summed = scalar(0.0, doc="the last update whose weight is in the sum")
@@ -94,6 +92,6 @@ def metaopt_wrappers() -> dict[str, type[Wrapper]]:
 @hookimpl
 def metaopt_examples() -> dict[str, list[Example]]:
     return {
-        "gpa": [Example("gpa(mu_x=0.9)"), Example("gpa(mu_x=0.9, z_dtype='float32')")],
+        "gpa": [Example("gpa"), Example("gpa(mu_x=0.9)")],
         "schedule_free": [Example("schedule_free"), Example("schedule_free(r=1.0, weight_decay_at_y=0.1)")],
     }
