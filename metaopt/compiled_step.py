@@ -24,7 +24,7 @@ class CompiledStep:
 
     A rate that changes is a retrace per value if a base passes it on as a number (SGD, or any multi-tensor path), so
     torch's own bases get theirs as a tensor while they are traced. What makes the base's state tensors anew, such as a
-    Lookahead that resets the momentum, costs a retrace each time: after eight torch runs that base eagerly, and says so.
+    Lookahead that resets the momentum, costs a retrace each time: after eight, torch runs that base eagerly.
     """
 
     def __init__(self) -> None:
