@@ -168,7 +168,7 @@ def wrappers_alone() -> Iterator[tuple[str, str | None, str]]:
         chosen = part(entry.name, "wrapper")
         acts = entry.target.implemented_hooks()
         required = [h for h in chosen.hyperparameters.values() if h.required]
-        if not acts & {"on_gradients", "before_update", "after_update"} or "around" in acts:
+        if not acts - {"averaged"} or "around" in acts:
             yield entry.name, None, "it owns the evaluation of the loss: its update alone says nothing"
             continue
         # a threshold or a rate that a wrapper insists on; its size does not change what is computed

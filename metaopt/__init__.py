@@ -63,22 +63,34 @@ if TYPE_CHECKING:
     accumulate: Part
     adaptive_grad_clip: Part
     cautious: Part
+    cautious_decay: Part
     centralize: Part
     clip_grad_norm: Part
     clip_grad_value: Part
+    clip_update_norm: Part
+    clip_update_rms: Part
     decay: Part
     ema: Part
+    ema_nesterov: Part
+    gpa: Part
     gradient_noise: Part
     grokfast: Part
+    hyperball: Part
     l2: Part
+    lawa: Part
     lookahead: Part
     magma: Part
     mars: Part
     mechanic: Part
     orthograd: Part
     outer: Part
+    radial_brake: Part
     sam: Part
+    schedule_free: Part
     skip_nonfinite: Part
+    tail_average: Part
+    trust_ratio: Part
+    update_floor: Part
     zclip: Part
     constant: Part
     cosine: Part

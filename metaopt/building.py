@@ -26,13 +26,13 @@ def build(
     *,
     total_steps: int | None = None,
     log: Any = None,
-    log_every: int = 50,
+    log_every: int | None = None,
 ) -> Stack:
     """Return a stack over a module, parameters, `(name, parameter)` pairs or group dicts.
 
     `spec_or_parts` is text (`"clip_grad_norm(1.0) | adamw(lr=3e-4) | lookahead"`) or parts piped together.
     `total_steps` is the length of the run in updates, for schedules that run to its end. `log` is a directory,
-    a SummaryWriter or a Logger, written every `log_every` updates. Raises MetaoptError.
+    a SummaryWriter or a Logger, written every `log_every` updates (50). Raises MetaoptError.
     """
     pipeline = as_pipeline(spec_or_parts)
     base_part, wrappers = arrange(pipeline)
@@ -55,7 +55,7 @@ def wrap(
     *,
     total_steps: int | None = None,
     log: Any = None,
-    log_every: int = 50,
+    log_every: int | None = None,
 ) -> Stack:
     """Return a stack around an optimizer that exists already, of any class; its state and groups stay its own.
 
@@ -111,7 +111,7 @@ def _stacked(
     schedules: Mapping[str, Schedule],
     total_steps: int | None,
     log: Any,
-    log_every: int,
+    log_every: int | None,
     description: Description,
     fused: bool,
 ) -> Stack:

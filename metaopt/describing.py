@@ -12,19 +12,22 @@ from metaopt.stack import Stack
 
 @dataclass(frozen=True)
 class Description:
-    """The pipeline that a stack was made from; gives it back with the live values of its first group."""
+    """The pipeline that a stack was made from; gives it back with the live values of its groups."""
 
     pipeline: Pipeline
     wrapped: bool = False
 
     def live(self, stack: Stack) -> Pipeline:
         """Return the pipeline with what the stack's groups hold now, schedules as schedules."""
-        group = stack.param_groups[0]
-        parts = [_live(part, group, stack) for part in self.pipeline]
+        parts = [_live(part, stack.param_groups, stack) for part in self.pipeline]
         if self.wrapped:
             name = registry.name_of(type(stack.base))
             base = Part("optimizer", name or type(stack.base).__name__, type(stack.base), registered=name is not None)
+            group = stack.param_groups[0]
             given = {k: group[k] for k in base.hyperparameters if k in group and k not in RUN_FLAGS}
+            given.update(
+                {k: stack.defaults[k] for k in given if not _same(stack.param_groups, k) and k in stack.defaults}
+            )
             before = sum(wrapper.runs_before_base() for wrapper in stack.wrappers)
             ordered = sorted(parts, key=lambda p: not p.build_wrapper().runs_before_base())
             parts = [*ordered[:before], changed(base, arguments=given), *ordered[before:]]
@@ -34,12 +37,19 @@ class Description:
         return repr(self.pipeline)
 
 
-def _live(part: Part, group: ParamGroup, stack: Stack) -> Part:
-    """Return a part with the values that a group holds; of one that divides, each pipeline with those of its groups."""
+def _same(groups: list[ParamGroup], key: str) -> bool:
+    return all(g.get(key) is groups[0].get(key) or g.get(key) == groups[0].get(key) for g in groups)
+
+
+def _live(part: Part, groups: list[ParamGroup], stack: Stack) -> Part:
+    """Return a part with the values that all groups hold, otherwise with those that it was written with.
+
+    Each pipeline of a partition gets the values of its own groups.
+    """
     if part.is_partition:
         return changed(part, arguments={**part.arguments, "parts": _live_parts(part.arguments["parts"], stack)})
     prefix = "" if part.kind == "optimizer" else f"{part.label or part.name.rpartition('.')[2]}."
-    schedules = stack.schedules_of(group)
+    group, schedules = groups[0], stack.schedules_of(groups[0])
     given = dict(part.arguments)
     for name, hyperparameter in part.hyperparameters.items():
         key = prefix + name
@@ -47,7 +57,8 @@ def _live(part: Part, group: ParamGroup, stack: Stack) -> Part:
             given[name] = schedules[key]
         elif key in group and name not in RUN_FLAGS:
             value = group[key]
-            if name == "lr" and not prefix and group["metaopt.lr_scale"] != 1.0:
+            # what differs between groups, and what a group scales, belongs to the groups
+            if not _same(groups, key) or (name == "lr" and not prefix and group["metaopt.lr_scale"] != 1.0):
                 continue
             if name in given or value != hyperparameter.default:
                 given[name] = value
@@ -55,7 +66,7 @@ def _live(part: Part, group: ParamGroup, stack: Stack) -> Part:
 
 
 def _live_parts(parts: Mapping[str, Pipeline], stack: Stack) -> dict[str, Pipeline]:
-    first = {chain.name: next(g for g in stack.param_groups if chain.has_group(g)) for chain in stack.chains}
+    own = {chain.name: chain.groups_in(stack.param_groups) for chain in stack.chains}
     return {
-        name: Pipeline(tuple(_live(part, first[name], stack) for part in pipeline)) for name, pipeline in parts.items()
+        name: Pipeline(tuple(_live(part, own[name], stack) for part in pipeline)) for name, pipeline in parts.items()
     }

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from metaopt.lr_reporter import ReadOnlyLRScheduler
 from metaopt.explanation import Finding
 from metaopt.hyperparameters import from_signature
+from metaopt.lr_reporter import ReadOnlyLRScheduler
 from metaopt.practice import in_practice, number
 from metaopt.stack import Stack
 

@@ -39,7 +39,7 @@ class Logger(ABC):
 
 
 class Metrics:
-    """Collects measurements without waiting for a device, and writes a point every `every` updates.
+    """Collects measurements without waiting for a device, and writes a point every `every` updates (50).
 
     A point is the mean over the updates since the point before that measured its tag: the loss at every update, what
     costs extra (a norm) at the update of the point alone. `latest()` is of the last update. The last, shorter window
@@ -47,7 +47,10 @@ class Metrics:
     callables, asked when the run opens: a checkpoint has been loaded by then.
     """
 
-    def __init__(self, logger: Logger | None = None, *, every: int = 50, **run: Any) -> None:
+    def __init__(self, logger: Logger | None = None, *, every: int | None = None, **run: Any) -> None:
+        # somebody reads what is measured, also if there is no log
+        self._asked = every is not None
+        every = 50 if every is None else every
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise LogError(f"log_every={every!r} is not a number of updates: give an integer from 1 up")
         self.every = every
@@ -78,9 +81,11 @@ class Metrics:
     def wanted(self, update: int, within: int = 1) -> bool:
         """Return whether a point is written after this update (counted from 1), or after one of the next `within - 1`.
 
+        Never, if there is no log and nobody has called `latest`.
+
         What happens every k updates asks with `within=k`: else only common multiples of k and `every` would be seen.
         """
-        return -update % self.every < within
+        return (self._window is not None or self._asked) and -update % self.every < within
 
     def measure(self, tag: str, value: Value, reduce: Reduce = "mean") -> None:
         """Keep one number under `tag`; a tensor is copied on its device and not read.
@@ -115,6 +120,7 @@ class Metrics:
 
     def latest(self) -> dict[str, float]:
         """Return the last measured value of every tag; several of one update as `measure` says."""
+        self._asked = True
         now = {tag: parts.whole() for tag, parts in self._now.items()}
         values = _read({tag: [value] for tag, value in {**self._last, **now}.items()})
         return {tag: number for tag, (number,) in values.items()}

@@ -1,6 +1,7 @@
 """What the log says about a run: the tags, the spec as text, the hyperparameters."""
 
 import weakref
+from typing import Any
 
 import torch
 
@@ -21,6 +22,18 @@ def describe_run(stack: Stack) -> None:
     )
 
 
+def stack_value(stack: Stack, key: str) -> Any:
+    """Return the value of a group entry for the stack: what all groups hold, or what the stack was built with."""
+    groups = stack.param_groups
+    if key == "lr":  # a scaled group has its own
+        groups = [group for group in groups if group["metaopt.lr_scale"] == 1.0] or groups
+    first = groups[0].get(key)
+    if isinstance(first, torch.Tensor) or all(group.get(key) == first for group in groups[1:]):
+        return first
+    wrapper, name = stack.chains[0].hyperparameters.get(key, (None, key))
+    return stack.defaults.get(key, first) if wrapper is None else getattr(wrapper, name)
+
+
 def _spec(stack: Stack | None) -> str:
     if stack is None:
         return ""
@@ -35,9 +48,10 @@ def _hyperparameters(stack: Stack | None) -> dict[str, bool | int | float | str]
         return {}
     base = type(stack.base).__name__.lower()
     values: dict[str, bool | int | float | str] = {}
-    for key, value in stack.param_groups[0].items():
+    for key in stack.param_groups[0]:
         if key.startswith("metaopt.") or key in RUN_FLAGS or key in ("params", "name", "param_names", "initial_lr"):
             continue
+        value = stack_value(stack, key)
         name = key if "." in key else f"{base}.{key}"
         if key in stack.schedules:
             values[name] = repr(stack.schedules[key])

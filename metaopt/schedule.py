@@ -94,7 +94,7 @@ class Schedule(ABC):
 
 
 class ScheduledValues:
-    """The schedules of one group: their values are written after each update for the next one, and guarded until then."""
+    """The schedules of one group: values are written after each update for the next one, and guarded until then."""
 
     def __init__(self, schedules: Mapping[str, Schedule], total_steps: int | None) -> None:
         self.schedules = dict(schedules)

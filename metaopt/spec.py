@@ -305,6 +305,10 @@ def to_text(value: Any, where: str) -> str:
         if math.isnan(value):
             raise SpecError(f"{where}: nan has no text")
         return repr(value)
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        # the shortest number that makes the same tensor
+        shorter = (float(f"{value.item():.{digits}g}") for digits in range(1, 18))
+        return repr(next(x for x in shorter if torch.equal(torch.full_like(value, x), value)))
     if isinstance(value, tuple):
         inner = ", ".join(to_text(item, where) for item in value)
         return f"({inner},)" if len(value) == 1 else f"({inner})"

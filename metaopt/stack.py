@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+from metaopt.compiled_step import CompiledStep
 from metaopt.engine import averages, checkpoint, param_state
 from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.run import Run
-from metaopt.engine.step import CompiledStep, step
+from metaopt.engine.step import step
 from metaopt.engine.structure import Structure, validate
 from metaopt.engine.torch_internals import (
     HOOKS,
@@ -28,6 +29,9 @@ from metaopt.lr_reporter import ReadOnlyLRScheduler
 from metaopt.metrics import Metrics
 from metaopt.schedule import Schedule
 from metaopt.wrapper import Closure, Wrapper
+
+# what a copy of a run cannot find out again
+_REMEMBERED = ("constructor_state", "constructor_chains", "built_with_lr", "has_zero_shard")
 
 
 class Stack(torch.optim.Optimizer):
@@ -176,7 +180,10 @@ class Stack(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the base does; after a load from inside `averaged()` the weights return."""
         averages.before_gradients(self._run)
-        self._run.base.zero_grad(set_to_none)
+        if type(self.base).zero_grad is torch.optim.Optimizer.zero_grad:
+            super().zero_grad(set_to_none)  # the profiler sees the stack's name
+        else:
+            self.base.zero_grad(set_to_none)
 
     @with_step_hooks
     def step(self, closure: Closure | None = None, **keywords: Any) -> Any:
@@ -261,8 +268,10 @@ class Stack(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         structure = self._run.structure
-        parts = {name: getattr(structure, name) for name in ("wrappers", "schedules", "total_steps", "fused_by_default")}
-        memory = {name: getattr(self._run, name) for name in ("constructor_state", "built_with_lr", "has_zero_shard")}
+        parts = {
+            name: getattr(structure, name) for name in ("wrappers", "schedules", "total_steps", "fused_by_default")
+        }
+        memory = {name: getattr(self._run, name) for name in _REMEMBERED}
         # a copy logs nowhere, and has no hooks, as torch's own copies
         derived = {"_run", "_compiled_step", "step", "_opt_called", *HOOKS}
         own = {key: value for key, value in self.__dict__.items() if key not in derived}

@@ -47,7 +47,7 @@ class Counter:
 
 @dataclass(frozen=True)
 class Scalar:
-    """A small tensor that a wrapper keeps for each group, or for the whole run, under `<label>.<name>` in the groups."""
+    """A small tensor that a wrapper keeps for each group or for the run, under `<label>.<name>` in the groups."""
 
     initial: float
     size: int | str | None
@@ -194,9 +194,7 @@ class Group(_Log):
         """
 
     @abstractmethod
-    def random_like(
-        self, tensors: Any, distribution: Literal["normal", "uniform"] = "normal"
-    ) -> Any:
+    def random_like(self, tensors: Any, distribution: Literal["normal", "uniform"] = "normal") -> Any:
         """Return noise for each of the tensors, a list aligned with `params` (or one of its tensors).
 
         The numbers depend only on the wrapper's `seed`, the count of updates, the parameter and how often this was
@@ -374,7 +372,7 @@ class Wrapper(ABC):
         """Act on one group after the base has updated its parameters."""
 
     def averaged(self, group: Group) -> list[torch.Tensor] | None:
-        """Return the tensors that `opt.averaged()` shows, aligned with `group.params`, or None; they may be computed."""
+        """Return the tensors that `opt.averaged()` shows, aligned with `group.params`, or None; may compute them."""
         return None
 
     @classmethod

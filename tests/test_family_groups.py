@@ -31,6 +31,16 @@ APART = {
     "outer.lr": (0.7, 1.2),
     "outer.momentum": (0.6, 0.0),
     "outer.nesterov": (True, False),
+    "cautious_decay.weight_decay": (0.3, 0.1),
+    "update_floor.floor": (5.0, 2.0),
+    "update_floor.rows": (True, False),
+    "radial_brake.outward": (0.5, 0.1),
+    "radial_brake.inward": (1.0, 0.2),
+    "trust_ratio.trust_coefficient": (1.0, 0.3),
+    "trust_ratio.eps": (0.0, 2.0),
+    "trust_ratio.min_norm": (0.0, 9.0),
+    "trust_ratio.max_ratio": (1.0, 0.2),
+    "clip_update_rms.max_rms": (0.1, 0.5),
     "ema.decay": (0.9, 0.5),
     "ema.warmup": (True, False),
 }
@@ -42,6 +52,7 @@ TOGETHER = {
     "skip_nonfinite.patience",
     "clip_grad_norm.max_norm",
     "clip_grad_norm.norm_type",
+    "clip_update_norm.max_norm",
     "lookahead.pullback_momentum",
     "lookahead.slow_dtype",
     "outer.slow_dtype",
@@ -56,7 +67,10 @@ REQUIRED = {"l2": "l2(0.1)", "decay": "decay(0.1)", "clip_grad_value": "clip_gra
     "accumulate": "accumulate(1)",
     "skip_nonfinite": "skip_nonfinite(1)",
     "outer": "outer(k=2)",
+    "update_floor": "update_floor(5.0)",  # the steps of the test are longer than what its default asks for
 }
+# from where to where a schedule leads, where the usual range of a share would not act
+RANGES = {"clip_grad_norm.norm_type": (1.0, 4.0), "update_floor.floor": (2.0, 6.0), "trust_ratio.min_norm": (5.0, 9.0)}
 
 
 def stack_text(name: str, base: str = "sgd(lr=0.1, momentum=0.5)", given: str = "") -> str:
@@ -169,7 +183,7 @@ FLOATS = sorted(
 @pytest.mark.parametrize("key", FLOATS)
 def test_a_schedule_gives_every_update_the_value_of_its_time(key: str) -> None:
     name, _, hyperparameter = key.partition(".")
-    low, high = (1.0, 4.0) if hyperparameter == "norm_type" else (0.05, 0.95)
+    low, high = RANGES.get(key, (0.05, 0.95))
     more = ", max_norm=1.0" if hyperparameter == "norm_type" else ""
     scheduled = metaopt.build(
         [x := start(0)], stack_text(name, given=f"{hyperparameter}=linear({low}, {high}, steps=8){more}")

@@ -33,7 +33,7 @@ RUN_FLAGS = frozenset({"foreach", "fused", "capturable", "differentiable"})
 # torch's elementwise optimizers: stepped block by block they compute the same numbers
 ELEMENTWISE = frozenset(
     getattr(torch.optim, name)
-    for name in "SGD Adam AdamW Adagrad Adadelta Adamax ASGD NAdam RAdam RMSprop Rprop".split()
+    for name in ["SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop"]
 )
 
 
@@ -143,9 +143,7 @@ class Chain:
             state_keys=tuple(keyed.key for keyed in self.slots if keyed.wrapper is wrapper),
             uses_previous="previous" in kinds,
             keeps_moments="moments" in kinds,
-            inner_anchor_keys=tuple(
-                k.key for k in self.slots if k.slot.kind == "anchor" and id(k.wrapper) in inner
-            ),
+            inner_anchor_keys=tuple(k.key for k in self.slots if k.slot.kind == "anchor" and id(k.wrapper) in inner),
         )
 
     # ---- stepping the base
@@ -182,7 +180,10 @@ class Chain:
 
     def arguments(self, group: ParamGroup) -> dict[str, Any]:
         """Return what the base's constructor takes of a group, or of its defaults."""
-        return {k: v for k, v in {**self.base.defaults, **group}.items() if k in self.constructor_names}
+        found = {k: v for k, v in {**self.base.defaults, **group}.items() if k in self.constructor_names}
+        if "lr" in found:  # of the group it may be a client's 0, by which a few bases divide
+            found["lr"] = self.base.defaults.get("lr", found["lr"])
+        return found
 
     def constructor_state(self, group: ParamGroup, p: torch.Tensor) -> ParamState:
         """Return the state that the base's constructor makes for a parameter like `p`: {} for most bases."""

@@ -428,5 +428,3 @@ def _forget(run: Run, chain: Chain, p: torch.Tensor, labels: set[str], *, moment
         param_state[PLACEHOLDER] = 1.0
     if not param_state.keys() - {PLACEHOLDER}:
         run.state.pop(p, None)
-
-

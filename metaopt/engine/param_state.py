@@ -18,7 +18,6 @@ from metaopt.engine.update import Update
 from metaopt.errors import StepError
 from metaopt.wrapper import Slot
 
-
 # ---- the first update of a parameter
 
 
@@ -41,7 +40,7 @@ def slot_device(slot: Slot, values: dict[str, Any], parameter: torch.Tensor) -> 
 
 
 def placed(value: torch.Tensor, slot: Slot, values: dict[str, Any], parameter: torch.Tensor) -> torch.Tensor:
-    """Return a copy of a tensor in the dtype and on the device of its slot; main memory is pinned for an accelerator."""
+    """Return a copy of a tensor in the dtype and on the device of its slot; pinned if it is not beside its parameter."""
     dtype, device = slot_dtype(slot, values, parameter), slot_device(slot, values, parameter)
     if device.type == "cpu" and parameter.device.type != "cpu":
         pinned = torch.empty_like(value, dtype=dtype, device=device, pin_memory=True)
@@ -147,7 +146,7 @@ def add_early_state(update: Update) -> None:
 
 
 def park(update: Update) -> None:
-    """Right before the base's update: leave `state[p]` to the base if it begins a parameter, as its constructor would."""
+    """Leave `state[p]` to the base, as its constructor would, for parameters that its next update begins."""
     run = update.run
     for p, (chain, group) in _places(run, update.initial).items():
         param_state = run.state.get(p)
@@ -157,7 +156,7 @@ def park(update: Update) -> None:
         if begun_before:
             update.parked[p] = begun_before
         made = run.constructor_state.pop(p, None)
-        if made is None and begun_before:
+        if made is None and chain.name in run.constructor_chains:
             made = chain.constructor_state(group, p)
         if made:
             run.state[p] = made
@@ -226,6 +225,16 @@ def take_constructor_state(run: Run) -> None:
     # a base may keep numbers of its own beside the parameters' state
     states = {p: s for p, s in run.state.items() if isinstance(p, torch.Tensor) and isinstance(s, dict)}
     unstepped = [p for p, s in states.items() if "step" in s and not bool(s["step"])]
+    for group in run.param_groups:
+        chain = run.structure.chain_of(group)
+        for p in group["params"]:
+            if states.get(p) and chain.name not in run.constructor_chains:
+                try:
+                    made = chain.constructor_state(group, p)
+                except Exception:  # a class from elsewhere may keep what it was made with for itself
+                    break
+                run.constructor_chains |= {chain.name} if made else set()
+                break
     run.constructor_state = {p: run.state.pop(p) for p in unstepped}
 
 
@@ -330,5 +339,3 @@ def _scratch_state(chain: Chain, group: ParamGroup, p: torch.Tensor) -> ParamSta
         return chain.scratch_step(group, p)[0]
     except Exception:  # a class from elsewhere may want other gradients, or more than one parameter
         return {}
-
-

@@ -37,6 +37,8 @@ class Run:
         self.has_schedules = False
         # what the base's constructor made of parameters that it has not updated yet
         self.constructor_state: dict[torch.Tensor, ParamState] = {}
+        # the names of chains whose base makes state in its constructor
+        self.constructor_chains: set[str] = set()
         self.inside_averaged = False
         self.skipped: str | None = None
         # a rank's share of the parameters: a norm over them is not the model's

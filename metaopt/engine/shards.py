@@ -1,4 +1,4 @@
-"""Tensors of which this process may hold only a shard: local parts, and norms, sums, means and noise over all shards."""
+"""Tensors of which this process may hold only a shard: local parts, and norms, means and noise over all shards."""
 
 import hashlib
 import math
@@ -243,9 +243,7 @@ def random_like(values: torch.Tensor, parameter: torch.Tensor, key: str, distrib
 def _own_part(whole: torch.Tensor, parameter: Any) -> torch.Tensor:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     for dim, (size, start) in enumerate(zip(shape, offset, strict=True)):
         whole = whole.narrow(dim, min(start, whole.shape[dim]), size)
     return whole

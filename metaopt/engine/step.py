@@ -1,13 +1,7 @@
-"""The order of one update: evaluate, filter gradients, step the base, let the wrappers behind it act. Compiled or not.
-
-`torch.compile(opt.step)` traces only the base's step, as torch compiles it; everything around runs eagerly. torch's
-tracer knows optimizers: it runs a base's `_init_group` for real and guards on its groups and state. It knows no
-wrappers: traced, they would guard on every gradient tensor, which `zero_grad` frees, and specialise on which of the k
-updates of a cycle this is. They are a few multi-tensor calls that a compiler could not make faster.
-"""
+"""The order of one update: evaluate, filter gradients, step the base, let the wrappers behind it act."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -15,12 +9,9 @@ from metaopt.engine import averages, param_state
 from metaopt.engine.chain import Chain, ParamGroup, has_fused_kernel
 from metaopt.engine.run import AVERAGE_SHOWN, TEMPLATE, UPDATES, Run
 from metaopt.engine.structure import Placed
-from metaopt.engine.update import Members, Update, blocks_of
+from metaopt.engine.update import Evaluation, Members, Update, blocks_of
 from metaopt.engine.views import GroupsView, GroupView, block_views_of, gradient_norm, groups_of, updated, views_of
-from metaopt.errors import StepError
 from metaopt.wrapper import Closure, Group, Wrapper
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def step(run: Run, closure: Closure | None, keywords: dict[str, Any]) -> Any:
@@ -31,7 +22,7 @@ def step(run: Run, closure: Closure | None, keywords: dict[str, Any]) -> Any:
     if evaluation.update is None:
         return evaluation.loss
     try:
-        returned = _step_bases(evaluation.update, evaluation.closure_for_base(), keywords)
+        returned = step_bases(evaluation.update, evaluation.closure_for_base(), keywords)
     except BaseException:
         abandon(evaluation.update)
         raise
@@ -39,7 +30,7 @@ def step(run: Run, closure: Closure | None, keywords: dict[str, Any]) -> Any:
     return returned if closure is None else evaluation.loss
 
 
-def begin(run: Run, closure: Closure | None) -> "Evaluation | None":
+def begin(run: Run, closure: Closure | None) -> Evaluation | None:
     """Do all that comes before the base's step; return the evaluation, without an update if none is due.
 
     None: a client wanted to see the keys of the state. Features that are not in use cost one look at a flag, so that a
@@ -58,9 +49,9 @@ def begin(run: Run, closure: Closure | None) -> "Evaluation | None":
         for scheduled, group in zip(run.scheduled, run.base.param_groups, strict=True):
             scheduled.raise_if_changed(group)
     update = Update(run, is_logged=run.metrics.wanted(first[UPDATES] + 1))
-    evaluation = Evaluation(update, closure)
+    evaluation = Evaluation(update, closure, filter_gradients)
     if closure is not None or structure.needs_closure or structure.around:
-        evaluation.evaluate()
+        evaluation.evaluate(lambda wrapper, inner: wrapper.around(inner, GroupsView(update, Placed(wrapper, None))))
     if not any(p.grad is not None for group in run.base.param_groups for p in group["params"]):
         return _skip(evaluation, "no gradients")
     try:
@@ -81,7 +72,7 @@ def begin(run: Run, closure: Closure | None) -> "Evaluation | None":
     return evaluation
 
 
-def _skip(evaluation: "Evaluation", reason: str) -> "Evaluation":
+def _skip(evaluation: Evaluation, reason: str) -> Evaluation:
     """Leave a step that makes no update: nothing advances."""
     run = evaluation.run
     run.skipped = reason
@@ -159,7 +150,7 @@ def _leave_refused_kernels(run: Run) -> None:
 # ---- the base
 
 
-def _step_bases(update: Update, closure: tuple[Closure, ...], keywords: dict[str, Any]) -> Any:
+def step_bases(update: Update, closure: tuple[Closure, ...], keywords: dict[str, Any]) -> Any:
     """Step every base: as a whole, or block by block with the wrappers on the update; return what the only one does."""
     structure = update.run.structure
     if structure.multi_base is not None:
@@ -171,13 +162,13 @@ def _step_bases(update: Update, closure: tuple[Closure, ...], keywords: dict[str
                 _step_in_blocks(update, chain, group)
         else:
             if chain.update_parts and not chain.keeps_previous:
-                _keep_due_weights(update, chain)
+                keep_due_weights(update, chain)
             if late := _late_momentum(update, chain):
                 for group in chain.groups_in(update.run.param_groups):
                     _step_on(chain, group, update.members_of(group), late)
             else:
                 returned = chain.step(*closure, **keywords)
-            _change_updates(update, chain)
+            change_updates(update, chain)
     return returned
 
 
@@ -227,13 +218,13 @@ def _step_in_blocks(update: Update, chain: Chain, group: ParamGroup) -> None:
         update.drop_weights(block)
 
 
-def _keep_due_weights(update: Update, chain: Chain) -> None:
+def keep_due_weights(update: Update, chain: Chain) -> None:
     for group in chain.groups_in(update.run.param_groups):
         if any(_is_due(wrapper, group, made=False) for wrapper in chain.update_parts):
             update.keep_weights(update.members_of(group))
 
 
-def _change_updates(update: Update, chain: Chain) -> None:
+def change_updates(update: Update, chain: Chain) -> None:
     """Let the wrappers act on the update of a base that was stepped as a whole."""
     for group in chain.groups_in(update.run.param_groups) if chain.update_parts else ():
         wrappers = [w for w in chain.update_parts if _is_due(w, group, made=False)]
@@ -348,173 +339,3 @@ def rate_tags(groups: list[ParamGroup]) -> list[str]:
     if len(groups) == 1:
         return ["train/learning_rate"]
     return [f"train/learning_rate/{group.get('name', position)}" for position, group in enumerate(groups)]
-
-
-# ---- the loss
-
-
-class Evaluation:
-    """The closure of one `step()`: evaluated once before the base, its loss then handed to the base.
-
-    It is evaluated again only if the base asks for that (L-BFGS). `update` is None if no update is due.
-    """
-
-    def __init__(self, update: Update, closure: Closure | None) -> None:
-        self.run = update.run
-        self.update: Update | None = update
-        self.loss: Any = None
-        self._closure = closure
-        self._handed_over = True
-        self._versions: list[int] | None = None
-
-    def evaluate(self) -> None:
-        """Evaluate the loss (None without a closure); gradients are as the closure left them."""
-        structure = self.run.structure
-        if self._closure is None and structure.needs_closure:
-            raise StepError(f"{type(self.run.base).__name__} evaluates the loss itself: call step(closure)")
-        if self._closure is None and structure.around:
-            raise StepError(
-                f"{structure.around[0].label} evaluates the loss itself: call step(closure), "
-                f"with a closure that clears the gradients, computes the loss, calls backward() and returns the loss; "
-                f"GradScaler.step() cannot hand one over: train in bfloat16, without it"
-            )
-        if self._closure is None:
-            return
-        evaluate: Closure = self._with_gradients
-        for wrapper in reversed(structure.around):  # the first one outermost
-            assert self.update is not None
-            evaluate = _around(wrapper, evaluate, GroupsView(self.update, Placed(wrapper, None)))
-        self.loss = evaluate()
-        self._handed_over = False
-        if structure.needs_closure:
-            self._versions = self._parameter_versions()
-
-    def closure_for_base(self) -> tuple[Closure, ...]:
-        """Return what the base's step is called with; several bases share the one evaluation."""
-        return () if self._closure is None or len(self.run.structure.chains) > 1 else (self.replay,)
-
-    def replay(self) -> Any:
-        """Give the base the first evaluation, and a new one if it has moved the parameters or asks again."""
-        if self.run.structure.needs_closure:
-            versions, self._versions = self._versions, None
-            if versions is None or versions != self._parameter_versions():
-                return self._reevaluate()
-        elif self._handed_over:
-            return self._reevaluate()
-        self._handed_over = True
-        return self.loss
-
-    def _reevaluate(self) -> Any:
-        assert self.update is not None
-        loss = self._with_gradients()
-        filter_gradients(self.update)
-        for chain in list(self.update.scale):
-            self.update.apply_scale(chain)
-        return loss
-
-    def _with_gradients(self) -> Any:
-        assert self._closure is not None
-        with torch.enable_grad():
-            return self._closure()
-
-    def _parameter_versions(self) -> list[int]:
-        return [p._version for group in self.run.param_groups for p in group["params"]]
-
-
-def _around(wrapper: Wrapper, closure: Closure, groups: GroupsView) -> Closure:
-    return lambda: wrapper.around(closure, groups)
-
-
-# ---- compiled
-
-
-class CompiledStep:
-    """What `Stack.step` does while torch traces it.
-
-    A rate that changes is a retrace per value if a base passes it on as a number (SGD, or any multi-tensor path), so
-    torch's own bases get theirs as a tensor while they are traced. What makes the base's state tensors anew (a Lookahead
-    that resets the momentum) costs a retrace each time: after eight torch runs that base eagerly, and says so.
-    """
-
-    def __init__(self) -> None:
-        # made once per stack: the tracer guards on the identity of what it must not enter
-        self._begin = _untraced(self.begin)
-        self._finish = _untraced(self.finish)
-        self._abandon = _untraced(self.abandon)
-        self._replay = _untraced(self.replay)
-        self._evaluation: Evaluation | None = None
-        self._rates: dict[int, torch.Tensor] = {}
-        self._replaced: list[tuple[ParamGroup, ParamGroup]] = []
-
-    @torch.no_grad()
-    def __call__(self, run: Run, closure: Closure | None) -> Any:
-        loss, due, evaluates = self._begin(run, closure)
-        if not due:
-            return loss
-        try:
-            for chain in run.structure.chains:
-                if evaluates:
-                    chain.traced_step(self._replay)
-                else:
-                    chain.traced_step()
-        except BaseException:
-            self._abandon()
-            raise
-        self._finish()
-        return loss
-
-    def begin(self, run: Run, closure: Closure | None) -> tuple[Any, bool, bool]:
-        """Do what comes before the base's step; return the loss, whether the base is due, and takes a closure."""
-        evaluation = begin(run, closure)
-        if evaluation is None or evaluation.update is None:
-            return None if evaluation is None else evaluation.loss, False, False
-        self._evaluation = evaluation
-        if run.structure.multi_base is not None:
-            run.structure.multi_base.assign_groups()
-        for chain in run.structure.chains:
-            if chain.update_parts and not chain.keeps_previous:
-                _keep_due_weights(evaluation.update, chain)
-        self._replace_rates(run)
-        return evaluation.loss, True, bool(evaluation.closure_for_base())
-
-    def replay(self) -> Any:
-        """Answer the base's own evaluation of the loss."""
-        assert self._evaluation is not None
-        return self._evaluation.replay()
-
-    def finish(self) -> None:
-        """Do what comes after the base's step."""
-        update, loss = self._end()
-        for chain in update.run.structure.chains:
-            _change_updates(update, chain)
-        finish(update, loss)
-
-    def abandon(self) -> None:
-        """Leave an update in which the base's step raised."""
-        abandon(self._end()[0])
-
-    def _replace_rates(self, run: Run) -> None:
-        for position, group in enumerate(run.param_groups):
-            base = run.structure.chain_of(group).base
-            if not type(base).__module__.startswith("torch.optim.") or not isinstance(group.get("lr"), float):
-                continue
-            # the same tensor at every step, or each would be another input
-            rate = self._rates.setdefault(position, torch.zeros((), dtype=torch.float64))
-            self._replaced.append((group, {key: group[key] for key in ("lr", "foreach") if key in group}))
-            group["lr"] = rate.fill_(group["lr"])
-            if group.get("foreach"):
-                # run eagerly after all (a retrace too many), a multi-tensor Adam that was asked for refuses a tensor
-                group["foreach"] = None
-
-    def _end(self) -> tuple[Update, Any]:
-        for group, own in self._replaced:
-            group.update(own)
-        self._replaced.clear()
-        evaluation, self._evaluation = self._evaluation, None
-        assert evaluation is not None and evaluation.update is not None
-        return evaluation.update, evaluation.loss
-
-
-def _untraced(function: Function) -> Function:
-    untraced: Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
-    return untraced

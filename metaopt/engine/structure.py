@@ -1,9 +1,8 @@
-"""What follows from the parts of a stack and never changes: its chains, which wrappers act when, and what is refused."""
+"""What follows from the parts of a stack and never changes: its chains, who acts when, and what is refused."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
 
 import torch
 
@@ -215,5 +214,3 @@ def validate_labels(wrappers: Iterable[Wrapper]) -> None:
         if label in seen:
             raise SpecError(f"two parts are labelled {label!r}: give one of them another with label=")
         seen.add(label)
-
-

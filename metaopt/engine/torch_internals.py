@@ -1,4 +1,4 @@
-"""Every private behaviour of torch that the engine relies on, one function each, with the reason. Checked with torch 2.13."""
+"""Private behaviour of torch that the engine relies on: one function each, with the reason. Checked with torch 2.13."""
 
 import functools
 import sys
@@ -34,7 +34,7 @@ HOOKS = (*STEP_HOOKS, *CHECKPOINT_HOOKS)
 def with_step_hooks(step: Step) -> Step:
     """Return `step` with torch's own wrapper around it, used only if a hook, the profiler or the compiler would see it.
 
-    Otherwise it would cost a quarter of an update of small tensors, and the engine saves the one around the base's step.
+    Otherwise it would cost a quarter of an update of small tensors; the engine saves the one around the base's step.
     """
     as_torch_does = Optimizer.profile_hook_step(step)
 

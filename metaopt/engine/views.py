@@ -259,8 +259,8 @@ class GroupView(Group):
                 if candidate is not None and (candidate is tensor or local(candidate).data_ptr() == tensor.data_ptr()):
                     return i
         raise StepError(
-            f"{self._wrapper.label}: random_like takes a tensor of group.params, group.grads or group.update, or a list "
-            f"aligned with group.params"
+            f"{self._wrapper.label}: random_like takes a tensor of group.params, group.grads or group.update, or a "
+            f"list aligned with group.params"
         )
 
     def push(self, name: str, value: torch.Tensor) -> None:
@@ -453,7 +453,9 @@ def gradient_norm(
         for chain in chains:
             update.apply_scale(chain)
         factor = None
-    gradients = [dense(g) if g.is_sparse else g for group in groups for p in group["params"] if (g := p.grad) is not None]
+    gradients = [
+        dense(g) if g.is_sparse else g for group in groups for p in group["params"] if (g := p.grad) is not None
+    ]
     total = total_norm(gradients, norm_type)
     return total if factor is None else total * factor.abs().to(total.device)
 

@@ -134,7 +134,9 @@ class Runner:
     def find_cycle(self) -> int:
         """Return after how many updates everything that happens every k updates has happened equally often."""
         group = self.stack.param_groups[0]
-        return math.lcm(*(int(group[f"{w.label}.{w.acts_every}"]) for w in self.stack.wrappers if w.acts_every is not None))
+        return math.lcm(
+            *(int(group[f"{w.label}.{w.acts_every}"]) for w in self.stack.wrappers if w.acts_every is not None)
+        )
 
     def measure(self, updates: int) -> float:
         """Return the mean seconds of so many updates."""

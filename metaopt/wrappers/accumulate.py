@@ -22,7 +22,7 @@ class Accumulate(Wrapper):
         known_as=("every_k_schedule", "gradient_accumulation_steps", "accumulate_grad_batches"),
         per_group=False,
     )
-    sum = zeros(early=True)
+    sum = zeros(early=True, dtype="at least float32")
     seen = counter("how many gradients the sum holds")
 
     def on_gradients(self, groups: Groups) -> None:

@@ -9,8 +9,8 @@ class Cautious(Wrapper):
     """u <- u m / max(mean(m), 0.001), m = 1 where u g < 0 and otherwise 0, for each tensor's update u. arXiv:2411.16085
 
     u is the whole change that the base makes: a decay of the weights inside it is masked as well, one that is written
-    before the base, as `decay(0.1) | adam | cautious`, is not. Where the base maximizes, m = 1 where u g > 0. Complex
-    components agree by their angle.
+    before the base, as `decay(0.1) | adam | cautious`, is not. Behind a Lookahead u has the pull in it: write the
+    Lookahead behind this. If the base maximizes, m = 1 where u g > 0. Complex components agree by their angle.
     """
 
     known_as = ("C-AdamW", "C-Lion", "caution", "cautious optimizer")

@@ -60,6 +60,17 @@ def test_every_other_wrapper_is_the_same_over_shards() -> None:
 
 
 @on_two_ranks
+def test_every_part_on_the_update_is_the_same_over_shards() -> None:
+    for spec in (
+        "adamw(lr=0.05) | update_floor(2.0) | radial_brake(0.3, 0.7) | cautious_decay(0.4)",
+        "adamw(lr=0.05) | update_floor(2.0, rows=True) | trust_ratio(max_ratio=3.0) | cautious",
+        "sgd(lr=0.05, momentum=0.9) | hyperball | clip_update_rms(0.3)",
+        "adam(lr=0.05) | clip_update_norm(0.1) | lookahead(k=2)",
+    ):
+        assert_sharded_as_unsharded(spec, 8)
+
+
+@on_two_ranks
 def test_what_one_rank_alone_sees_is_not_finite_for_all() -> None:
     for bad in (float("nan"), float("inf")):
         model, opt, *_ = pair("skip_nonfinite(3) | sgd(lr=0.05)")

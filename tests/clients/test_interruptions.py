@@ -33,7 +33,9 @@ def made(spec: str, seed: int = 0) -> Run:
 
 
 def averages(opt: metaopt.Stack) -> list[str]:
-    return list(dict.fromkeys(w.label for chain in opt.chains for w in chain.ordered if "averaged" in w.implemented_hooks()))
+    return list(
+        dict.fromkeys(w.label for chain in opt.chains for w in chain.ordered if "averaged" in w.implemented_hooks())
+    )
 
 
 def saved_and_resumed(spec: str, run: Run) -> Run:

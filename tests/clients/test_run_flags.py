@@ -114,9 +114,9 @@ def test_a_wrapper_s_hyperparameter_may_be_a_tensor() -> None:
 def test_differentiable_is_refused_with_the_reason(how: str) -> None:
     model = small_model()
     first, *others = model.parameters()
-    with pytest.raises(metaopt.HyperparameterError, match=r"differentiable=True.*updates in place"):
+    with pytest.raises(metaopt.HyperparameterError, match=r"differentiable=True.*changes tensors in place"):
         if how == "built":
-            metaopt.build(model.named_parameters(), "adamw(differentiable=True)")
+            metaopt.build(model.named_parameters(), "adamw(differentiable=True) | lookahead")
         elif how == "wrapped":
             metaopt.wrap(ADAMW(model.parameters(), differentiable=True), "lookahead")
         else:

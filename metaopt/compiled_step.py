@@ -1,0 +1,111 @@
+"""`torch.compile(opt.step)`: torch traces only the base's step, as it compiles it; everything around runs eagerly.
+
+torch's tracer knows optimizers: it runs a base's `_init_group` for real and guards on its groups and state. It knows no
+wrappers: traced, they would guard on every gradient tensor, which `zero_grad` frees, and specialise on which of the k
+updates of a cycle this is. They are a few multi-tensor calls that a compiler could not make faster.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from metaopt.engine.chain import ParamGroup
+from metaopt.engine.run import Run
+from metaopt.engine.step import abandon, begin, change_updates, finish, keep_due_weights
+from metaopt.engine.update import Evaluation, Update
+from metaopt.wrapper import Closure
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class CompiledStep:
+    """What `Stack.step` does while torch traces it.
+
+    A rate that changes is a retrace per value if a base passes it on as a number (SGD, or any multi-tensor path), so
+    torch's own bases get theirs as a tensor while they are traced. What makes the base's state tensors anew, such as a
+    Lookahead that resets the momentum, costs a retrace each time: after eight torch runs that base eagerly, and says so.
+    """
+
+    def __init__(self) -> None:
+        # made once per stack: the tracer guards on the identity of what it must not enter
+        self._begin = _untraced(self.begin)
+        self._finish = _untraced(self.finish)
+        self._abandon = _untraced(self.abandon)
+        self._replay = _untraced(self.replay)
+        self._evaluation: Evaluation | None = None
+        self._rates: dict[int, torch.Tensor] = {}
+        self._replaced: list[tuple[ParamGroup, ParamGroup]] = []
+
+    @torch.no_grad()
+    def __call__(self, run: Run, closure: Closure | None) -> Any:
+        loss, due, evaluates = self._begin(run, closure)
+        if not due:
+            return loss
+        try:
+            for chain in run.structure.chains:
+                if evaluates:
+                    chain.traced_step(self._replay)
+                else:
+                    chain.traced_step()
+        except BaseException:
+            self._abandon()
+            raise
+        self._finish()
+        return loss
+
+    def begin(self, run: Run, closure: Closure | None) -> tuple[Any, bool, bool]:
+        """Do what comes before the base's step; return the loss, whether the base is due, and takes a closure."""
+        evaluation = begin(run, closure)
+        if evaluation is None or evaluation.update is None:
+            return None if evaluation is None else evaluation.loss, False, False
+        self._evaluation = evaluation
+        if run.structure.multi_base is not None:
+            run.structure.multi_base.assign_groups()
+        for chain in run.structure.chains:
+            if chain.update_parts and not chain.keeps_previous:
+                keep_due_weights(evaluation.update, chain)
+        self._replace_rates(run)
+        return evaluation.loss, True, bool(evaluation.closure_for_base())
+
+    def replay(self) -> Any:
+        """Answer the base's own evaluation of the loss."""
+        assert self._evaluation is not None
+        return self._evaluation.replay()
+
+    def finish(self) -> None:
+        """Do what comes after the base's step."""
+        update, loss = self._end()
+        for chain in update.run.structure.chains:
+            change_updates(update, chain)
+        finish(update, loss)
+
+    def abandon(self) -> None:
+        """Leave an update in which the base's step raised."""
+        abandon(self._end()[0])
+
+    def _replace_rates(self, run: Run) -> None:
+        for position, group in enumerate(run.param_groups):
+            base = run.structure.chain_of(group).base
+            if not type(base).__module__.startswith("torch.optim.") or not isinstance(group.get("lr"), float):
+                continue
+            # the same tensor at every step, or each would be another input
+            rate = self._rates.setdefault(position, torch.zeros((), dtype=torch.float64))
+            self._replaced.append((group, {key: group[key] for key in ("lr", "foreach") if key in group}))
+            group["lr"] = rate.fill_(group["lr"])
+            if group.get("foreach"):
+                # run eagerly after all (a retrace too many), a multi-tensor Adam that was asked for refuses a tensor
+                group["foreach"] = None
+
+    def _end(self) -> tuple[Update, Any]:
+        for group, own in self._replaced:
+            group.update(own)
+        self._replaced.clear()
+        evaluation, self._evaluation = self._evaluation, None
+        assert evaluation is not None and evaluation.update is not None
+        return evaluation.update, evaluation.loss
+
+
+def _untraced(function: Function) -> Function:
+    untraced: Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return untraced

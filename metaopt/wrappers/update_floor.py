@@ -1,0 +1,35 @@
+"""Updates that are never too small beside the weights."""
+
+import torch
+
+from metaopt import Example, Group, Wrapper, hookimpl, hyper
+
+
+class UpdateFloor(Wrapper):
+    """u <- u max(1, floor lr |w| / |u|) for each tensor: an update at rate 1 moves the weights by `floor` |w| or more.
+
+    The u/w floor of modded-nanogpt's track 3, there after Muon and without weight decay: of each tensor since pull
+    request 274 (floor=0.35, later 0.3825), of each row since 328. An update of zero stays zero.
+    """
+
+    known_as = ("u/w floor", "u/w-floor", "RowFloor", "TARGET_UW")
+
+    floor: float = hyper(0.35, ge=0.0, doc="the smallest |u| / |w| of an update at rate 1", known_as=("target_uw",))
+    rows: bool = hyper(False, doc="hold it for each index of the first dimension; a vector is one row")
+
+    def on_update(self, group: Group) -> None:
+        share = group.floor * group.base_lr
+        lengths = group.norms(group.update, rows=group.rows)
+        floors = [size * share for size in group.norms(group.params, rows=group.rows)]
+        factors = [torch.where((n > 0) & (n < f), f / n, 1.0) for n, f in zip(lengths, floors, strict=True)]
+        torch._foreach_mul_(group.update, factors)
+
+
+@hookimpl
+def metaopt_wrappers() -> dict[str, type[Wrapper]]:
+    return {"update_floor": UpdateFloor}
+
+
+@hookimpl
+def metaopt_examples() -> dict[str, list[Example]]:
+    return {"update_floor": [Example("update_floor"), Example("update_floor(0.38, rows=True)")]}
