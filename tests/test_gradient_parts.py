@@ -101,11 +101,13 @@ def test_a_resumed_run_goes_on_bit_for_bit_with_its_random_numbers(part: str, sa
 def test_another_order_of_groups_and_parameters_makes_the_same_updates(part: str) -> None:
     params, opt = build(part, "adam", weights())
     turned_params, turned = build(part, "adam", weights(), order=[m[::-1] for m in GROUPS[::-1]])
+    # a sum over all parameters depends on their order in its last bit
+    tolerance = 1e-12 if part.startswith(("zclip", "mechanic")) else 0.0
     for number in range(STEPS):
         step(params, opt, number, uneven=True)
         step(turned_params, turned, number, uneven=True)
-        for i, p in params.items():  # a sum over all parameters depends on their order in its last bit
-            torch.testing.assert_close(p, turned_params[i], rtol=1e-12, atol=1e-12)
+        for i, p in params.items():
+            torch.testing.assert_close(p, turned_params[i], rtol=tolerance, atol=tolerance)
 
 
 def test_noise_is_standard_normal_and_new_for_each_seed_update_and_parameter() -> None:
@@ -178,10 +180,9 @@ def test_spikes_are_clipped_and_nothing_is_before_the_end_of_the_warm_up(part: s
     assert float(opt.param_groups[0]["zclip.variance"]) == pytest.approx(run.rule.kept["variance"], rel=1e-10)
 
 
-@pytest.mark.parametrize("part", PARTS)
+# bfloat16 has no weights a millionth apart, which is how far the first steps of mechanic go by default
+@pytest.mark.parametrize("part", sorted(set(PARTS) - {"mechanic from afar"}))
 def test_weights_of_16_bits_come_near_those_of_32(part: str) -> None:
-    if part == "mechanic from afar":
-        pytest.skip("bfloat16 has no weights a millionth apart")
     ends = []
     for dtype in (torch.float32, torch.bfloat16):
         params, opt = build(part, "adam", [w.to(dtype) for w in weights()], lr=0.5 if part == "mechanic" else 0.05)
@@ -209,3 +210,38 @@ def test_zclip_follows_schedules() -> None:
         step(dict(enumerate(params)), opt, number, uneven=False)
         for p, w in zip(params, run.weights, strict=True):
             torch.testing.assert_close(p.detach(), w, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.complex64])
+@pytest.mark.parametrize("part", sorted(set(PARTS) - {"gradient_noise"}))
+def test_zero_gradients_move_nothing_and_leave_no_nan(part: str, dtype: torch.dtype) -> None:
+    params, opt = build(part, "momentum", [w.to(dtype) for w in weights()])
+    for _ in range(5):
+        for p in params.values():
+            p.grad = torch.zeros_like(p)
+        opt.step()
+    for p, w in zip(params.values(), weights(), strict=True):
+        assert torch.equal(p.detach(), w.to(dtype))
+        assert all(t.isfinite().all() for t in opt.state[p].values() if isinstance(t, torch.Tensor))
+    for number in range(8):
+        step(params, opt, number, uneven=True)
+    assert all(p.isfinite().all() for p in params.values())
+
+
+@pytest.mark.parametrize("part", sorted(set(PARTS) - {"magma", "gradient_noise"}))  # their random numbers are others
+def test_complex_weights_move_as_their_two_components(part: str) -> None:
+    lr = 1.0 if part.startswith("mechanic") else 0.1
+    values = [torch.complex(w, w.flip(0) if w.dim() else -w) for w in weights()]
+    params, opt = build(part, "sgd", values, lr=lr)
+    parted_params, parted = build(part, "sgd", [torch.view_as_real(w) for w in values], lr=lr)
+    for number in range(STEPS):
+        for i, p in params.items():
+            q = parted_params[i]
+            q.grad = gradient(number)(i, q.detach())
+            p.grad = torch.view_as_complex(q.grad.clone())
+        opt.step()
+        parted.step()
+        for i, p in params.items():
+            torch.testing.assert_close(
+                torch.view_as_real(p.detach()), parted_params[i].detach(), rtol=1e-11, atol=1e-11
+            )

@@ -9,8 +9,8 @@ class Magma(Wrapper):
     """s <- 0.9 s + 0.1 sigmoid(cos(m, g) / tau); u <- s u with probability `keep`, otherwise 0. arXiv:2602.15322
 
     u is one tensor's update, with what the base decays; m <- beta m + (1 - beta) g is its momentum, which is that of
-    Adam if beta is its beta1. s begins at 1. The base's own state goes on as if nothing were masked. The paper leaves
-    embeddings and vectors out: give them a group with another base, or `keep=1`.
+    Adam if beta is its beta1. s begins at 1, and 0.9 is `smoothing`. The base's own state goes on as if nothing were
+    masked. The paper masks attention and dense layers: a group of the others, such as embeddings, may have `keep=1`.
     """
 
     known_as = ("Momentum-aligned gradient masking", "masked updates")

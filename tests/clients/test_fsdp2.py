@@ -148,3 +148,17 @@ def test_the_state_is_sharded_as_its_parameter_is() -> None:
         for key in ("exp_avg", "lookahead.slow"):
             assert opt.state[p][key].placements == p.placements
             assert opt.state[p][key].to_local().shape == p.to_local().shape
+
+
+@on_two_ranks
+def test_parts_on_gradients_and_updates_are_the_same_over_shards() -> None:
+    for spec in (
+        "mars(gamma=0.5) | adamw(lr=0.05)",
+        "grokfast(alpha=0.8) | sgd(lr=0.05)",
+        "orthograd | sgd(lr=0.05)",
+        "gradient_noise(eta=0.1) | sgd(lr=0.05)",
+        "adamw(lr=0.05) | magma",
+        "zclip(z_thresh=0.3, warmup=2) | sgd(lr=0.05)",
+        "adamw(lr=1.0) | mechanic(s_init=0.01)",
+    ):
+        assert_sharded_as_unsharded(spec, 8)
