@@ -63,7 +63,7 @@ class CompiledStep:
         if run.structure.multi_base is not None:
             run.structure.multi_base.assign_groups()
         for chain in run.structure.chains:
-            if chain.update_parts and not chain.keeps_previous:
+            if chain.leading_on_update and not chain.needs_weights_before:
                 keep_due_weights(evaluation.update, chain)
         self._replace_rates(run)
         return evaluation.loss, True, bool(evaluation.closure_for_base())
@@ -76,8 +76,12 @@ class CompiledStep:
     def finish(self) -> None:
         """Do what comes after the base's step."""
         update, loss = self._end()
-        for chain in update.run.structure.chains:
-            change_updates(update, chain)
+        try:
+            for chain in update.run.structure.chains:
+                change_updates(update, chain)
+        except BaseException:
+            abandon(update)
+            raise
         finish(update, loss)
 
     def abandon(self) -> None:

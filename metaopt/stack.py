@@ -200,12 +200,12 @@ class Stack(torch.optim.Optimizer):
             return step(self._run, closure, keywords)
 
     def train(self, mode: bool = True) -> None:
-        """Have a base with modes, such as a schedule-free one, train; only the base swaps weights."""
+        """Call the base's `train()` if it has one (schedule-free optimizers do); averages of wrappers stay."""
         for chain in self.chains:
             chain.call_mode("train" if mode else "eval")
 
     def eval(self) -> None:
-        """Have a base with modes, such as a schedule-free one, show the weights that it evaluates."""
+        """Call the base's `eval()` if it has one: a schedule-free optimizer then shows its average."""
         self.train(False)
 
     def averaged(self, label: str | None = None) -> AbstractContextManager[None]:

@@ -357,7 +357,7 @@ class Wrapper(ABC):
         """Change the gradients, all groups at once, between the evaluation and the update."""
 
     def before_update(self, group: Group) -> None:  # noqa: B027
-        """Act on one group right before the base updates it: on parameters with gradients, all filtered by now."""
+        """Act on one group right before the base updates it, on parameters with a gradient; gradients are final."""
 
     def on_update(self, group: Group) -> None:  # noqa: B027
         """Change `group.update` in place: the base has worked out its step, and the weights have not changed yet.

@@ -364,8 +364,8 @@ class WritesStateBeforeTheBase(Wrapper):
 
     def on_gradients(self, groups):
         for group in groups:
-            for p, gradient in zip(group.owners, group.grads, strict=True):
-                seen = group._stack.state[p].setdefault("seen", torch.zeros_like(p))
+            for p, gradient in zip(group.parameters, group.grads, strict=True):
+                seen = group._update.run.state[p].setdefault("seen", torch.zeros_like(p))
                 gradient.add_(seen, alpha=0.1)
                 seen.copy_(gradient)
 

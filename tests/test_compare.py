@@ -85,8 +85,8 @@ def test_of_nested_averages_the_outermost_counts(tmp_path: Path) -> None:
 
 def test_a_base_that_shows_other_weights_than_it_trains_is_asked_for_them(tmp_path: Path) -> None:
     schedulefree = pytest.importorskip("schedulefree")
-    metaopt.register(optimizers={"schedule_free": schedulefree.AdamWScheduleFree})
-    plan = small(tmp_path, specs=("adamw", "schedule_free(lr=0.1)"), tune=False)
+    metaopt.register(optimizers={"adamw_schedule_free": schedulefree.AdamWScheduleFree})
+    plan = small(tmp_path, specs=("adamw", "adamw_schedule_free(lr=0.1)"), tune=False)
     contenders = run_comparison(plan)
     assert rows(plan, contenders)[1]["weights"] == "AdamWScheduleFree's own"
     run = contenders[1].runs[0]

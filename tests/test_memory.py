@@ -104,9 +104,10 @@ ALONE = {name: spec for name, spec, _ in wrappers_alone() if spec is not None}
 def test_nor_does_a_step_of_any_registered_wrapper(name, device):
     params = parameters(device=device)
     opt = metaopt.build(params, ALONE[name])
-    # state that is there before the base's first update is made by a step that is undone: that one step takes more
-    first = any(slot.early for wrapper in opt.wrappers for slot in wrapper.active_slots().values())
-    assert max(taken_by_steps(opt, params, 6)[first:]) < size(params)
+    # a part that acts on all groups at once after the update needs all the weights from before, and the whole update;
+    # mechanic sets aside the base's step as well
+    most = {"clip_update_norm": 2.01, "mechanic": 3.01}.get(name, 1.0)
+    assert max(taken_by_steps(opt, params, 6)) < most * size(params)
 
 
 class Wasteful(Wrapper):

@@ -108,7 +108,8 @@ def _slot(declared: Any) -> str:
         "start": "a copy of the parameter from right before its first update; never follows",
         "zeros": "shaped like the parameter, zero at first",
         "moments": "zeros for each moment of the base, where a hyperparameter asks for them",
-        "previous": "a copy of the parameter from right before its latest update",
+        "number": "one number for each parameter",
+        "previous": "the parameter's value from right before the update, during it only",
     }
     dtype = f"; dtype: {declared.dtype}" if declared.dtype else ""
     early = "; there before the first update" if declared.early else ""

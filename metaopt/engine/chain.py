@@ -26,7 +26,8 @@ from metaopt.wrapper import Closure, Scalar, Slot, Wrapper
 ParamGroup = dict[str, Any]
 ParamState = dict[str, Any]
 
-# state[p][PLACEHOLDER]: 1 if the base's entries only show which keys there will be (see param_state)
+# state[p][PLACEHOLDER]: 1 if the entries of the base only show which keys there will be (see param_state); the key is of
+# earlier checkpoints
 PLACEHOLDER = "metaopt.anew"
 # group entries that say how to run and not what is computed
 RUN_FLAGS = frozenset({"foreach", "fused", "capturable", "differentiable"})
@@ -83,8 +84,8 @@ class Chain:
 
     def _derive(self) -> None:
         before = [w for w in (*self.outer, *self.wrappers) if w.runs_before_base()]
-        self.behind = tuple(w for w in (*self.wrappers, *self.outer) if not w.runs_before_base())
-        self.ordered = (*before, *self.behind)
+        self.written_behind = tuple(w for w in (*self.wrappers, *self.outer) if not w.runs_before_base())
+        self.ordered = (*before, *self.written_behind)
         self.labelled = {w.label: w for w in self.ordered}
         self.slots = tuple(_keyed_slots(self.ordered))
         self.moment_slots = tuple(
@@ -98,12 +99,12 @@ class Chain:
         }
         self.resets = tuple(w for w in self.ordered if w.resets_base_state())
         self._layouts = {id(wrapper): self._layout(wrapper) for wrapper in self.ordered}
-        self.update_parts = _first_update_parts(self.behind)
-        self.keeps_previous = any(
+        self.leading_on_update = _first_leading_on_update(self.written_behind)
+        self.needs_weights_before = any(
             self.layout(w).uses_previous
             or "after_updates" in w.implemented_hooks()
-            or ("on_update" in w.implemented_hooks() and w not in self.update_parts)
-            for w in self.behind
+            or ("on_update" in w.implemented_hooks() and w not in self.leading_on_update)
+            for w in self.written_behind
         )
         self._prefixes = ("metaopt.", *(f"{label}." for label in self.labelled))
         # the stack's own step calls the hooks
@@ -153,7 +154,7 @@ class Chain:
         return self._step(self.base, *closure, **keywords)
 
     def traced_step(self, *closure: Closure) -> None:
-        """Call the base's own step as torch traces it."""
+        """Call the base's step with its no_grad decorator, which torch.compile must see."""
         self._traced_step(self.base, *closure)
 
     def step_on(self, group: ParamGroup, members: list[torch.Tensor]) -> None:
@@ -243,8 +244,8 @@ def number_of(given: int | str, values: Mapping[str, Any]) -> int:
     return int(values[given]) if isinstance(given, str) else given
 
 
-def _first_update_parts(behind: Sequence[Wrapper]) -> tuple[Wrapper, ...]:
-    """Return the wrappers on the update that act before anything else has moved the weights."""
+def _first_leading_on_update(behind: Sequence[Wrapper]) -> tuple[Wrapper, ...]:
+    """Return the wrappers with `on_update` that act before anything else has moved the weights."""
     found = []
     for wrapper in behind:
         hooks = wrapper.implemented_hooks()

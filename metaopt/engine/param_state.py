@@ -164,9 +164,9 @@ def park(update: Update) -> None:
 
 def store(update: Update) -> None:
     """Put wrappers' state into `state[p]`, after the base has made its own, with zeros for each of its moments."""
-    initial, update.initial = update.initial, {}
-    for p, (chain, _) in _places(update.run, initial).items():
-        _store(update.run, chain, p, initial[p])
+    for p, (chain, _) in _places(update.run, update.initial).items():
+        _store(update.run, chain, p, update.initial[p])
+    update.initial = {}
 
 
 def _store(run: Run, chain: Chain, p: torch.Tensor, values: ParamState) -> None:
@@ -193,7 +193,7 @@ def _places(run: Run, params: dict[torch.Tensor, ParamState]) -> dict[torch.Tens
 
 
 def restore(update: Update) -> None:
-    """After an update that failed: lose no state of a wrapper, and leave no state half made."""
+    """After a failed update: put the wrappers' entries back. The base's state and the weights are not undone."""
     run = update.run
     for p, (chain, _) in _places(run, update.initial).items():
         if run.state.get(p):  # the base has begun; it may have moved the parameter, whose copy is from before

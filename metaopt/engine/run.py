@@ -18,9 +18,10 @@ from metaopt.wrapper import Scalar, Wrapper
 
 # group entries of the engine: the count of updates is the run's, the same in every group
 UPDATES = "metaopt.updates"
-# the label of the average that the parameters hold now, or ""
+# the label of the average that the parameters hold now, or "" (a key of old, kept for checkpoints)
 AVERAGE_SHOWN = "metaopt.swapped"
-# not "": a client has asked for the keys of the state, which holds only placeholders (see param_state)
+# "", or the state holds only placeholders (see param_state): "asked" and the group entries that the base adds, if a
+# client wants to see the keys; "made" in a checkpoint from before the base's first update
 TEMPLATE = "metaopt.template"
 # nothing in the stack decays this group; taken out when the group is completed
 NO_DECAY = "metaopt.no_decay"

@@ -51,7 +51,11 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
     update = Update(run, is_logged=run.metrics.wanted(first[UPDATES] + 1))
     evaluation = Evaluation(update, closure, filter_gradients)
     if closure is not None or structure.needs_closure or structure.around:
-        evaluation.evaluate(lambda wrapper, inner: wrapper.around(inner, GroupsView(update, Placed(wrapper, None))))
+        try:
+            evaluation.evaluate(lambda wrapper, inner: wrapper.around(inner, GroupsView(update, Placed(wrapper, None))))
+        except BaseException:
+            abandon(update)
+            raise
     if not any(p.grad is not None for group in run.base.param_groups for p in group["params"]):
         return _skip(evaluation, "no gradients")
     try:
@@ -61,7 +65,7 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
         if structure.on_gradients or update.is_logged:
             filter_gradients(update)
             if update.skip_reason is not None:
-                update.release()
+                update.take_back()
                 return _skip(evaluation, update.skip_reason)
             if update.lent:  # some had no gradient before
                 param_state.collect_initial(update)
@@ -86,7 +90,7 @@ def abandon(update: Update) -> None:
     update.run.metrics.drop_update()
     param_state.restore(update)
     update.run.invalidate()
-    update.release()
+    update.take_back()
 
 
 # ---- before the base
@@ -121,13 +125,13 @@ def _prepare_base(update: Update) -> None:
         _leave_refused_kernels(run)
         param_state.park(update)
     for placed in structure.before_update:
-        for group in _due(update, placed, made=False):
+        for group in _due(update, placed, counted=False):
             _call(placed.wrapper.before_update, views_of(update, group, placed.wrapper, update.members_of(group)))
-    if structure.keeps_previous or structure.changes_updates:
+    if structure.needs_weights_before or structure.changes_updates:
         # a base may take gradients away inside its step: which parameters it updates is known only now
         update.members = {id(group): update.members_of(group) for group in run.param_groups}
         for group in run.param_groups:
-            if structure.chain_of(group).keeps_previous:
+            if structure.chain_of(group).needs_weights_before:
                 update.keep_weights(update.members_of(group))
     for chain in list(update.scale):
         update.fold_scale(chain)
@@ -157,11 +161,11 @@ def step_bases(update: Update, closure: tuple[Closure, ...], keywords: dict[str,
         structure.multi_base.assign_groups()
     returned = None
     for chain in structure.chains:
-        if chain.update_parts and chain.steps_in_blocks and not chain.keeps_previous:
+        if chain.leading_on_update and chain.steps_in_blocks and not chain.needs_weights_before:
             for group in chain.groups_in(update.run.param_groups):
                 _step_in_blocks(update, chain, group)
         else:
-            if chain.update_parts and not chain.keeps_previous:
+            if chain.leading_on_update and not chain.needs_weights_before:
                 keep_due_weights(update, chain)
             if late := _late_momentum(update, chain):
                 for group in chain.groups_in(update.run.param_groups):
@@ -207,12 +211,12 @@ def _step_in_blocks(update: Update, chain: Chain, group: ParamGroup) -> None:
     """
     late = _late_momentum(update, chain)
     members = update.members_of(group)
-    wrappers = [w for w in chain.update_parts if _is_due(w, group, made=False)]
+    wrappers = [w for w in chain.leading_on_update if _is_due(w, group, counted=False)]
     if not wrappers:
         _step_on(chain, group, members, late)
         return
     for block in blocks_of(members):
-        update.keep_weights(block)
+        update.keep_block(block)
         _step_on(chain, group, block, late)
         _change(update, group, wrappers, block)
         update.drop_weights(block)
@@ -220,26 +224,26 @@ def _step_in_blocks(update: Update, chain: Chain, group: ParamGroup) -> None:
 
 def keep_due_weights(update: Update, chain: Chain) -> None:
     for group in chain.groups_in(update.run.param_groups):
-        if any(_is_due(wrapper, group, made=False) for wrapper in chain.update_parts):
+        if any(_is_due(wrapper, group, counted=False) for wrapper in chain.leading_on_update):
             update.keep_weights(update.members_of(group))
 
 
 def change_updates(update: Update, chain: Chain) -> None:
     """Let the wrappers act on the update of a base that was stepped as a whole."""
-    for group in chain.groups_in(update.run.param_groups) if chain.update_parts else ():
-        wrappers = [w for w in chain.update_parts if _is_due(w, group, made=False)]
+    for group in chain.groups_in(update.run.param_groups) if chain.leading_on_update else ():
+        wrappers = [w for w in chain.leading_on_update if _is_due(w, group, counted=False)]
         if wrappers:
             _change(update, group, wrappers, update.members_of(group))
-            if not chain.keeps_previous:
+            if not chain.needs_weights_before:
                 update.drop_weights(update.members_of(group))
 
 
 def _change(update: Update, group: ParamGroup, wrappers: list[Wrapper], members: Members) -> None:
     """Let wrappers change what is added to some parameters, in written order, and add it."""
-    update.open(members)
+    update.rewind_weights(members)
     for wrapper in wrappers:
         _call(wrapper.on_update, block_views_of(update, group, wrapper, members, updates=update.count))
-    update.close(members)
+    update.apply_change(members)
 
 
 # ---- behind the base
@@ -257,11 +261,11 @@ def finish(update: Update, loss: Any) -> None:
         run.state_size = len(run.base.state)
         for group in run.base.param_groups:
             group[UPDATES] += 1
-        for placed in run.structure.behind:
+        for placed in run.structure.acts_behind:
             _act_behind(update, placed)
         _measure(update, loss)
     finally:
-        update.release()
+        update.take_back()
         # the update was made, also if a wrapper behind it raised
         if run.has_schedules:
             run.write_schedules()
@@ -270,12 +274,12 @@ def finish(update: Update, loss: Any) -> None:
 
 def _act_behind(update: Update, placed: Placed) -> None:
     wrapper, hooks = placed.wrapper, placed.wrapper.implemented_hooks()
-    due = _due(update, placed, made=True)
+    due = _due(update, placed, counted=True)
     if not due:
         return
     if "on_update" in hooks:
         for group in due:
-            if wrapper not in update.run.structure.chain_of(group).update_parts:
+            if wrapper not in update.run.structure.chain_of(group).leading_on_update:
                 _change_later(update, group, wrapper)
     if "after_updates" in hooks:
         view = GroupsView(update, placed, due)
@@ -300,16 +304,16 @@ def _follow(update: Update, group: ParamGroup, wrapper: Wrapper, members: Member
         view.move_inner_anchors()
 
 
-def _due(update: Update, placed: Placed, *, made: bool) -> list[ParamGroup]:
-    return [group for group in groups_of(update, placed) if _is_due(placed.wrapper, group, made=made)]
+def _due(update: Update, placed: Placed, *, counted: bool) -> list[ParamGroup]:
+    return [group for group in groups_of(update, placed) if _is_due(placed.wrapper, group, counted=counted)]
 
 
-def _is_due(wrapper: Wrapper, group: ParamGroup, *, made: bool) -> bool:
-    """Return whether a wrapper acts at this update, which counts already if it was `made`."""
+def _is_due(wrapper: Wrapper, group: ParamGroup, *, counted: bool) -> bool:
+    """Return whether a wrapper acts at this update; `counted`: the update is in the count already."""
     if wrapper.acts_every is None:
         return True
     k: int = group[f"{wrapper.label}.{wrapper.acts_every}"]
-    return bool((group[UPDATES] + (not made)) % k == 0)
+    return bool((group[UPDATES] + (not counted)) % k == 0)
 
 
 def _call(hook: Callable[[Group], None], views: list[GroupView]) -> None:

@@ -10,7 +10,7 @@ from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.multi_base import MultiBase
 from metaopt.errors import HyperparameterError, SpecError
 from metaopt.schedule import Schedule
-from metaopt.wrapper import Wrapper
+from metaopt.wrapper import BEFORE_BASE, Wrapper
 
 LABEL = re.compile(r"[a-z_][a-z0-9_]*")
 # points at which a scheduled value is held against the bounds of its hyperparameter, when a stack is made
@@ -50,12 +50,12 @@ class Structure:
         self.on_gradients = _with_hook("on_gradients", (*outer, *inner))
         self.before_update = _with_hook("before_update", (*outer, *inner))
         behind = {"on_update", "after_updates", "after_update"}
-        self.behind = tuple(p for p in (*inner, *outer) if p.wrapper.implemented_hooks() & behind)
+        self.acts_behind = tuple(p for p in (*inner, *outer) if p.wrapper.implemented_hooks() & behind)
         self.needs_closure = any(chain.needs_closure for chain in self.chains)
         self.keeps_state = any(chain.slots or chain.moment_slots for chain in self.chains)
         self.keeps_early_state = any(chain.early_keys for chain in self.chains)
-        self.keeps_previous = any(chain.keeps_previous for chain in self.chains)
-        self.changes_updates = any(chain.update_parts for chain in self.chains)
+        self.needs_weights_before = any(chain.needs_weights_before for chain in self.chains)
+        self.changes_updates = any(chain.leading_on_update for chain in self.chains)
 
     def chain_of(self, group: ParamGroup) -> Chain:
         """Return the chain that a group belongs to."""
@@ -100,6 +100,7 @@ def validate(structure: Structure, groups: Sequence[ParamGroup]) -> None:
         for wrapper in chain.ordered:
             wrapper.validate()
             _validate_evaluation(chain, wrapper)
+            _validate_places(chain, wrapper)
         _validate_moments(chain)
         _validate_resets(chain, groups)
         _validate_schedules({**chain.schedules, **structure.schedules}, chain, structure.total_steps)
@@ -144,6 +145,16 @@ def _validate_evaluation(chain: Chain, wrapper: Wrapper) -> None:
     if wrapper in chain.wrappers and chain.name and (owns or wrapper.may_skip_updates):
         what = "evaluates the loss, which all parts share" if owns else "skips updates, which all parts count"
         raise SpecError(f"{wrapper.label} {what}: write it outside, before the base of the whole stack")
+
+
+def _validate_places(chain: Chain, wrapper: Wrapper) -> None:
+    """Refuse a wrapper that is written before the base and works on its update."""
+    hooks = wrapper.implemented_hooks()
+    if wrapper.runs_before_base() and (hooks & {"on_update", "after_updates"} or chain.layout(wrapper).uses_previous):
+        raise SpecError(
+            f"{wrapper.label} acts before the base ({', '.join(sorted(hooks & BEFORE_BASE))}) and on its update: "
+            f"make two wrappers of it, one on each side of the base"
+        )
 
 
 def _validate_moments(chain: Chain) -> None:

@@ -31,8 +31,23 @@ class Update:
     """
 
     __slots__ = (
-        "before", "change", "closed", "count", "draws", "initial", "is_logged", "lent",
-        "members", "names", "opened", "parked", "run", "scale", "skip_reason",
+        "applied",
+        "before",
+        "change",
+        "count",
+        "draws",
+        "initial",
+        "is_logged",
+        "lent",
+        "members",
+        "names",
+        "parked",
+        "rewound",
+        "room",
+        "run",
+        "scale",
+        "skip_reason",
+        "space",
     )  # fmt: skip
 
     def __init__(self, run: Run, *, is_logged: bool = False) -> None:
@@ -54,10 +69,13 @@ class Update:
         # local weights from right before the base's update, and what is added to them
         self.before: dict[torch.Tensor, torch.Tensor] = {}
         self.change: dict[torch.Tensor, torch.Tensor] = {}
+        # memory for the change of a block, and what it is cut from
+        self.room: dict[torch.Tensor, torch.Tensor] = {}
+        self.space: dict[object, torch.Tensor] = {}
         # parameters that hold the weights from before, and whose change is yet to be added
-        self.opened: set[torch.Tensor] = set()
+        self.rewound: set[torch.Tensor] = set()
         # versions of change and weights when the weights were last set to their sum
-        self.closed: dict[torch.Tensor, tuple[int, int]] = {}
+        self.applied: dict[torch.Tensor, tuple[int, int]] = {}
         # how often a wrapper has drawn random numbers for a parameter
         self.draws: dict[object, int] = {}
         self.names: dict[torch.Tensor, str] | None = None
@@ -120,52 +138,77 @@ class Update:
         for p in members:
             self.before[p] = local(p).clone()
 
+    def keep_block(self, members: Members) -> None:
+        """Copy the weights of a block of parameters into memory that the next block uses again.
+
+        Fresh memory would cost a processor more time than the arithmetic: the system clears every page of it.
+        """
+        for part in _alike(members):
+            weights = [local(p) for p in part]
+            before, change = (self._room(role, weights) for role in ("before", "change"))
+            torch._foreach_copy_(before, weights)
+            self.before.update(zip(part, before, strict=True))
+            self.room.update(zip(part, change, strict=True))
+
+    def _room(self, role: str, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return tensors of the weights' shapes in memory of this update; those of a change are at least float32."""
+        dtype = weights[0].dtype if role == "before" else torch.promote_types(weights[0].dtype, torch.float32)
+        key, sizes = (role, dtype, weights[0].device), [w.numel() for w in weights]
+        space = self.space.get(key)
+        if space is None or space.numel() < sum(sizes):
+            space = self.space[key] = torch.empty(sum(sizes), dtype=dtype, device=weights[0].device)
+        pieces = torch.split(space[: sum(sizes)], sizes)
+        return [piece.view(w.shape) for piece, w in zip(pieces, weights, strict=True)]
+
     def change_of(self, p: torch.Tensor) -> torch.Tensor:
-        """Return what was added to a parameter so far, at least float32; changes of it count at the next `close`."""
-        if p in self.opened:
+        """Return what was added to a parameter so far, at least float32; `apply_change` counts changes of it."""
+        if p in self.rewound:
             return self.change[p]
         weights, change = local(p), self.change.get(p)
-        if change is None or self.closed.get(p, (0, -1))[1] != weights._version:
-            before = self.before[p]
+        if change is None or self.applied.get(p, (0, -1))[1] != weights._version:
+            before, room = self.before[p], self.room.pop(p, None)
             wide = torch.promote_types(weights.dtype, torch.float32)
-            change = self.change[p] = torch.sub(weights.to(wide), before) if wide != weights.dtype else weights - before
-            self.closed[p] = change._version, weights._version
+            if room is None:
+                room = torch.empty_like(weights, dtype=wide)
+            change = self.change[p] = torch.sub(weights.to(wide), before, out=room)
+            self.applied[p] = change._version, weights._version
         return change
 
-    def open(self, members: Members) -> None:
+    def rewind_weights(self, members: Members) -> None:
         """Give the parameters their weights from before the update; `change` holds what is to be added."""
         for p in members:
             self.change_of(p)
             local(p).copy_(self.before[p])
-            self.opened.add(p)
+            self.rewound.add(p)
 
-    def close(self, members: Members) -> None:
+    def apply_change(self, members: Members) -> None:
         """Set the parameters to the weights before plus the change, rounded once."""
         for p in members:
             weights, change = local(p), self.change[p]
             weights.add_(change)
-            self.opened.discard(p)
-            self.closed[p] = change._version, weights._version
+            self.rewound.discard(p)
+            self.applied[p] = change._version, weights._version
 
     def apply_changed(self, members: Members) -> Members:
         """Set those parameters to the weights before plus the change whose change a wrapper has written to."""
-        written = [p for p in members if p in self.change and self.change[p]._version != self.closed[p][0]]
+        written = [p for p in members if p in self.change and self.change[p]._version != self.applied[p][0]]
         for p in written:
             local(p).copy_(self.before[p])
-        self.close(written)
+        self.apply_change(written)
         return written
 
     def drop_weights(self, members: Members) -> None:
         """Forget the weights before and the change of some parameters."""
         for p in members:
             self.before.pop(p, None)
+            self.room.pop(p, None)
             self.change.pop(p, None)
-            self.closed.pop(p, None)
+            self.applied.pop(p, None)
 
     # ---- the end
 
-    def release(self) -> None:
-        """Take back what was lent for this update, whether or not it was made."""
+    def take_back(self) -> None:
+        """Remove gradients that wrappers put in, and the base's `grad_scale`, whether or not the update was made."""
         for chain in self.run.structure.chains:
             chain.base.__dict__.pop("grad_scale", None)
         for p in self.lent:
@@ -238,6 +281,14 @@ class Evaluation:
 
     def _parameter_versions(self) -> list[int]:
         return [p._version for group in self.run.param_groups for p in group["params"]]
+
+
+def _alike(members: Members) -> list[Members]:
+    """Return the parameters in lists of one dtype and device each."""
+    lists: dict[tuple[torch.dtype, torch.device], Members] = {}
+    for p in members:
+        lists.setdefault((p.dtype, p.device), []).append(p)
+    return list(lists.values())
 
 
 def block_size(members: Members) -> int:

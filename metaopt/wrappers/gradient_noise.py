@@ -1,7 +1,5 @@
 """Noise on the gradients that dies away."""
 
-import torch
-
 from metaopt import Groups, Wrapper, hookimpl, hyper
 
 
@@ -20,7 +18,10 @@ class GradientNoise(Wrapper):
     def on_gradients(self, groups: Groups) -> None:
         for group in groups:
             deviation = (group.eta / (1 + group.updates) ** group.gamma) ** 0.5
-            torch._foreach_add_(group.grads, group.random_like(group.grads), alpha=deviation)
+            for (
+                gradient
+            ) in group.grads:  # one at a time: all the noise at once would take as much memory as the weights
+                gradient.add_(group.random_like(gradient), alpha=deviation)
 
 
 @hookimpl

@@ -20,10 +20,13 @@ class Mars(Wrapper):
 
     def on_gradients(self, groups: Groups) -> None:
         for group in groups:
-            gradients, before = group.grads, group.before
-            changes = torch._foreach_sub(gradients, before)
-            torch._foreach_copy_(before, gradients)
-            torch._foreach_add_(gradients, changes, alpha=group.gamma * group.beta1 / (1.0 - group.beta1))
+            gradients, factor = group.grads, group.gamma * group.beta1 / (1.0 - group.beta1)
+            for gradient, before in zip(
+                gradients, group.before, strict=True
+            ):  # one change at a time takes little memory
+                change = gradient - before
+                before.copy_(gradient)
+                gradient.add_(change, alpha=factor)
             sizes = group.norms(gradients)
             torch._foreach_div_(gradients, [s.clamp(min=1.0).to(gradients[0].dtype) for s in sizes])
 

@@ -21,7 +21,7 @@ class Orthograd(Wrapper):
             wide = torch.promote_types(own[0].dtype, torch.float32)
             weights, gradients = ([t.to(wide) for t in each] for each in (_components(group.params), own))
             sizes = group.norms(gradients)
-            torch._foreach_sub_(gradients, torch._foreach_mul(weights, _shares(group, weights, gradients)))
+            torch._foreach_addcmul_(gradients, weights, [-s for s in _shares(group, weights, gradients)])
             left = group.norms(gradients)
             torch._foreach_mul_(gradients, [_stretch(s, n).to(wide) for s, n in zip(sizes, left, strict=True)])
             if own[0].dtype != wide:
@@ -35,8 +35,9 @@ def _components(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def _shares(group: Group, weights: list[torch.Tensor], gradients: list[torch.Tensor]) -> list[torch.Tensor]:
     """Return w g / w w of each tensor: means over one number of elements are as good as sums."""
-    along = group.means(list(torch._foreach_mul(weights, gradients)))
-    squares = group.means(list(torch._foreach_mul(weights, weights)))
+    flat = [(w.flatten(), g.flatten()) for w, g in zip(weights, gradients, strict=True)]
+    along = group.means([torch.dot(w, g) for w, g in flat])
+    squares = group.means([torch.dot(w, w) for w, _ in flat])
     return [(a / (s + 1e-30)).to(w.dtype) for a, s, w in zip(along, squares, weights, strict=True)]
 
 

@@ -13,7 +13,7 @@ class TailAverage(Wrapper, every="every", elementwise=True):
     and the current weights before the first. Statistics of a model (batch norm) are the caller's to renew.
     """
 
-    known_as = ("swa", "SWA", "stochastic weight averaging", "AveragedModel", "Polyak-Ruppert averaging")
+    known_as = ("swa", "SWA", "stochastic weight averaging", "Polyak-Ruppert averaging")
 
     start: int = hyper(0, ge=0, doc="the update after which samples are taken", known_as=("swa_start",))
     every: int = hyper(1, ge=1, doc="updates between samples", known_as=("cycle_length", "swa_freq"))
