@@ -76,8 +76,12 @@ class CompiledStep:
     def finish(self) -> None:
         """Do what comes after the base's step."""
         update, loss = self._end()
-        for chain in update.run.structure.chains:
-            change_updates(update, chain)
+        try:
+            for chain in update.run.structure.chains:
+                change_updates(update, chain)
+        except BaseException:
+            abandon(update)
+            raise
         finish(update, loss)
 
     def abandon(self) -> None:
