@@ -50,7 +50,9 @@ def _hyperparameters(stack: Stack | None) -> dict[str, bool | int | float | str]
     values: dict[str, bool | int | float | str] = {}
     scalars = {key for chain in stack.chains for key in chain.scalars}
     for key in stack.param_groups[0]:
-        if key in scalars or key.startswith("metaopt.") or key in RUN_FLAGS or key in ("params", "name", "param_names", "initial_lr"):
+        if key in scalars or key.startswith("metaopt.") or key in RUN_FLAGS:
+            continue
+        if key in ("params", "name", "param_names", "initial_lr"):
             continue
         value = stack_value(stack, key)
         name = key if "." in key else f"{base}.{key}"
