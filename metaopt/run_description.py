@@ -48,8 +48,11 @@ def _hyperparameters(stack: Stack | None) -> dict[str, bool | int | float | str]
         return {}
     base = type(stack.base).__name__.lower()
     values: dict[str, bool | int | float | str] = {}
+    scalars = {key for chain in stack.chains for key in chain.scalars}
     for key in stack.param_groups[0]:
-        if key.startswith("metaopt.") or key in RUN_FLAGS or key in ("params", "name", "param_names", "initial_lr"):
+        if key in scalars or key.startswith("metaopt.") or key in RUN_FLAGS:
+            continue
+        if key in ("params", "name", "param_names", "initial_lr"):
             continue
         value = stack_value(stack, key)
         name = key if "." in key else f"{base}.{key}"

@@ -268,6 +268,7 @@ class Stack(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         structure = self._run.structure
+        self._run.await_copies()
         parts = {
             name: getattr(structure, name) for name in ("wrappers", "schedules", "total_steps", "fused_by_default")
         }

@@ -68,9 +68,7 @@ def restore_weights(run: Run) -> None:
         local(p).copy_(local(weights))
     for shown in _exchanged(run, label):
         exchange(shown[1], shown[2])
-    for group in run.param_groups:
-        for p in group["params"]:
-            run.state.get(p, {}).pop(f"{label}.fast", None)
+    _forget_weights(run, label)
     _mark(run, "")
 
 
@@ -95,10 +93,8 @@ def show(run: Run, label: str) -> None:
             if kept:
                 exchange(weights, average)
             else:
-                weights.copy_(local(run.state[p].pop(f"{label}.fast")))
-        for group in run.param_groups:
-            for p in group["params"]:
-                run.state.get(p, {}).pop(f"{label}.fast", None)
+                weights.copy_(local(run.state[p][f"{label}.fast"]))
+        _forget_weights(run, label)
         raise
 
 
@@ -137,10 +133,19 @@ def _set_aside(run: Run, label: str) -> Iterator[tuple[torch.Tensor, torch.Tenso
                 yield p, weights
 
 
+def _forget_weights(run: Run, label: str) -> None:
+    for group in run.param_groups:
+        for p in group["params"]:
+            param_state = run.state.get(p, {})
+            # `state[p]` is absent or whole
+            if param_state.pop(f"{label}.fast", None) is not None and not param_state:
+                del run.state[p]
+
+
 def _exchanged(run: Run, label: str) -> Iterator[Shown]:
     """Yield the parameters that were exchanged with a kept average."""
     for shown in _averages(run, label):
-        if f"{label}.fast" not in run.state[shown[0]]:
+        if f"{label}.fast" not in run.state.get(shown[0], {}):
             yield shown
 
 
@@ -151,7 +156,10 @@ def _averages(run: Run, label: str) -> Iterator[Shown]:
         wrapper = run.structure.chain_of(group).labelled.get(label)
         if wrapper is None or "averaged" not in wrapper.implemented_hooks() or group[TEMPLATE]:
             continue
-        for view in views_of(update, group, wrapper, updated(update, group, wrapper)):
+        members = updated(update, group, wrapper)
+        if not run.updates:  # a wrapper that keeps nothing would be asked before the first update
+            members = [p for p in members if p in run.state]
+        for view in views_of(update, group, wrapper, members):
             averages = wrapper.averaged(view)
             if averages is None:
                 continue

@@ -267,8 +267,8 @@ def _merged_groups(run: Run, saved: list[ParamGroup], report: LoadReport) -> lis
         kept = {k: v for k, v in saved_group.items() if not _belongs(k, dropped)}
         for key in chain.counters:
             kept.setdefault(key, 0)
-        for key in chain.scalars:
-            _keep_scalar(kept, key, group[key])
+        for key, (_, scalar) in chain.scalars.items():
+            _keep_scalar(kept, key, group[key], scalar.initial)
         for key, (wrapper, name) in chain.hyperparameters.items():
             # a scheduled value is computed anew; a warm-up may begin at a value that a constant must not have
             if wrapper.label in report.fresh or key not in kept or key in scheduled:
@@ -293,11 +293,11 @@ def _merged_groups(run: Run, saved: list[ParamGroup], report: LoadReport) -> lis
     return merged
 
 
-def _keep_scalar(kept: ParamGroup, key: str, live: torch.Tensor) -> None:
+def _keep_scalar(kept: ParamGroup, key: str, live: torch.Tensor, initial: float) -> None:
     """Take a scalar from the checkpoint in the live one's dtype; a part that starts fresh begins with a new one."""
     saved = kept.get(key)
     if saved is None:
-        kept[key] = live.clone()
+        kept[key] = torch.full_like(live, initial)
     elif not isinstance(saved, torch.Tensor) or saved.shape != live.shape:
         shape = tuple(saved.shape) if isinstance(saved, torch.Tensor) else type(saved).__name__
         raise CheckpointError(f"the checkpoint's {key} is {shape}, expected a tensor of shape {tuple(live.shape)}")

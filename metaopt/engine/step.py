@@ -112,7 +112,9 @@ def filter_gradients(update: Update) -> None:
         groups = groups_of(update, placed)
         if placed.chain is not None and not any(p.grad is not None for group in groups for p in group["params"]):
             continue
-        placed.wrapper.on_gradients(GroupsView(update, placed, groups))
+        view = GroupsView(update, placed, groups)
+        placed.wrapper.on_gradients(view)
+        view.write_back()
         if update.skip_reason is not None:
             return
 
@@ -161,13 +163,14 @@ def step_bases(update: Update, closure: tuple[Closure, ...], keywords: dict[str,
         structure.multi_base.assign_groups()
     returned = None
     for chain in structure.chains:
-        if chain.leading_on_update and chain.steps_in_blocks and not chain.needs_weights_before:
+        # none of the bases that step in blocks takes keywords: stepped as a whole, they refuse them
+        if chain.leading_on_update and chain.steps_in_blocks and not chain.needs_weights_before and not keywords:
             for group in chain.groups_in(update.run.param_groups):
                 _step_in_blocks(update, chain, group)
         else:
             if chain.leading_on_update and not chain.needs_weights_before:
                 keep_due_weights(update, chain)
-            if late := _late_momentum(update, chain):
+            if not keywords and (late := _late_momentum(update, chain)):
                 for group in chain.groups_in(update.run.param_groups):
                     _step_on(chain, group, update.members_of(group), late)
             else:
@@ -284,6 +287,7 @@ def _act_behind(update: Update, placed: Placed) -> None:
     if "after_updates" in hooks:
         view = GroupsView(update, placed, due)
         wrapper.after_updates(view)
+        view.write_back()
         for group in due:
             _follow(update, group, wrapper, update.apply_changed(update.members_of(group)))
     if "after_update" in hooks:
@@ -294,7 +298,12 @@ def _act_behind(update: Update, placed: Placed) -> None:
 def _change_later(update: Update, group: ParamGroup, wrapper: Wrapper) -> None:
     """Let a wrapper change the update after others have moved the weights: their moves are part of it."""
     members = update.members_of(group)
-    _change(update, group, [wrapper], members)
+    try:
+        _change(update, group, [wrapper], members)
+    except BaseException:
+        # the update counts already: it must not be taken back from the weights
+        update.apply_change([p for p in members if p in update.rewound])
+        raise
     _follow(update, group, wrapper, members)
 
 

@@ -99,12 +99,23 @@ class GroupView(Group):
         if slot.kind == "previous":
             return self._previous(name)
         if slot.kind == "moments":
-            return {m: self._kept(f"{key}.{m}", slot) for m in self.base_moments}
+            moments = self.base_moments
+            self._begin_moments(key, moments)
+            return {m: self._kept(f"{key}.{m}", slot) for m in moments}
         if slot.copies is not None:
             keys = [k for k in self._chain.layout(wrapper).state_keys if k.startswith(f"{key}.")]
             return [self._cut(self._kept(k, slot)) for k in keys]
         kept = self._kept(key, slot)
         return kept if slot.kind == "number" else self._cut(kept)
+
+    def _begin_moments(self, key: str, moments: dict[str, list[torch.Tensor]]) -> None:
+        """Make the zeros beside the base's moments that `on_update` asks for before they are in the state."""
+        for p in self.parameters:
+            param_state, initial = self._update.run.state[p], self._update.initial.get(p)
+            if initial is not None:
+                for m in moments:
+                    if f"{key}.{m}" not in param_state and f"{key}.{m}" not in initial:
+                        initial[f"{key}.{m}"] = torch.zeros_like(param_state[m])
 
     def _previous(self, name: str) -> list[torch.Tensor]:
         before = self._update.before
@@ -292,17 +303,29 @@ class GroupsView(Groups):
         self._wrapper = placed.wrapper
         self._chains = update.run.structure.chains_of(placed)
         self._groups = groups_of(update, placed) if groups is None else groups
-        self._views: list[GroupView] | None = None
+        # the views that the wrapper got, which may hold copies of what is kept on another device
+        self._views: list[GroupView] = []
 
     def __iter__(self) -> Iterator[GroupView]:
         for group in self._groups:
-            yield from views_of(self._update, group, self._wrapper, self._update.members_of(group))
+            yield from self._given(views_of(self._update, group, self._wrapper, self._update.members_of(group)))
 
     def groups_with_state(self) -> Iterator[GroupView]:
         for group in self._groups:
             keys = self._update.run.structure.chain_of(group).layout(self._wrapper).state_keys
             having = [p for p in group["params"] if all(key in self._update.state_of(p) for key in keys)]
-            yield from views_of(self._update, group, self._wrapper, having)
+            yield from self._given(views_of(self._update, group, self._wrapper, having))
+
+    def _given(self, views: list[GroupView]) -> list[GroupView]:
+        # what an earlier view of the same parameters has changed must be what these fetch
+        self.write_back()
+        self._views += views
+        return views
+
+    def write_back(self) -> None:
+        """Send what the wrapper changed of fetched copies back; see `GroupView.write_back`."""
+        for view in self._views:
+            view.write_back()
 
     # ---- numbers
 
