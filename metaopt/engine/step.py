@@ -277,7 +277,8 @@ def _act_behind(update: Update, placed: Placed) -> None:
         for group in due:
             if wrapper not in update.run.structure.chain_of(group).update_parts:
                 _change_later(update, group, wrapper)
-    if "after_updates" in hooks:
+    # a base of a partition may have had no gradient
+    if "after_updates" in hooks and any(update.members_of(group) for group in due):
         view = GroupsView(update, placed, due)
         wrapper.after_updates(view)
         for group in due:
