@@ -32,7 +32,7 @@ BEHIND = {
     "cautious_decay": {"weight_decay": [0.1, 1.0]},
     "hyperball": {},
     "update_floor": {"floor": [0.35, 2.0], "rows": [False, True]},
-    "radial_brake": {"outward": [0.0, 0.5], "inward": [0.7, 1.0]},
+    "radial_brake": {"outward": [0.1, 0.5], "inward": [0.7, 1.0]},
     "trust_ratio": {"trust_coefficient": [1.0, 0.1], "eps": [0.0, 0.1], "max_ratio": [1.0, 5.0]},
     "clip_update_norm": {"max_norm": [0.1, 1.0]},
     "clip_update_rms": {"max_rms": [0.3, 1.0]},
