@@ -4,11 +4,41 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import reference_averages as averages
+import reference_gradients as gradients
+import reference_updates as updates
 import torch
 
 Tensor = torch.Tensor
 Gradient = Callable[[int, Tensor], Tensor]
-MOMENTS = ("m", "v", "n", "buffer", "sum")
+# rules on the update of one tensor, on gradients, and with an average or a point beside the weights
+ON_UPDATE = (
+    "cautious",
+    "cautious_decay",
+    "clip_update_rms",
+    "hyperball",
+    "radial_brake",
+    "trust_ratio",
+    "update_floor",
+)
+ON_GRADIENTS = {
+    "grokfast": gradients.Grokfast,
+    "mars": gradients.Mars,
+    "orthograd": gradients.Orthograd,
+    "zclip": gradients.Zclip,
+}
+AVERAGING: dict[str, Callable[..., averages.Rule]] = {
+    "gpa": lambda mu_x, mu_y: averages.Interpolated(mu_y, mu_x=mu_x),
+    "schedule_free": lambda momentum, **given: averages.Interpolated(momentum, **given),
+    "ema_nesterov": lambda beta, gamma: averages.EmaNesterov(lambda t: beta, gamma),
+    "tail_average": lambda every, start: averages.Samples(every, start),
+    "lawa": lambda k, n: averages.Samples(k, last=n),
+}
+ANCHORED = ("lookahead", "outer", "gpa", "schedule_free")
+# they act when the weights have changed: a rule on the update that is written behind one changes them once more
+AFTER = ("lookahead", "outer", "ema", "tail_average", "lawa", "clip_update_norm", "mechanic")
+SHOWN = ("lookahead", "outer", "ema", *AVERAGING)
+MOST_PARAMETERS = 99
 
 
 @dataclass(frozen=True)
@@ -44,8 +74,10 @@ class Held:
     weights: Tensor
     lane: str
     lr: float
+    group: int = 0
     state: dict[tuple[str, str], Any] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
     begun: bool = False
     sum: Tensor | None = None
 
@@ -57,6 +89,35 @@ class PlainStack:
         self.before, self.lanes, self.behind = before, lanes, behind
         self.held: list[Held] = []
         self.updates = self.seen = 0
+        own = [rule for lane in lanes.values() for rule in [*lane.before, *lane.behind]]
+        self.rules = {rule.label: rule for rule in [*before, *own, *behind]}
+        self.parts = {label: part for label, rule in self.rules.items() if (part := _part(rule)) is not None}
+
+    def add(self, held: Held) -> None:
+        """Add a parameter: until its first gradient it was always where it is."""
+        for part in self.parts.values():
+            if isinstance(part, averages.Samples):
+                number = max(map(len, part.taken.values()), default=0)
+                part.taken[id(held)] = [held.weights] * number
+        self.held.append(held)
+
+    def split(self, members: Sequence[Held], group: int) -> None:
+        """Give some parameters of one group a group of their own, with the same numbers."""
+        for part in self.parts.values():
+            for numbers in vars(part).values() if isinstance(part, averages.Rule) else ():
+                if isinstance(numbers, dict) and members[0].group in numbers:
+                    numbers[group] = numbers[members[0].group]
+        for held in members:
+            held.group = group
+
+    def shown(self, label: str, held: Held) -> Tensor:
+        """Return what the average called `label` shows of a parameter."""
+        part = self.parts.get(label)
+        if part is None or label not in held.parts:
+            return held.state.get((label, "kept"), held.weights)
+        if isinstance(part, averages.Interpolated):
+            part.moved(held.parts[label], held.weights)
+        return part.shown(label, held)
 
     def step(self, gradient: Gradient, present: Sequence[bool]) -> None:
         grads = {i: gradient(i, h.weights) for i, h in enumerate(self.held) if present[i]}
@@ -86,9 +147,12 @@ class PlainStack:
         for i in grads:
             if not self.held[i].begun:
                 self._begin(self.held[i], start[i])
-        for i, h in enumerate(self.held):
-            if h.begun:
-                self._follow(h, previous.get(i), grads.get(i))
+        for name, lane in self.lanes.items():
+            own = {i: g for i, g in grads.items() if self.held[i].lane == name}
+            for rule in lane.behind:
+                self._act(rule, [h for h in self.held if h.lane == name], previous, own)
+        for rule in self.behind:
+            self._act(rule, self.held, previous, grads)
 
     def reset_moments(self) -> None:
         for h in self.held:
@@ -110,6 +174,9 @@ class PlainStack:
         elif rule.name == "clip_grad_norm":
             factor = min(1.0, rule.given["max_norm"] / (float(_norm(grads.values())) + 1e-6))
             grads.update({i: g * factor for i, g in grads.items()})
+        elif rule.name in ON_GRADIENTS:
+            weights = [h.weights for h in self.held]
+            grads.update(self.parts[rule.label].gradients(weights, grads, self.updates))
         else:
             grads.update({i: _changed(rule, g, self.held[i].weights) for i, g in grads.items()})
         return True
@@ -119,35 +186,89 @@ class PlainStack:
         for rule in [*self.lanes[h.lane].behind, *self.behind]:
             h.state[rule.label, "kept"] = start
             h.state[rule.label, "buffer"] = torch.zeros_like(start)
+            h.parts[rule.label] = {"x": start, "z": start, "m": torch.zeros_like(start)}
+            if rule.name == "mechanic":
+                self.parts[rule.label].kept[_place(self.held, h)] = start
 
-    def _follow(self, h: Held, previous: Tensor | None, grad: Tensor | None) -> None:
-        """Let the wrappers behind the base act on one parameter, the nearest first."""
-        nearer: list[str] = []
-        for rule in [*self.lanes[h.lane].behind, *self.behind]:
-            kept, given = (rule.label, "kept"), rule.given
-            if rule.name == "ema":
-                d = min(given["decay"], (1 + self.updates) / (10 + self.updates)) if given["warmup"] else given["decay"]
-                h.state[kept] = d * h.state[kept] + (1 - d) * h.weights
-                continue
-            if rule.name == "cautious":
-                if previous is None or grad is None:
-                    continue
-                u = h.weights - previous
-                mask = (u * grad < 0).double()
-                h.weights = previous + u * mask / mask.mean().clamp(min=1e-3) if u.numel() else u
-            elif self.updates % given["k"]:
-                nearer.append(rule.label)
-                continue
-            elif rule.name == "lookahead":
-                h.weights = h.state[kept] = h.state[kept] + given["alpha"] * (h.weights - h.state[kept])
-                _treat_moments(h, rule)
-            else:
-                way, momentum = h.state[kept] - h.weights, given["momentum"]
-                buffer = h.state[rule.label, "buffer"] = momentum * h.state[rule.label, "buffer"] + way
-                h.weights = h.state[kept] = h.state[kept] - given["lr"] * (momentum * buffer + way)
-            for label in nearer:  # slow weights nearer the base follow who moves the weights
-                h.state[label, "kept"] = h.weights
-            nearer += [] if rule.name == "cautious" else [rule.label]
+    def _act(self, rule: Rule, scope: list[Held], previous: dict[int, Tensor], grads: dict[int, Tensor]) -> None:
+        """Let one rule behind the base act on its parameters, and anchors nearer the base follow what it moves."""
+        changed = self._changed_updates(rule, previous, grads) if grads else {}
+        for i, u in changed.items():
+            # what rounding leaves of nothing is nothing, or signs and norms of it would count
+            self.held[i].weights = previous[i] + torch.where(u.abs() < 1e-13, 0.0, u)
+        moved = [self.held[i] for i in changed if rule.name in AFTER or self._acts_late(rule, self.held[i])]
+        begun = [h for h in scope if h.begun]
+        if rule.name in ("tail_average", "lawa"):
+            self.parts[rule.label].after(rule.label, self.updates, scope)
+        elif rule.name == "ema":
+            self._average(rule, begun)
+        elif rule.name in ("lookahead", "outer") and self.updates % rule.given["k"] == 0:
+            moved = begun
+            for h in begun:
+                _pull(rule, h)
+        for h in moved:
+            for nearer in self._nearer(rule, h):
+                if nearer.name in ANCHORED:
+                    h.state[nearer.label, "kept"] = h.parts[nearer.label]["z"] = h.weights
+
+    def _changed_updates(self, rule: Rule, previous: dict[int, Tensor], grads: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Return what is added to the weights instead of what was: {} if the rule does not act on that."""
+        found = {i: self.held[i].weights - previous[i] for i in grads}
+        part = self.parts.get(rule.label)
+        if rule.name in ON_UPDATE:
+            act = getattr(updates, rule.name)
+            return {i: act(previous[i], u, grads[i], lr=self.held[i].lr, **rule.given) for i, u in found.items()}
+        if rule.name == "clip_update_norm":
+            return dict(zip(found, updates.clip_update_norm(list(found.values()), **rule.given), strict=True))
+        if rule.name == "mechanic":
+            before = [previous.get(i, h.weights) for i, h in enumerate(self.held)]
+            return part.updates(before, grads, found, self.updates - 1)
+        if not isinstance(part, averages.Interpolated | averages.EmaNesterov):
+            return {}
+        part.open_update(self.updates - 1, {self.held[i].group: self.held[i].lr for i in found})
+        for i, u in found.items():
+            h, mine = self.held[i], self.held[i].parts[rule.label]
+            h.weights = previous[i]
+            part.moved(mine, h.weights)  # others may have moved the weights since, or the anchor
+            found[i] = part.step(mine, h, u)
+        return found
+
+    def _average(self, rule: Rule, members: list[Held]) -> None:
+        decay, warmed = rule.given["decay"], (1 + self.updates) / (10 + self.updates)
+        d = min(decay, warmed) if rule.given["warmup"] else decay
+        for h in members:
+            h.state[rule.label, "kept"] = d * h.state[rule.label, "kept"] + (1 - d) * h.weights
+
+    def _nearer(self, rule: Rule, h: Held) -> list[Rule]:
+        behind = [*self.lanes[h.lane].behind, *self.behind]
+        return behind[: behind.index(rule)]
+
+    def _acts_late(self, rule: Rule, h: Held) -> bool:
+        return any(nearer.name in AFTER for nearer in self._nearer(rule, h))
+
+
+def _part(rule: Rule) -> Any:
+    """Return the reference that keeps the state of a rule, if there is one."""
+    if rule.name in AVERAGING:
+        return AVERAGING[rule.name](**rule.given)
+    kind = {**ON_GRADIENTS, "mechanic": gradients.Mechanic}.get(rule.name)
+    return None if kind is None else kind([rule.given] * MOST_PARAMETERS)
+
+
+def _place(everything: list[Held], held: Held) -> int:
+    return next(i for i, h in enumerate(everything) if h is held)
+
+
+def _pull(rule: Rule, h: Held) -> None:
+    """Set the weights to where the slow ones have moved."""
+    kept, given = (rule.label, "kept"), rule.given
+    if rule.name == "lookahead":
+        h.weights = h.state[kept] = h.state[kept] + given["alpha"] * (h.weights - h.state[kept])
+        _treat_moments(h, rule)
+    else:
+        way, momentum = h.state[kept] - h.weights, given["momentum"]
+        buffer = h.state[rule.label, "buffer"] = momentum * h.state[rule.label, "buffer"] + way
+        h.weights = h.state[kept] = h.state[kept] - given["lr"] * (momentum * buffer + way)
 
 
 def _norm(tensors: Any) -> Tensor:

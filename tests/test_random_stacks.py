@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from plain_stack import Held, Lane, PlainStack, Rule
+from plain_stack import SHOWN, Held, Lane, PlainStack, Rule
 
 import metaopt
 from metaopt.engine import update
@@ -19,12 +19,29 @@ BEFORE = {
     "adaptive_grad_clip": {"clipping": [0.05, 1.0]},
     "l2": {"weight_decay": [0.1]},
     "decay": {"weight_decay": [0.2]},
+    "grokfast": {"alpha": [0.8, 0.98], "lamb": [0.5, 2.0]},
+    "mars": {"gamma": [0.025, 0.3], "beta1": [0.9]},
+    "orthograd": {},
+    "zclip": {"alpha": [0.9], "z_thresh": [0.5, 1.0], "warmup": [2, 3], "mode": ["reciprocal", "mean", "max"]},
 }
 BEHIND = {
     "lookahead": {"k": [1, 2, 3], "alpha": [0.5, 0.8]},
     "outer": {"k": [1, 2, 3], "lr": [0.7, 1.2], "momentum": [0.0, 0.6]},
     "ema": {"decay": [0.9], "warmup": [False, True]},
     "cautious": {},
+    "cautious_decay": {"weight_decay": [0.1, 1.0]},
+    "hyperball": {},
+    "update_floor": {"floor": [0.35, 2.0], "rows": [False, True]},
+    "radial_brake": {"outward": [0.1, 0.5], "inward": [0.7, 1.0]},
+    "trust_ratio": {"trust_coefficient": [1.0, 0.1], "eps": [0.0, 0.1], "max_ratio": [1.0, 5.0]},
+    "clip_update_norm": {"max_norm": [0.1, 1.0]},
+    "clip_update_rms": {"max_rms": [0.3, 1.0]},
+    "gpa": {"mu_x": [0.9, 0.5], "mu_y": [0.7, 0.9]},
+    "schedule_free": {"momentum": [0.9, 0.6], "r": [0.0, 1.0], "weight_decay_at_y": [0.0, 0.1]},
+    "ema_nesterov": {"beta": [0.5, 1.0], "gamma": [0.9, 0.5]},
+    "tail_average": {"start": [0, 4], "every": [1, 3]},
+    "lawa": {"k": [1, 2], "n": [2, 3]},
+    "mechanic": {"s_init": [0.1, 0.5], "num_betas": [2, 6], "weight_decay": [0.0, 0.01]},
 }
 BASES = [
     Rule("sgd", "sgd", {"lr": 0.1}),
@@ -67,8 +84,9 @@ class Trial:
         self.spec = " | ".join([*map(str, before), middle or str(lanes["*"]), *map(str, behind)])
         self.rules = PlainStack(before, lanes, behind)
         self.groups: list[list[int]] = []
-        self.built = 0
+        self.built = self.numbers = 0
         for name in names:
+            self.numbers += 1
             self.groups.append([self._new(name) for _ in range(choice([1, 2, 3]))])
         self.built = len(self.groups)
         self.params, self.opt = self.build([h.weights for h in self.rules.held])
@@ -91,7 +109,7 @@ class Trial:
     def _new(self, lane: str) -> int:
         generator = torch.Generator().manual_seed(100 * self.seed + len(self.rules.held))
         weights = torch.randn(self.random.choice(SHAPES), generator=generator, dtype=torch.float64)
-        self.rules.held.append(Held(weights, lane, self.rules.lanes[lane].base.given["lr"]))
+        self.rules.add(Held(weights, lane, self.rules.lanes[lane].base.given["lr"], self.numbers))
         return len(self.rules.held) - 1
 
     def build(self, weights: list[torch.Tensor]) -> tuple[list[torch.nn.Parameter], metaopt.Stack]:
@@ -123,6 +141,7 @@ class Trial:
                     self._resume([p.detach().clone() for p in self.params])
         elif way == "add":
             lane = self.random.choice(list(self.rules.lanes))
+            self.numbers += 1
             self.groups.append([self._new(lane)])
             self.params.append(torch.nn.Parameter(self.rules.held[-1].weights.clone()))
             self.opt.add_param_group({"params": [self._named(len(self.params) - 1, self.params[-1])]})
@@ -135,6 +154,8 @@ class Trial:
             self.opt.param_groups = [*halves, *others]
             self.groups[:1] = [self.groups[0][:1], self.groups[0][1:]]
             self.built += 1
+            self.numbers += 1
+            self.rules.split([self.rules.held[i] for i in self.groups[1]], self.numbers)
 
     def _resume(self, weights: list[torch.Tensor]) -> None:
         saved = copy.deepcopy(self.opt.state_dict())
@@ -144,12 +165,11 @@ class Trial:
 
     def _averages(self) -> list[str]:
         rules = [*self.rules.behind, *(rule for lane in self.rules.lanes.values() for rule in lane.behind)]
-        return [rule.label for rule in rules if rule.name != "cautious"]
+        return [rule.label for rule in rules if rule.name in SHOWN]
 
     def _assert_shown(self, label: str) -> None:
         for p, held in zip(self.params, self.rules.held, strict=True):
-            expected = held.state.get((label, "kept"), held.weights)
-            torch.testing.assert_close(p.detach(), expected, rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(p.detach(), self.rules.shown(label, held), rtol=1e-8, atol=1e-10)
 
     def step(self, number: int) -> None:
         present = [self.random.random() < 0.5 for _ in self.params]

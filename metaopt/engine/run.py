@@ -161,6 +161,7 @@ class Run:
             self.validate_group(group, position, built=True)
             group[UPDATES] = count
             self.complete_group(group)
+        self._part_scalars()
         self.know_members()
         if new or len(groups) != len(self.scheduled):
             self.begin_schedules()
@@ -285,6 +286,15 @@ class Run:
                 group[key] = group[key].to(device=device)
             else:
                 group[key] = _new_scalar(scalar, wrapper, dtype, device)
+
+    def _part_scalars(self) -> None:
+        """Give each group scalars of its own if a client has split a group: copies of its entries hold one tensor."""
+        held: set[int] = set()
+        for group in self.param_groups:
+            for key, (_, scalar) in self.structure.chain_of(group).scalars.items():
+                if scalar.per != "run" and id(group[key]) in held:
+                    group[key] = group[key].clone()
+                held.add(id(group[key]))
 
 
 def _new_scalar(scalar: Scalar, wrapper: Wrapper, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from metaopt.engine import averages, param_state
-from metaopt.engine.chain import Chain, ParamGroup, has_fused_kernel
+from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, has_fused_kernel
 from metaopt.engine.run import AVERAGE_SHOWN, TEMPLATE, UPDATES, Run
 from metaopt.engine.structure import Placed
 from metaopt.engine.update import Evaluation, Members, Update, blocks_of
@@ -190,7 +190,9 @@ def _late_momentum(update: Update, chain: Chain) -> set[int]:
             continue
         lacking = run.without_momentum.get(id(group))
         if lacking is None:
-            lacking = [p for p in group["params"] if run.state.get(p, {}).get("momentum_buffer") is None]
+            states = [(p, run.state.get(p, {})) for p in group["params"]]
+            # one that only shows which keys there will be goes when the base begins the parameter
+            lacking = [p for p, held in states if held.get("momentum_buffer") is None or held.get(PLACEHOLDER)]
             run.without_momentum[id(group)] = lacking
         begin = [p for p in lacking if p.grad is not None]
         if begin:
@@ -284,7 +286,8 @@ def _act_behind(update: Update, placed: Placed) -> None:
         for group in due:
             if wrapper not in update.run.structure.chain_of(group).leading_on_update:
                 _change_later(update, group, wrapper)
-    if "after_updates" in hooks:
+    # a base of a partition may have had no gradient
+    if "after_updates" in hooks and any(update.members_of(group) for group in due):
         view = GroupsView(update, placed, due)
         wrapper.after_updates(view)
         view.write_back()
