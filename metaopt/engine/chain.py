@@ -26,8 +26,8 @@ from metaopt.wrapper import Closure, Scalar, Slot, Wrapper
 ParamGroup = dict[str, Any]
 ParamState = dict[str, Any]
 
-# state[p][PLACEHOLDER]: 1 if the entries of the base only show which keys there will be (see param_state); the key is of
-# earlier checkpoints
+# state[p][PLACEHOLDER]: 1 if the entries of the base only show which keys there will be (param_state); an old key, kept
+# for checkpoints
 PLACEHOLDER = "metaopt.anew"
 # group entries that say how to run and not what is computed
 RUN_FLAGS = frozenset({"foreach", "fused", "capturable", "differentiable"})
