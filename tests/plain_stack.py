@@ -1,5 +1,6 @@
 """The rules of the built-in parts on plain float64 tensors, for stacks of any make-up: knows nothing of metaopt."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ ON_UPDATE = (
     "update_floor",
 )
 ON_GRADIENTS = {
+    "gradient_noise": gradients.GradientNoise,
     "grokfast": gradients.Grokfast,
     "mars": gradients.Mars,
     "orthograd": gradients.Orthograd,
@@ -176,6 +178,8 @@ class PlainStack:
             grads.update({i: g * factor for i, g in grads.items()})
         elif rule.name in ON_GRADIENTS:
             weights = [h.weights for h in self.held]
+            for i, g in grads.items() if rule.name == "gradient_noise" else ():
+                self.parts[rule.label].kept[self.updates, i] = self._draw(torch.randn, rule, self.updates, i, g.shape)
             grads.update(self.parts[rule.label].gradients(weights, grads, self.updates))
         else:
             grads.update({i: _changed(rule, g, self.held[i].weights) for i, g in grads.items()})
@@ -220,7 +224,10 @@ class PlainStack:
             return {i: act(previous[i], u, grads[i], lr=self.held[i].lr, **rule.given) for i, u in found.items()}
         if rule.name == "clip_update_norm":
             return dict(zip(found, updates.clip_update_norm(list(found.values()), **rule.given), strict=True))
-        if rule.name == "mechanic":
+        for i in found if rule.name == "magma" else ():
+            coin = float(self._draw(torch.rand, rule, self.updates - 1, i, ()))
+            part.kept[self.updates - 1, i] = float(coin < rule.given["keep"])
+        if rule.name in ("mechanic", "magma"):
             before = [previous.get(i, h.weights) for i, h in enumerate(self.held)]
             return part.updates(before, grads, found, self.updates - 1)
         if not isinstance(part, averages.Interpolated | averages.EmaNesterov):
@@ -232,6 +239,12 @@ class PlainStack:
             part.moved(mine, h.weights)  # others may have moved the weights since, or the anchor
             found[i] = part.step(mine, h, u)
         return found
+
+    def _draw(self, draw: Callable[..., Tensor], rule: Rule, t: int, i: int, shape: Sequence[int]) -> Tensor:
+        """Draw as the contract of parts says: from one generator for each seed, part, update and parameter."""
+        key = f"{rule.given['seed']}/{rule.label}/{t}/{self.held[i].lane[0].replace('*', 'b')}.{i}/1"
+        seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
+        return draw(tuple(shape), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
     def _average(self, rule: Rule, members: list[Held]) -> None:
         decay, warmed = rule.given["decay"], (1 + self.updates) / (10 + self.updates)
@@ -251,8 +264,9 @@ def _part(rule: Rule) -> Any:
     """Return the reference that keeps the state of a rule, if there is one."""
     if rule.name in AVERAGING:
         return AVERAGING[rule.name](**rule.given)
-    kind = {**ON_GRADIENTS, "mechanic": gradients.Mechanic}.get(rule.name)
-    return None if kind is None else kind([rule.given] * MOST_PARAMETERS)
+    kind = {**ON_GRADIENTS, "mechanic": gradients.Mechanic, "magma": gradients.Magma}.get(rule.name)
+    given = {key: value for key, value in rule.given.items() if key != "seed"}
+    return None if kind is None else kind([given] * MOST_PARAMETERS)
 
 
 def _place(everything: list[Held], held: Held) -> int:
