@@ -129,3 +129,29 @@ def test_a_flat_share_in_the_place_of_the_parameters_is_refused() -> None:
         opt.step()
     assert_same([flat.detach()], [before])
     assert opt.updates == 0
+
+
+class SharedMean(metaopt.Wrapper):
+    """g <- the mean of g over the processes."""
+
+    def on_gradients(self, groups: metaopt.Groups) -> None:
+        for group in groups:
+            torch._foreach_copy_(group.grads, group.mean_over_replicas(group.grads))
+
+
+@on_two_ranks
+def test_a_wrapper_takes_means_over_the_processes() -> None:
+    rank = torch.distributed.get_rank()
+    p = torch.nn.Parameter(torch.zeros(3))
+    opt = metaopt.wrap(torch.optim.SGD([p], lr=1.0), [SharedMean()])
+    p.grad = torch.full((3,), 1.0 + rank)
+    opt.step()
+    torch.testing.assert_close(p.detach(), torch.full((3,), -1.5))
+
+
+def test_without_a_process_group_a_mean_over_processes_is_the_tensor() -> None:
+    p = torch.nn.Parameter(torch.zeros(3))
+    opt = metaopt.wrap(torch.optim.SGD([p], lr=1.0), [SharedMean()])
+    p.grad = torch.ones(3)
+    opt.step()
+    torch.testing.assert_close(p.detach(), -torch.ones(3))
