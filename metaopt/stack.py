@@ -16,7 +16,7 @@ from metaopt.engine.step import step
 from metaopt.engine.structure import Structure, validate
 from metaopt.engine.torch_internals import (
     HOOKS,
-    no_grad,
+    call_without_grad,
     only_class_hooks,
     optimizer_parts,
     restored_optimizer,
@@ -196,8 +196,7 @@ class Stack(torch.optim.Optimizer):
             return self._compiled_step(self._run, closure)
         if self._run.is_differentiable:
             return step(self._run, closure, keywords)
-        with no_grad():
-            return step(self._run, closure, keywords)
+        return call_without_grad(step, self._run, closure, keywords)
 
     def train(self, mode: bool = True) -> None:
         """Call the base's `train()` if it has one (schedule-free optimizers do); averages of wrappers stay."""

@@ -73,13 +73,12 @@ def without_grad_mode(step: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(step, "__wrapped__", step) if decorated else step
 
 
-@contextmanager
-def no_grad() -> Iterator[None]:
-    """Turn gradients off, as torch.no_grad() does, at a fifth of its cost."""
+def call_without_grad(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function with gradients off, as inside torch.no_grad(), at a fifth of its cost."""
     before = torch.is_grad_enabled()
     torch._C._set_grad_enabled(False)
     try:
-        yield
+        return function(*arguments)
     finally:
         torch._C._set_grad_enabled(before)
 
