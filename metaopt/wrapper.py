@@ -205,7 +205,10 @@ class Group(_Log):
 
     @abstractmethod
     def replace_grads(self, gradients: list[torch.Tensor]) -> None:
-        """Let these be the gradients until the end of this `step()`; afterwards the parameters have none."""
+        """Let these be the gradients until the end of this `step()`; afterwards the parameters have none.
+
+        A frozen parameter (without `requires_grad` and without a gradient) gets none.
+        """
 
     @abstractmethod
     def clear_grads(self) -> None:
@@ -304,6 +307,8 @@ class Wrapper(ABC):
     syncs_device: ClassVar[bool] = False
     # the wrapper calls groups.skip_update(): it cannot act around a base that evaluates the loss itself
     may_skip_updates: ClassVar[bool] = False
+    # `after_update` also gets frozen parameters (see `after_update`): for averages, which move no weights
+    acts_on_frozen: ClassVar[bool] = False
     # `group.grads` holds only the stored values of a sparse gradient, which are not aligned with the parameter
     supports_sparse_grads: ClassVar[bool] = False
 
@@ -369,7 +374,11 @@ class Wrapper(ABC):
         """Act on all groups at once after the update; `group.update` is what was added, and changes of it count."""
 
     def after_update(self, group: Group) -> None:  # noqa: B027
-        """Act on one group after the base has updated its parameters."""
+        """Act on one group after the base has updated its parameters.
+
+        The group holds every parameter that has been updated so far, also without a gradient in this update, but not
+        those that are frozen now: without `requires_grad` and without a gradient. See `acts_on_frozen`.
+        """
 
     def averaged(self, group: Group) -> list[torch.Tensor] | None:
         """Return the tensors that `opt.averaged()` shows, aligned with `group.params`, or None; may compute them."""

@@ -416,6 +416,11 @@ class DoesNotCheckItsBounds(Pull, every="k"):
         self.__dict__.update(k=k, alpha=alpha, label=label or "unchecked_bounds", arguments={"k": k, "alpha": alpha})
 
 
+@broken(WRAPPERS, "pulls_frozen", "leaves_frozen_parameters_alone", "moved a frozen parameter")
+class PullsFrozenParameters(Pull, every="k"):
+    acts_on_frozen = True
+
+
 @broken(WRAPPERS, "nameless_error", "holds_its_bounds", "does not name k")
 class RefusesWithoutAName(Pull, every="k"):
     def __init__(self, *args, **kwargs):

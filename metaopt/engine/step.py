@@ -10,7 +10,7 @@ from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, has_fused_kerne
 from metaopt.engine.run import AVERAGE_SHOWN, TEMPLATE, UPDATES, Run
 from metaopt.engine.structure import Placed
 from metaopt.engine.update import Evaluation, Members, Update, blocks_of
-from metaopt.engine.views import GroupsView, GroupView, block_views_of, gradient_norm, groups_of, updated, views_of
+from metaopt.engine.views import GroupsView, GroupView, block_views_of, gradient_norm, groups_of, trained, views_of
 from metaopt.wrapper import Closure, Group, Wrapper
 
 
@@ -295,7 +295,7 @@ def _act_behind(update: Update, placed: Placed) -> None:
             _follow(update, group, wrapper, update.apply_changed(update.members_of(group)))
     if "after_update" in hooks:
         for group in due:
-            _call(wrapper.after_update, block_views_of(update, group, wrapper, updated(update, group, wrapper)))
+            _call(wrapper.after_update, block_views_of(update, group, wrapper, trained(update, group, wrapper)))
 
 
 def _change_later(update: Update, group: ParamGroup, wrapper: Wrapper) -> None:

@@ -204,6 +204,8 @@ class GroupView(Group):
     def replace_grads(self, gradients: list[torch.Tensor]) -> None:
         self._update.apply_scale(self._chain)  # the factor was meant for the gradients that these replace
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if not is_trained(parameter):
+                continue
             parameter.grad = like_parameter(parameter, gradient)
             self._update.lent.append(parameter)
 
@@ -464,6 +466,17 @@ def updated(update: Update, group: ParamGroup, wrapper: Wrapper) -> Members:
     if len(found) < len(begun):  # a client has since written state of the base only: the next update completes it
         run.invalidate()
     return found
+
+
+def trained(update: Update, group: ParamGroup, wrapper: Wrapper) -> Members:
+    """Return what `after_update` acts on: the updated parameters, without the frozen ones if it moves weights."""
+    found = updated(update, group, wrapper)
+    return found if wrapper.acts_on_frozen else [p for p in found if is_trained(p)]
+
+
+def is_trained(p: torch.Tensor) -> bool:
+    """Return whether a parameter is not frozen; who sets gradients by hand need not set `requires_grad`."""
+    return p.requires_grad or p.grad is not None
 
 
 def gradient_norm(

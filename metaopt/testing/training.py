@@ -7,7 +7,7 @@ import torch
 
 from metaopt.stack import Stack
 from metaopt.testing.comparing import first_difference, same
-from metaopt.testing.feeding import STEPS, Halves, make_batch, own_random_numbers
+from metaopt.testing.feeding import MIDDLE, STEPS, Halves, make_batch, own_random_numbers
 from metaopt.testing.outcome import REPEATS, RESUMES, CheckFailed, NotApplicable, check, failing
 from metaopt.testing.subject import StackSubject, refused, weights
 
@@ -85,6 +85,37 @@ def works_without_some_gradients(subject: StackSubject) -> None:
             f"{subject} never updated a parameter whose gradient came after the first step",
             "Layers are unfrozen and experts are chosen late",
             "Make a parameter's state at its own first update, not all of them at step 1",
+        )
+
+
+@check("wrapper", presumes=(REPEATS,))
+def leaves_frozen_parameters_alone(subject: StackSubject) -> None:
+    """A parameter that is frozen in the middle of a run stays exactly where it is, and trains on when unfrozen."""
+    model, opt = subject.pair()
+    subject.train(model, opt, 0, MIDDLE)
+    model.right.requires_grad_(False)
+    model.zero_grad(set_to_none=True)
+    frozen = weights(model.right)
+    for number in range(MIDDLE, MIDDLE + STEPS):
+        subject.step(model, opt, number, halves=(0,))
+        if not same(frozen, weights(model.right)):
+            raise CheckFailed(
+                f"{subject} moved a frozen parameter",
+                "Who freezes a layer in the middle of a run wants it to stay exactly as it is",
+                "Leave acts_on_frozen = False if the wrapper moves weights: after_update then gets no frozen parameter",
+            )
+    model.right.requires_grad_(True)
+    with failing(
+        "when a parameter is unfrozen again",
+        "Layers are frozen for a while",
+        "Find the state of a parameter by the parameter, never by a place in a list of the update before",
+    ):
+        subject.train(model, opt, MIDDLE + STEPS, MIDDLE + 2 * STEPS)
+    if same(frozen, weights(model.right)):
+        raise CheckFailed(
+            f"{subject} does not update a parameter that is unfrozen again",
+            "Layers are frozen for a while",
+            "Act on group.params at every update, and remember no parameters between updates",
         )
 
 

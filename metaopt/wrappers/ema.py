@@ -9,10 +9,11 @@ class Ema(Wrapper):
     """average <- d average + (1 - d) w after every update; `opt.averaged()` shows it. doi:10.1137/0330046
 
     d = decay; with `warmup` d = min(decay, (1 + t) / (10 + t)), t being the number of updates, so that the initial
-    weights are soon forgotten. In a group without a gradient the average goes on toward the weights that stay.
+    weights are soon forgotten. The average of a frozen parameter goes on toward the weights that stay.
     """
 
     known_as = ("EMA", "ModelEmaV3", "EMAModel", "AveragedModel", "ExponentialMovingAverage", "polyak averaging")
+    acts_on_frozen = True
 
     decay: float = hyper(0.999, ge=0.0, lt=1.0, doc="how much of the average an update keeps", known_as=("beta",))
     warmup: bool = hyper(False, doc="begin with a shorter memory", known_as=("use_warmup", "num_updates"))

@@ -13,6 +13,7 @@ class Lawa(Wrapper, every="k", elementwise=True):
     """
 
     known_as = ("LAWA", "latest weight averaging", "checkpoint averaging")
+    acts_on_frozen = True
 
     k: int = hyper(ge=1, doc="updates between samples", known_as=("every",))
     n: int = hyper(ge=1, doc="how many samples are averaged", known_as=("history_len",), defines_state=True)

@@ -14,6 +14,7 @@ class TailAverage(Wrapper, every="every", elementwise=True):
     """
 
     known_as = ("swa", "SWA", "stochastic weight averaging", "Polyak-Ruppert averaging")
+    acts_on_frozen = True
 
     start: int = hyper(0, ge=0, doc="the update after which samples are taken", known_as=("swa_start",))
     every: int = hyper(1, ge=1, doc="updates between samples", known_as=("cycle_length", "swa_freq"))

@@ -127,18 +127,6 @@ def test_frozen_for_a_while_and_unfrozen_again() -> None:
     assert_same_weights(model, twin)
 
 
-def test_a_frozen_parameter_with_slow_weights_is_still_pulled() -> None:
-    # it holds state, so it belongs to the average: fast = slow at every pull
-    model = small_model()
-    opt = metaopt.build(model.named_parameters(), "adamw(lr=0.01) | lookahead(k=4)")
-    train(model, opt, range(3))
-    model[0].requires_grad_(False)
-    train(model, opt, range(3, 4))
-    for p in model[0].parameters():
-        assert_same(p.detach(), opt.state[p]["lookahead.slow"])
-    train(model, opt, range(4, 8))
-
-
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's own Adagrad
 @pytest.mark.parametrize("spec", ["sgd(lr=0.1)", "sgd(lr=0.1, momentum=0.9)", "adagrad(lr=0.1)", "sparse_adam(lr=0.1)"])
 @pytest.mark.parametrize("built", [True, False])
