@@ -10,6 +10,7 @@ from metaopt.describing import Description
 from metaopt.engine.structure import validate_labels
 from metaopt.errors import HyperparameterError, SpecError
 from metaopt.grouping import as_groups
+from metaopt.hyperparameters import plain
 from metaopt.making import arrange, make_base, make_partition, scheduled
 from metaopt.metrics import Metrics, as_logger
 from metaopt.registry import registry
@@ -34,6 +35,7 @@ def build(
     `total_steps` is the length of the run in updates, for schedules that run to its end. `log` is a directory,
     a SummaryWriter or a Logger, written every `log_every` updates (50). Raises MetaoptError.
     """
+    total_steps = plain(total_steps)
     pipeline = as_pipeline(spec_or_parts)
     base_part, wrappers = arrange(pipeline)
     _check_total_steps(total_steps)
@@ -66,6 +68,7 @@ def wrap(
         raise SpecError(f"wrap() takes a torch.optim.Optimizer, not {type(optimizer).__name__}; build() takes a model")
     if isinstance(optimizer, Stack):
         raise SpecError("wrap(): this is a stack already: put all parts into one pipeline")
+    total_steps = plain(total_steps)
     pipeline = as_pipeline(spec_or_parts)
     bases = [part.name for part in pipeline if part.kind == "optimizer"]
     if bases:
@@ -116,7 +119,7 @@ def _stacked(
     fused: bool,
 ) -> Stack:
     logger = as_logger(log, lambda directory: registry.find("tensorboard", "logger").target(directory))
-    metrics = Metrics(logger, every=log_every)
+    metrics = Metrics(logger, every=plain(log_every))
     stack = Stack(
         base,
         wrappers,

@@ -3,7 +3,7 @@
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -24,6 +24,21 @@ class Required:
 
 
 REQUIRED = Required()
+
+
+def plain(value: Any) -> Any:
+    """Return a value of numpy, or in containers of a configuration library, as Python's own.
+
+    A checkpoint and a text hold only these. Numbers of numpy may be among the members of a tuple.
+    """
+    if isinstance(value, tuple | list):
+        return type(value)(map(plain, value)) if type(value) in (tuple, list) else value
+    module = type(value).__module__.partition(".")[0]
+    if module == "numpy" and hasattr(value, "tolist"):  # a scalar or an array; numpy need not be imported for this
+        return value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return list(map(plain, value))
+    return value
 
 
 @dataclass(frozen=True)
@@ -65,8 +80,9 @@ class Hyperparameter:
         """Return `value` if it is allowed (an integer given for a float becomes one); raise otherwise.
 
         `where` names the part, such as `lookahead`. Tensors of one element pass unread: reading one
-        would wait for its device. Raises HyperparameterError.
+        would wait for its device. Numbers of numpy become Python's. Raises HyperparameterError.
         """
+        value = plain(value)
         if self.choices is not None:
             if value in self.choices:
                 return value

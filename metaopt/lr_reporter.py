@@ -1,5 +1,6 @@
 """The scheduler to hand to a client that insists on one: it reports the rates and sets none."""
 
+import math
 from typing import Any
 
 import torch
@@ -12,17 +13,18 @@ class ReadOnlyLRScheduler(LRScheduler):
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         # torch's constructor would write learning rates and patch `step`: neither may happen here
         self.optimizer = optimizer
-        self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
+        self.base_lrs = [float(rate) for rate in self.get_lr()]
         self.last_epoch = 0
         self._step_count = 1
         self._read()
 
     def _read(self) -> None:
-        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        self._last_lr = self.get_lr()
 
     def get_lr(self) -> list[Any]:
-        """Return the current learning rate of every group."""
-        return [group["lr"] for group in self.optimizer.param_groups]
+        """Return the current learning rate of every group; NaN if the base works it out itself (`lr=None`)."""
+        rates = (group.get("lr") for group in self.optimizer.param_groups)
+        return [math.nan if rate is None else rate for rate in rates]
 
     def step(self, epoch: int | None = None) -> None:
         """Note the current learning rates; change nothing."""

@@ -7,10 +7,10 @@ import torch
 
 from metaopt.engine.chain import RUN_FLAGS, Chain, has_fused_kernel
 from metaopt.engine.multi_base import MultiBase, Partitioner
-from metaopt.engine.run import NO_DECAY
+from metaopt.engine.run import NO_DECAY, TIED
 from metaopt.engine.structure import validate_labels
 from metaopt.errors import HyperparameterError, ParameterError, SpecError, did_you_mean
-from metaopt.grouping import Group
+from metaopt.grouping import Group, same_tensor
 from metaopt.schedule import Schedule
 from metaopt.spec import Part, Pipeline
 from metaopt.wrapper import Wrapper
@@ -99,6 +99,7 @@ def make_partition(
 def _assigned(groups: list[Group], partitioner: Partitioner, where: str) -> dict[str, list[Group]]:
     """Return the groups of each part, in the order of the parts; a group whose members part is split."""
     assigned: dict[str, list[Group]] = {part: [] for part in partitioner.parts}
+    tied: dict[str | None, str] = {}
     for position, group in enumerate(groups):
         names = group.get("param_names")
         if names is None:
@@ -108,11 +109,15 @@ def _assigned(groups: list[Group], partitioner: Partitioner, where: str) -> dict
             )
         members: dict[str, list[tuple[str, torch.Tensor]]] = {}
         for name, p in zip(names, group["params"], strict=True):
-            part = partitioner.branch_of(name, p)
-            if part not in assigned:
+            # a tied parameter goes to the first part that takes it under any of its names
+            aliases = [name, *group.get(TIED, {}).get(name, ())]
+            takers = {partitioner.branch_of(alias, p): alias for alias in aliases}
+            part = next((part for part in assigned if part in takers), None)
+            if part is None:
                 raise ParameterError(
                     f"{where}: no part takes {name} of shape {tuple(p.shape)}: add a pattern for it, such as '*'"
                 )
+            tied.update((other, same_tensor(takers[other], aliases)) for other in takers if other not in (part, None))
             members.setdefault(part, []).append((name, p))
         called = group.get("name", None if len(groups) == 1 else str(position))
         for part, chosen in members.items():
@@ -120,7 +125,10 @@ def _assigned(groups: list[Group], partitioner: Partitioner, where: str) -> dict
             assigned[part].append({**group, **own, "name": part if called is None else f"{called} {part}"})
     empty = [part for part, members in assigned.items() if not members]
     if empty:
-        raise ParameterError(f"{where}: {empty[0]!r} takes no parameter that an earlier part left: drop it or mend it")
+        raise ParameterError(
+            f"{where}: {empty[0]!r} matches no parameter that an earlier part left"
+            f"{f' ({tied[empty[0]]})' if empty[0] in tied else ''}: fix or remove the pattern"
+        )
     return assigned
 
 

@@ -16,6 +16,8 @@ from metaopt.errors import PluginError, UnknownPart, did_you_mean, with_article
 KINDS = tuple(hooks.HOOKS)
 BUILT_IN = ("optimizers", "wrappers", "schedules", "loggers", "problems")
 LONGEST_DESCRIPTION = 150
+# the origin of what `metaopt.register` was given
+THIS_PROGRAM = "this program"
 NAME = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)?")
 
 
@@ -114,12 +116,15 @@ class Registry:
                 )
             for name, target in parts.items():
                 known = self._entries.get(name, [])
-                if any(entry.target is not target for entry in known):
+                if any(entry.target is not target and not _made_anew(entry, target) for entry in known):
                     raise PluginError(f"{name!r} is registered already, by {known[0].origin}: choose another name")
         for parts in offered.values():
-            self._check(parts, "this program")
+            self._check(parts, THIS_PROGRAM)
         for kind, parts in offered.items():
-            self._take(kind, parts, "this program")
+            for name, target in parts.items():
+                if any(_made_anew(entry, target) for entry in self._entries.get(name, [])):
+                    del self._entries[name]
+            self._take(kind, parts, THIS_PROGRAM)
 
     def load_plugin_module(self, name: str) -> None:
         """Import a module by name and take the parts that its hooks offer, or that it registers. Raises PluginError."""
@@ -239,6 +244,16 @@ class Registry:
         return f"no {called} is called {name!r}.{did_you_mean(name, names)} See: {listing}"
 
 
+def _made_anew(entry: Entry, target: Any) -> bool:
+    """Return whether a program offers a new version of a part: a cell of a notebook, or a module, has run again."""
+    return entry.origin == THIS_PROGRAM and _module_of(entry.target) == _module_of(target)
+
+
+def _module_of(target: Any) -> str | None:
+    own: str | None = getattr(getattr(target, "func", target), "__module__", None)  # of what a partial calls
+    return own
+
+
 def _built_in_modules() -> list[Any]:
     """Import every module of the folders of built-in parts: the folder is the list."""
     packages = [import_module(f"metaopt.{folder}") for folder in BUILT_IN]
@@ -267,5 +282,8 @@ def register(
     loggers: dict[str, Any] | None = None,
     problems: dict[str, Any] | None = None,
 ) -> None:
-    """Register parts from a script: `metaopt.register(optimizers={"mine": Mine})`. Raises PluginError."""
+    """Register parts from a script: `metaopt.register(optimizers={"mine": Mine})`.
+
+    A module, or a notebook, that registers a name once more replaces what it registered before. Raises PluginError.
+    """
     registry.register(optimizers=optimizers, wrappers=wrappers, schedules=schedules, loggers=loggers, problems=problems)

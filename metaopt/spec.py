@@ -12,7 +12,7 @@ import torch
 from metaopt import wrapper as wrapper_module
 from metaopt.engine.multi_base import Partitioner
 from metaopt.errors import HyperparameterError, MetaoptError, SpecError, with_article
-from metaopt.hyperparameters import Hyperparameter, bind, from_signature
+from metaopt.hyperparameters import Hyperparameter, bind, from_signature, plain
 from metaopt.kinds import check_kind
 from metaopt.registry import Entry, registry
 from metaopt.schedule import Schedule
@@ -49,7 +49,7 @@ class Part:
         if self.kind in ("schedule", "logger", "problem"):
             if label is not None:
                 raise SpecError(f"{self.name}: a {self.kind} takes no label")
-            return self.target(*args, **kwargs)
+            return self.target(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
         if label is not None and not isinstance(label, str):
             raise SpecError(f"{self.name}: label={label!r:.60} is no text")
         if label is not None and self.kind == "optimizer":

@@ -27,12 +27,23 @@ _OPAQUE = re.compile(
     re.DOTALL,
 )
 
+_ENDS_OF_LINES = re.compile(r"[\r\n\f\v]")
+
+
+def _in_one_line(text: str) -> str:
+    """Return a text with a space for each end of a line, except in strings: a pipeline may be written in a block."""
+    pieces, begin = [], 0
+    for opaque in _OPAQUE.finditer(text):
+        pieces += [_ENDS_OF_LINES.sub(" ", text[begin : opaque.start()]), opaque.group()]
+        begin = opaque.end()
+    return "".join([*pieces, _ENDS_OF_LINES.sub(" ", text[begin:])])
+
 
 class Source:
-    """One text, read by Python's own parser and by nothing that evaluates."""
+    """One text, read by Python's own parser and by nothing that evaluates; its lines count as one."""
 
     def __init__(self, text: str) -> None:
-        self.text = text.strip()
+        self.text = _in_one_line(text.strip())
 
     def tree(self) -> ast.expr:
         """Return the expression that the text is. Raises SpecError, for text too long or too deep as well."""
@@ -54,6 +65,7 @@ class Source:
         """Return spaces in place of a string's characters, which stand for nothing; refuse all but plain strings."""
         begin = found.start()
         if found.group().startswith("#"):
+            # in a text that was folded into one line a comment would take the parts behind it along
             raise self.mark(SpecError(f"the spec does not allow comments (column {begin + 1})"), begin, found.end())
         if begin and (self.text[begin - 1].isalnum() or self.text[begin - 1] == "_"):
             raise self.mark(
@@ -97,8 +109,8 @@ class Source:
             raise
 
     def mark(self, error: Fault, begin: int, end: int) -> Fault:
-        """Add the text to an error as a note, with carets under a range of it; a text of several lines has none."""
-        if "\n" in self.text or not self.text.isprintable():
+        """Add the text to an error as a note, with carets under a range of it."""
+        if not self.text.isprintable():  # control characters would move the carets
             return error
         end = max(begin + 1, min(end, len(self.text)))
         left = max(0, min(begin - WIDEST // 4, len(self.text) - WIDEST))

@@ -47,7 +47,7 @@ ENGINE = (
     "step",
 )
 EXPLAINING = {"explaining", "explanation", "findings", "practice", "probing", "batch_size"}
-BUILDING = {"building", "making", "describing", "grouping", "run_description"}
+BUILDING = {"building", "making", "describing", "grouping", "layers", "run_description"}
 TOP = {"lab", "cli", "testing"}
 MODULES = {f.stem for f in ROOT.glob("*.py")} - {"__init__", "__main__"}
 BELOW_SPEC = {*BOTTOM, "engine", "stack", "compiled_step"} - {"problem"}

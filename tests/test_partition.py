@@ -98,7 +98,7 @@ def test_the_first_pattern_of_which_every_term_fits_takes_the_parameter(patterns
     named = [(name, torch.nn.Parameter(torch.ones(shapes[name]))) for name in used]
     spec = "partition({" + ", ".join(f"{pattern!r}: sgd(lr=0.1)" for pattern in patterns) + "})"
     if dealt is None:
-        with pytest.raises(metaopt.ParameterError, match="takes no parameter"):
+        with pytest.raises(metaopt.ParameterError, match="matches no parameter"):
             metaopt.build(named, spec)
         return
     found = {
@@ -235,7 +235,7 @@ def test_averages_of_one_label_are_shown_together() -> None:
     ("spec", "message"),
     [
         ("partition({'*.weight': adamw})", "no part takes 0.bias"),
-        ("partition({'*': adamw, 'head.*': sgd})", "takes no parameter"),
+        ("partition({'*': adamw, 'head.*': sgd})", "matches no parameter"),
         ("partition({'*': adamw | adamw})", "one base"),
         ("partition({'*': partition({'*': adamw})})", "write all parts in one"),
         ("partition({'*': lbfgs})", "cannot be one of several bases"),

@@ -43,7 +43,7 @@ def test_text_that_is_no_pipeline_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["adamw # no comments", "sgd(lr=f'x')", "lookahead(label=r'x') | adamw", "adamw(b'x')", "adamw'x'", "adamw |\nsgd"],
+    ["adamw # no comments", "sgd(lr=f'x')", "lookahead(label=r'x') | adamw", "adamw(b'x')", "adamw'x'"],
 )  # fmt: skip
 def test_comments_and_all_but_plain_strings_are_refused(text: str) -> None:
     with pytest.raises(metaopt.SpecError):
@@ -111,11 +111,27 @@ def test_a_text_that_python_cannot_read_is_pointed_at_as_well() -> None:
     assert under_the_caret("adamw) | lookahead") == ")"
 
 
-def test_the_message_itself_is_one_line_and_a_text_of_several_has_no_caret() -> None:
+def test_the_message_itself_is_one_line_and_the_caret_is_right_in_a_text_of_several() -> None:
     with pytest.raises(metaopt.MetaoptError) as caught:
         parse("adamw(\n lr=cosin(0.1))")
     assert "\n" not in str(caught.value)
-    assert not hasattr(caught.value, "__notes__")
+    assert under_the_caret("adamw(\n lr=cosin(0.1))") == "cosin"
+    assert under_the_caret("clip_grad_norm(1.0)\r\n| adamw\n| lookahed(k=5)") == "lookahed"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n    ", "\t\n\t"])
+def test_a_pipeline_may_be_written_in_several_lines(end: str) -> None:
+    # as in a YAML block or between triple quotes, with the bar at either end of a line
+    one = "clip_grad_norm(max_norm=1.0) | adamw(lr=0.1, betas=(0.9, 0.95)) | lookahead(k=7)"
+    assert str(parse(one.replace(" | ", f"{end}| ") + end)) == one
+    assert str(parse(end + one.replace(" | ", f" |{end}").replace(", ", f",{end}"))) == one
+
+
+def test_the_end_of_a_line_separates_no_parts_and_ends_no_string() -> None:
+    with pytest.raises(metaopt.SpecError, match="cannot be read"):
+        parse("clip_grad_norm(1.0)\nadamw")
+    with pytest.raises(metaopt.SpecError):
+        parse("lookahead(label='a\nb') | adamw")
 
 
 def test_an_unknown_part_names_the_near_ones_and_how_to_list() -> None:

@@ -249,7 +249,7 @@ def is_template_step(run: Run) -> bool:
     if run.state or not run.param_groups:
         return False
     for position, group in enumerate(run.param_groups):
-        if "lr" not in group or float(group["lr"]) != 0.0 or not run.lr_set_by_client(position):
+        if group.get("lr") is None or float(group["lr"]) != 0.0 or not run.lr_set_by_client(position):
             return False
     gradients = [p.grad for group in run.param_groups for p in group["params"] if p.grad is not None]
     return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)

@@ -25,6 +25,8 @@ AVERAGE_SHOWN = "metaopt.swapped"
 TEMPLATE = "metaopt.template"
 # nothing in the stack decays this group; taken out when the group is completed
 NO_DECAY = "metaopt.no_decay"
+# the other names of tied parameters, for parts that choose by name; taken out when the group is completed
+TIED = "metaopt.tied"
 
 
 class Run:
@@ -44,7 +46,9 @@ class Run:
         self.skipped: str | None = None
         # a rank's share of the parameters: a norm over them is not the model's
         self.has_zero_shard = called_by_zero_redundancy_optimizer()
-        self.built_with_lr = any(float(group.get("lr", 0.0)) != 0.0 for group in self.param_groups)
+        # None: the base works its rate out itself
+        rates = [group.get("lr", 0.0) for group in self.param_groups]
+        self.built_with_lr = any(rate is None or float(rate) != 0.0 for rate in rates)
         # tensors in main memory are being written to from an accelerator
         self.copies_under_way = False
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -257,8 +261,14 @@ class Run:
         if "metaopt.lr_scale" not in group:
             group["metaopt.lr_scale"] = scale
             if scale != 1.0 and "lr" not in self.structure.schedules_of(group):
+                if group.get("lr") is None:
+                    raise HyperparameterError(
+                        f"lr_scale={scale:g}: {type(self.base).__name__} works its learning rate out itself, so that "
+                        f"there is nothing to scale; give it an lr, or leave lr_scale out"
+                    )
                 group["lr"] = group["lr"] * scale
         without_decay = group.pop(NO_DECAY, False)
+        group.pop(TIED, None)
         # the state of a part without hyperparameters is known as that part's by this entry
         group["metaopt.labels"] = ",".join(chain.labelled)
         for key, (wrapper, name) in chain.hyperparameters.items():

@@ -346,7 +346,7 @@ def _measure(update: Update, loss: Any) -> None:
         run.metrics.measure("train/loss", loss)
     if update.is_logged:
         for tag, group in zip(rate_tags(run.param_groups), run.param_groups, strict=True):
-            if "lr" in group:
+            if group.get("lr") is not None:
                 run.metrics.measure(tag, group["lr"])
 
 

@@ -187,7 +187,7 @@ class GroupView(Group):
 
     @property
     def base_lr(self) -> Any:
-        if "lr" not in self._group:
+        if self._group.get("lr") is None:
             raise StepError(f"{self._wrapper.label} needs a learning rate, {type(self._chain.base).__name__} has none")
         return self._group["lr"]
 
