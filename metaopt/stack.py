@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from numbers import Real
 from typing import Any
 
 import torch
@@ -197,6 +198,38 @@ class Stack(torch.optim.Optimizer):
         if self._run.is_differentiable:
             return step(self._run, closure, keywords)
         return call_without_grad(step, self._run, closure, keywords)
+
+    def weigh(self, weight: float | torch.Tensor) -> None:
+        """Let the gradients of the coming `step()` count `weight` times beside the others of their update.
+
+        With `accumulate` the update is then the mean over tokens, if the weight is the batch's number of tokens and its
+        loss a mean over them; on several ranks all must give the same number. A step that is not weighed counts once.
+        Without `accumulate` an update is made of one step, and its weight changes nothing. Raises StepError.
+        """
+        if isinstance(weight, torch.Tensor):
+            if weight.numel() != 1 or weight.is_complex():
+                raise StepError(f"weigh(): the weight must be one real number, got a tensor of {tuple(weight.shape)}")
+            self._run.step_weight = weight.detach().reshape(()).clone()  # not read: that would wait for the device
+            return
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not 0.0 < float(weight) < float("inf"):
+            raise StepError(f"weigh(): the weight must be a positive number, got {weight!r:.60}")
+        self._run.step_weight = float(weight)
+
+    def flush(self) -> bool:
+        """Make the update of a window that is not complete, at the end of an epoch or of the run; see `accumulate`.
+
+        It divides by what the window holds. Gradients that no `step()` has seen count too. Returns whether there was
+        something to make an update of: without `accumulate` there never is. Raises what `step()` does.
+        """
+        if not any(wrapper.spans_steps for wrapper in self.wrappers):
+            return False
+        before = self.updates
+        self._run.flushing = True
+        try:
+            self.step()
+        finally:
+            self._run.flushing = False
+        return self.updates > before
 
     def train(self, mode: bool = True) -> None:
         """Call the base's `train()` if it has one (schedule-free optimizers do); averages of wrappers stay."""

@@ -271,6 +271,16 @@ class Groups(_Log):
     def measure(self, name: str, value: torch.Tensor | float) -> None:
         """Log `value` as `<label>/<name>`; never waits for the device."""
 
+    @property
+    @abstractmethod
+    def step_weight(self) -> float | torch.Tensor:
+        """How much the gradients of this step count beside those of other steps: 1.0, or what `opt.weigh` was given."""
+
+    @property
+    @abstractmethod
+    def is_flush(self) -> bool:
+        """Whether `opt.flush()` asks for an update of what was gathered; there may be no gradients then."""
+
     @abstractmethod
     def skip_update(self, reason: str) -> None:
         """Skip this update: nothing advances, and `opt.skipped` is `reason`. See `Wrapper.may_skip_updates`."""
@@ -309,6 +319,8 @@ class Wrapper(ABC):
     may_skip_updates: ClassVar[bool] = False
     # `after_update` also gets frozen parameters (see `after_update`): for averages, which move no weights
     acts_on_frozen: ClassVar[bool] = False
+    # several calls of step() make one update: `on_gradients` is called by `opt.flush()` too, see `Groups.is_flush`
+    spans_steps: ClassVar[bool] = False
     # `group.grads` holds only the stored values of a sparse gradient, which are not aligned with the parameter
     supports_sparse_grads: ClassVar[bool] = False
 

@@ -43,6 +43,9 @@ class Run:
         # the names of chains whose base makes state in its constructor
         self.constructor_chains: set[str] = set()
         self.inside_averaged = False
+        # a `step()` of `Stack.flush`, and how much the gradients of the coming step count
+        self.flushing = False
+        self.step_weight: float | torch.Tensor = 1.0
         self.skipped: str | None = None
         # a rank's share of the parameters: a norm over them is not the model's
         self.has_zero_shard = called_by_zero_redundancy_optimizer()

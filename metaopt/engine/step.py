@@ -50,13 +50,13 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
             scheduled.raise_if_changed(group)
     update = Update(run, is_logged=run.metrics.wanted(first[UPDATES] + 1))
     evaluation = Evaluation(update, closure, filter_gradients)
-    if closure is not None or structure.needs_closure or structure.around:
+    if closure is not None or ((structure.needs_closure or structure.around) and not run.flushing):
         try:
             evaluation.evaluate(lambda wrapper, inner: wrapper.around(inner, GroupsView(update, Placed(wrapper, None))))
         except BaseException:
             abandon(update)
             raise
-    if not any(p.grad is not None for group in run.base.param_groups for p in group["params"]):
+    if not any(p.grad is not None for group in run.base.param_groups for p in group["params"]) and not run.flushing:
         return _skip(evaluation, "no gradients")
     try:
         if structure.keeps_early_state:
@@ -101,6 +101,7 @@ def filter_gradients(update: Update) -> None:
     run = update.run
     update.skip_reason = None
     update.scale.clear()
+    update.step_weight, run.step_weight = run.step_weight, 1.0
     for group in run.base.param_groups:
         for p in group["params"]:
             # an embedding leaves a row that it looked up twice as two
@@ -111,6 +112,8 @@ def filter_gradients(update: Update) -> None:
     for placed in run.structure.on_gradients:
         groups = groups_of(update, placed)
         if placed.chain is not None and not any(p.grad is not None for group in groups for p in group["params"]):
+            continue
+        if run.flushing and not placed.wrapper.spans_steps and not any(map(update.members_of, groups)):
             continue
         view = GroupsView(update, placed, groups)
         placed.wrapper.on_gradients(view)

@@ -48,6 +48,7 @@ class Update:
         "scale",
         "skip_reason",
         "space",
+        "step_weight",
     )  # fmt: skip
 
     def __init__(self, run: Run, *, is_logged: bool = False) -> None:
@@ -79,6 +80,7 @@ class Update:
         # how often a wrapper has drawn random numbers for a parameter
         self.draws: dict[object, int] = {}
         self.names: dict[torch.Tensor, str] | None = None
+        self.step_weight: float | torch.Tensor = 1.0
 
     def state_of(self, p: torch.Tensor) -> ParamState:
         """Return what wrappers may see of a parameter's state, including what is yet to be stored."""

@@ -361,6 +361,14 @@ class GroupsView(Groups):
 
     # ---- decisions and counters
 
+    @property
+    def step_weight(self) -> float | torch.Tensor:
+        return self._update.step_weight
+
+    @property
+    def is_flush(self) -> bool:
+        return self._update.run.flushing
+
     def skip_update(self, reason: str) -> None:
         if not self._wrapper.may_skip_updates:
             raise StepError(f"{self._wrapper.label} skips an update without declaring may_skip_updates = True")
