@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from metaopt.errors import HyperparameterError as HyperparameterError
     from metaopt.errors import LogError as LogError
     from metaopt.errors import MetaoptError as MetaoptError
+    from metaopt.errors import MetaoptWarning as MetaoptWarning
     from metaopt.errors import ParameterError as ParameterError
     from metaopt.errors import PluginError as PluginError
     from metaopt.errors import ProblemError as ProblemError
@@ -138,6 +139,7 @@ _HOMES = {
     "Example": "hooks",
     "hookimpl": "hooks",
     "MetaoptError": "errors",
+    "MetaoptWarning": "errors",
     "SpecError": "errors",
     "UnknownPart": "errors",
     "HyperparameterError": "errors",

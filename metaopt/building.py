@@ -9,8 +9,9 @@ import torch
 from metaopt.describing import Description
 from metaopt.engine.structure import validate_labels
 from metaopt.errors import HyperparameterError, SpecError
-from metaopt.grouping import as_groups
+from metaopt.grouping import as_groups, find_left_out
 from metaopt.hyperparameters import plain
+from metaopt.left_out import LeftOut
 from metaopt.making import arrange, make_base, make_partition, scheduled
 from metaopt.metrics import Metrics, as_logger
 from metaopt.registry import registry
@@ -48,7 +49,8 @@ def build(
         schedules = scheduled(base_part, wrappers)
         base, fused = make_base(groups, base_part, schedules, total_steps)
     _hint_at_decay(model_or_params, base)
-    return _stacked(base, wrappers, schedules, total_steps, log, log_every, Description(pipeline), fused)
+    found = find_left_out(model_or_params)
+    return _stacked(base, wrappers, schedules, total_steps, log, log_every, Description(pipeline), fused, found)
 
 
 def wrap(
@@ -117,6 +119,7 @@ def _stacked(
     log_every: int | None,
     description: Description,
     fused: bool,
+    left_out: LeftOut | None = None,
 ) -> Stack:
     logger = as_logger(log, lambda directory: registry.find("tensorboard", "logger").target(directory))
     metrics = Metrics(logger, every=plain(log_every))
@@ -128,6 +131,7 @@ def _stacked(
         metrics=metrics,
         description=description,
         fused_by_default=fused,
+        left_out=left_out,
     )
     describe_run(stack)
     return stack

@@ -48,6 +48,10 @@ class ProblemError(MetaoptError, ValueError):
     """A problem that does not exist or cannot be trained as asked."""
 
 
+class MetaoptWarning(UserWarning):
+    """What metaopt warns of: `warnings.filterwarnings("ignore", category=metaopt.MetaoptWarning)` silences it."""
+
+
 def with_article(kind: str) -> str:
     """Return a kind of part with its article: `an optimizer`."""
     return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"

@@ -10,9 +10,16 @@ import torch
 from metaopt.engine.run import NO_DECAY, TIED
 from metaopt.errors import ParameterError, did_you_mean
 from metaopt.layers import layers_by_patterns, layers_in_order
+from metaopt.left_out import LeftOut
 
 Group = dict[str, Any]
 _Member = tuple[list[str], torch.Tensor]  # all names of a parameter, and the parameter
+
+
+class ModelGroups(list[Group]):
+    """The groups of a model; `left_out` are its frozen parameters, which are in none."""
+
+    left_out: Sequence[tuple[str, torch.Tensor]] = ()
 
 
 def groups(
@@ -56,7 +63,8 @@ def groups(
     for glob, members in chosen.items():
         if not members:
             raise ParameterError(_matches_nothing(glob, chosen, names))
-    result: list[Group] = []
+    result = ModelGroups()
+    result.left_out = _frozen(model)
     for glob, members in (*chosen.items(), ("rest", rest)):
         settings = dict((rules or {}).get(glob, {}))
         for layer, scale, part in _split_by_layer(members, scales):
@@ -73,6 +81,17 @@ def _names(model: torch.nn.Module) -> dict[torch.Tensor, list[str]]:
         if p.requires_grad:
             names.setdefault(p, []).append(name)
     return names
+
+
+def _frozen(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+
+
+def find_left_out(model_or_params: Any) -> LeftOut | None:
+    """Return the parameters of a model that `as_groups` or `groups` left out because they are frozen, if any."""
+    is_model = isinstance(model_or_params, torch.nn.Module)
+    named = _frozen(model_or_params) if is_model else getattr(model_or_params, "left_out", ())
+    return LeftOut(named) if named else None
 
 
 def _matches_nothing(glob: str, globs: Iterable[str], names: Mapping[torch.Tensor, list[str]]) -> str:

@@ -26,6 +26,7 @@ from metaopt.engine.torch_internals import (
     with_step_hooks,
 )
 from metaopt.errors import StepError
+from metaopt.left_out import LeftOut
 from metaopt.lr_reporter import ReadOnlyLRScheduler
 from metaopt.metrics import Metrics
 from metaopt.schedule import Schedule
@@ -52,11 +53,13 @@ class Stack(torch.optim.Optimizer):
         metrics: Metrics | None = None,
         description: Any = None,
         fused_by_default: bool = False,
+        left_out: LeftOut | None = None,
     ) -> None:
         self.description = description
         self.load_report: checkpoint.LoadReport | None = None
         structure = Structure(base, wrappers, schedules or {}, total_steps, fused_by_default)
         self._run = Run(structure, base, metrics or Metrics())
+        self._run.left_out = left_out
         self._compiled_step = CompiledStep()
         validate(structure, base.param_groups)
         share_hooks(base, self)

@@ -3,6 +3,7 @@
 `metaopt check` tries every registered wrapper (leaves_frozen_parameters_alone); here is what that cannot see.
 """
 
+import weakref
 from typing import Any
 
 import pytest
@@ -75,3 +76,60 @@ def test_who_sets_gradients_by_hand_need_not_set_requires_grad() -> None:
             x.grad = torch.full((3,), float(step))
             opt.step()
     assert_same(p, q.detach())
+
+
+# ---- parameters that the stack does not hold
+
+
+def backbone_frozen() -> torch.nn.Module:
+    model = small_model()
+    model[0].requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("given", [lambda model: model, metaopt.groups, lambda m: metaopt.groups(m, no_decay="1d")])
+def test_a_layer_that_is_unfrozen_and_in_no_group_is_announced_once(given: Any) -> None:
+    model = backbone_frozen()
+    opt = metaopt.build(given(model), "adamw(lr=0.01) | lookahead(k=2)")
+    train(model, opt, range(3))
+    model[0].requires_grad_(True)
+    with pytest.warns(metaopt.MetaoptWarning, match=r"0\.weight, 0\.bias: frozen when .*opt\.add_param_group"):
+        train(model, opt, [3])
+    train(model, opt, range(4, 8))  # warnings are errors here
+
+
+def test_nothing_is_announced_of_a_layer_that_was_added_or_has_no_gradient() -> None:
+    model = backbone_frozen()
+    opt = metaopt.build(model, "adamw(lr=0.01)")
+    model[0].requires_grad_(True)
+    opt.add_param_group({"params": list(model[0].parameters())})
+    before = weights(model[0])
+    train(model, opt, range(3))
+    assert not torch.equal(before[0], model[0].weight)
+    assert opt._run.left_out is None  # all are held: later updates look no more
+
+    model = backbone_frozen()
+    opt = metaopt.build(model[2], "adamw(lr=0.01)")  # the frozen ones belong to somebody else
+    train(model, opt, range(3))
+    assert opt._run.left_out is None
+
+
+def test_one_of_thousands_of_frozen_parameters_is_found_in_a_while() -> None:
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(1), requires_grad=i == 0) for i in range(100)])
+    opt = metaopt.build(model, "sgd(lr=0.1)")
+    model[77].requires_grad_(True)
+    with pytest.warns(metaopt.MetaoptWarning, match="^77: frozen"):
+        for _ in range(8):
+            opt.zero_grad()
+            (model[0] * model[77]).sum().backward()
+            opt.step()
+
+
+def test_frozen_parameters_are_not_kept_alive() -> None:
+    model = backbone_frozen()
+    opt = metaopt.build(model, "sgd(lr=0.1)")
+    gone = weakref.ref(model[0].weight)
+    model = torch.nn.Sequential(*list(model)[1:])
+    assert gone() is None
+    model[1].weight.grad = torch.ones_like(model[1].weight)
+    opt.step()

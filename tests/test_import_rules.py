@@ -18,6 +18,7 @@ BOTTOM: dict[str, set[str]] = {
     "errors": set(),
     "hooks": set(),
     "docstrings": set(),
+    "left_out": {"errors"},
     "hyperparameters": {"errors"},
     "syntax": {"errors"},
     "reading": {"errors"},
@@ -30,7 +31,7 @@ BOTTOM: dict[str, set[str]] = {
     "lr_reporter": set(),
 }
 # what a stack is made of works without pluggy and without any registered part
-BELOW_ENGINE = {"errors", "hyperparameters", "schedule", "wrapper", "metrics"}
+BELOW_ENGINE = {"errors", "hyperparameters", "schedule", "wrapper", "metrics", "left_out"}
 # the modules of the engine, the lowest first: each imports only from those above it here
 ENGINE = (
     "torch_internals",

@@ -12,6 +12,7 @@ from metaopt.engine.chain import Chain, ParamGroup, ParamState, number_of
 from metaopt.engine.structure import Structure
 from metaopt.engine.torch_internals import called_by_zero_redundancy_optimizer
 from metaopt.errors import HyperparameterError, ParameterError, StepError, did_you_mean
+from metaopt.left_out import LeftOut
 from metaopt.metrics import Metrics
 from metaopt.schedule import Schedule, ScheduledValues
 from metaopt.wrapper import Scalar, Wrapper
@@ -52,6 +53,8 @@ class Run:
         # None: the base works its rate out itself
         rates = [group.get("lr", 0.0) for group in self.param_groups]
         self.built_with_lr = any(rate is None or float(rate) != 0.0 for rate in rates)
+        # parameters of the model that no group holds, while they may begin to train
+        self.left_out: LeftOut | None = None
         # tensors in main memory are being written to from an accelerator
         self.copies_under_way = False
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -45,6 +45,8 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
     if not run.base.state and closure is None and param_state.is_template_step(run):
         param_state.add_placeholders(run)
         return None
+    if run.left_out is not None:
+        run.left_out = run.left_out.look(run.param_groups)
     if run.has_schedules:
         for scheduled, group in zip(run.scheduled, run.base.param_groups, strict=True):
             scheduled.raise_if_changed(group)
