@@ -1,0 +1,254 @@
+"""One page for each registered part, from its class and from short runs."""
+
+import inspect
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import metaopt
+from metaopt.docstrings import links, meanings
+from metaopt.registry import Entry, registry
+from metaopt.spec import part
+from metaopt.testing import cases
+from site_pages import formula, pictures, runs
+
+KINDS = {
+    "optimizer": "Optimizers",
+    "wrapper": "Wrappers",
+    "schedule": "Schedules",
+    "logger": "Loggers",
+    "problem": "Problems",
+}
+PLACES = {
+    "around": "it owns the evaluation of the loss",
+    "on_gradients": "on the gradients, all groups at once, before the base",
+    "before_update": "on each group, right before the base updates it",
+    "on_update": "on the update that the base has worked out, before the weights move",
+    "after_updates": "on all groups at once, after the base",
+    "after_update": "on each group, after the base",
+    "averaged": "it keeps an average, which `opt.averaged()` shows",
+}
+
+
+def entries() -> list[Entry]:
+    """Return the parts that come with metaopt."""
+    return [entry for entry in registry.entries() if entry.origin == "metaopt"]
+
+
+def pages() -> dict[str, str]:
+    """Return the page of every part and the list of them, by path."""
+    return {"parts/index.md": _index(), **{f"parts/{entry.name}.md": page(entry) for entry in entries()}}
+
+
+def navigation() -> list[Any]:
+    """Return the entries of the navigation: the parts under their kinds."""
+    return [
+        {title: [{entry.name: f"parts/{entry.name}.md"} for entry in entries() if entry.kind == kind]}
+        for kind, title in KINDS.items()
+    ]
+
+
+def page(entry: Entry) -> str:
+    """Return the page of one part."""
+    words = [" ".join(paragraph.split()) for paragraph in _paragraphs(entry)]
+    cited = list(dict.fromkeys(paper for text in words for paper in formula.papers(text)))
+    hyperparameters = part(entry.name).hyperparameters if entry.kind != "logger" else {}
+    body = [f"# {entry.name}", _kind(entry), *_rule(words, frozenset(hyperparameters))]
+    if cited or (entry.kind == "optimizer" and links(entry.target)):
+        named = [f"[{name}]({address})" for name, address in cited]
+        named += [f"<{address}>" for address in links(entry.target)] if entry.kind == "optimizer" else []
+        body.append(f"**Paper:** {', '.join(named)}")
+    body += _use(entry)
+    if hyperparameters:
+        body += ["## Hyperparameters", _table(hyperparameters, meanings(entry.target))]
+    if entry.kind in ("optimizer", "wrapper"):
+        body += _stack_sections(entry)
+    elif entry.kind == "schedule":
+        body += ["## Picture", pictures.schedule(entry), "Over a run of 1,000 updates, drawn when this page was built."]
+    elif entry.kind == "problem":
+        body += ["## Picture", *pictures.problem(entry)]
+    else:
+        body += _logger_sections(entry)
+    return "\n\n".join(text for text in body if text) + "\n"
+
+
+def _paragraphs(entry: Entry) -> list[str]:
+    """Return what the class says; of a class of torch's the rule that its plugin notes, and its first sentence."""
+    own = (inspect.getdoc(entry.target) or "").split("\n\n")
+    notes = [paragraph for note in registry.notes(entry.name) for paragraph in note.split("\n\n")]
+    if notes or not entry.target.__module__.startswith("metaopt."):
+        return [*notes, own[0]]
+    return own
+
+
+def _kind(entry: Entry) -> str:
+    others = registry.known_as(entry)
+    called = f" Elsewhere it is called {', '.join(f'`{name}`' for name in others)}." if others else ""
+    article = "An" if entry.kind == "optimizer" else "A"
+    return f"{article} {entry.kind} that comes with metaopt.{called}"
+
+
+def _rule(words: list[str], names: frozenset[str]) -> list[str]:
+    first, *others = words
+    plain = [formula.without_papers(text) for text in others]
+    plain = [text if text.endswith((".", ":")) else f"{text}." for text in plain if text]
+    if not formula.is_formula(first):
+        return [f"{formula.without_papers(first)}.", *plain]
+    return [f'<div class="rule">\n{formula.typeset(first, names)}\n</div>', *plain]
+
+
+def _use(entry: Entry) -> list[str]:
+    case = cases(entry.name)[0]
+    if entry.kind in ("optimizer", "wrapper"):
+        return ["## Use", f'```py\nopt = metaopt.build(model, "{pictures.spec_of(entry)}", total_steps=1000)\n```']
+    if entry.kind == "schedule":
+        text = pictures.schedule_text(entry)
+        return ["## Use", f'```py\nopt = metaopt.build(model, "sgd(lr={text})", total_steps=1000)\n```']
+    if entry.kind == "problem":
+        return ["## Use", f"```sh\nmetaopt train --problem {case.name} --stack 'adamw(lr=1e-2)'\n```"]
+    return []
+
+
+def _table(hyperparameters: Any, told: dict[str, str]) -> str:
+    rows = ["| name | default | allowed | meaning |", "|---|---|---|---|"]
+    for h in hyperparameters.values():
+        default = "required" if h.required else f"`{h.default!r}`"
+        others = f" (elsewhere {', '.join(f'`{name}`' for name in h.known_as)})" if h.known_as else ""
+        meaning = f"{h.doc or told.get(h.name, '')}{others}"
+        cells = (f"`{h.name}`", default, h.bounds(), meaning)
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows)
+
+
+# ---- what acts in a stack
+
+
+def _stack_sections(entry: Entry) -> list[str]:
+    spec, base = pictures.spec_of(entry), pictures.base_of(entry)
+    problem = pictures.problem_for(entry)
+    run = runs.train(problem, spec)
+    body = []
+    if entry.kind == "wrapper":
+        hooks = entry.target.implemented_hooks()
+        body += ["## Where it acts", "\n".join(f"- `{hook}`: {PLACES[hook]}." for hook in PLACES if hook in hooks)]
+    body += ["## State and cost", _state(entry, run), _cost(entry, problem, spec, base, run)]
+    body += ["## What it works with", *_works_with(entry, spec)]
+    body += ["## Picture", pictures.training(entry, run), pictures.caption(entry)]
+    return body
+
+
+def _state(entry: Entry, run: runs.Run) -> str:
+    held = runs.state_of(run)
+    if entry.kind == "wrapper":
+        held = {key: size for key, size in held.items() if key.partition(".")[0] in _labels(run)}
+    rows = ["| state per parameter | elements, for one of the parameter |", "|---|---|"]
+    for key, size in held.items():
+        rows.append(f"| `{key}` | {'no tensor' if size != size else _size(size)} |")
+    total = sum(size for size in held.values() if size == size)
+    if not held:
+        return "It keeps nothing for a parameter."
+    return "\n".join([*rows, f"| **together** | **{total:.2f}** |"])
+
+
+def _labels(run: runs.Run) -> set[str]:
+    return {wrapper.label for chain in run.stack.chains for wrapper in (*run.stack.wrappers, *chain.wrappers)}
+
+
+def _size(size: float) -> str:
+    return "1" if abs(size - 1) < 1e-9 else "one number" if size <= 1 / runs.WIDTH**2 + 1e-9 else f"{size:.3g}"
+
+
+def _cost(entry: Entry, problem: runs.Regression, spec: str, base: str, run: runs.Run) -> str:
+    evaluations = f"The loss is evaluated {run.evaluations:.2g} times for an update." if run.evaluations > 1.01 else ""
+    try:
+        moved = runs.traffic_of(problem, spec)
+        if entry.kind == "wrapper":
+            moved -= runs.traffic_of(problem, base)
+    except Exception:  # what evaluates the loss itself cannot be watched between the two
+        return evaluations
+    unit = "times the bytes of the parameters, over what the base moves" if entry.kind == "wrapper" else "times"
+    unit += "" if entry.kind == "wrapper" else " the bytes of the parameters"
+    return (
+        f"An update has to read and write {max(0.0, moved):.1f} {unit}; counted while 20 updates of `{spec}` were "
+        f"made. {evaluations}"
+    )
+
+
+def _works_with(entry: Entry, spec: str) -> list[str]:
+    example = registry.examples(entry.name)[0]
+    rows = ["| tried when this page was built | |", "|---|---|"]
+    for name, reason in runs.works_with(spec).items():
+        cell = "yes" if not reason else "no: " + reason.replace("|", "\\|").replace("<", "&lt;")
+        rows.append(f"| {name} | {cell} |")
+    body = [f"Three updates of `{spec}`:", "\n".join(rows)]
+    if example.expected_failures:
+        body.append("`metaopt check` knows that it cannot hold these:")
+        body.append("\n".join(f"- `{check}`: {reason}." for check, reason in example.expected_failures.items()))
+    return body
+
+
+# ---- what writes
+
+
+def _logger_sections(entry: Entry) -> list[str]:
+    model = runs.Regression().model()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / ("run.jsonl" if entry.name == "jsonl" else "run")
+        stack = metaopt.build(
+            model, "clip_grad_norm(1.0) | adamw(lr=0.01) | lookahead", log=entry.target(place), log_every=5
+        )
+        for inputs, targets in zip(range(10), runs.Regression().batches(), strict=False):
+            inputs, targets = targets
+            stack.zero_grad()
+            loss = (model(inputs) - targets).square().mean()
+            loss.backward()
+            stack.record(loss=loss.detach())
+            stack.step()
+        stack.close()
+        files = [place] if place.is_file() else sorted(place.rglob("*"))
+        body = ["## What it writes", "Ten updates of a small model, `log_every=5`, made when this page was built."]
+        if place.is_file():
+            lines = [json.dumps(json.loads(line), indent=None) for line in place.read_text().splitlines()]
+            return [*body, "```json\n" + "\n".join(lines) + "\n```"]
+        body.append("\n".join(f"- `{file.relative_to(place)}`".replace(_numbers(file), "…") for file in files))
+        return [*body, "The tags are:", "\n".join(f"- `{tag}`" for tag in sorted(stack.metrics()))]
+
+
+def _numbers(file: Path) -> str:
+    """Return what differs from run to run in the name of a file of events."""
+    return file.name.partition("tfevents.")[2] or "\n"
+
+
+def _index() -> str:
+    lines = ["# Parts", "Every part that comes with metaopt. `metaopt list` shows those of your plugins as well."]
+    for kind, title in KINDS.items():
+        lines.append(f"## {title}")
+        rows = ["| part | what it does |", "|---|---|"]
+        for entry in entries():
+            if entry.kind == kind:
+                said = summary(entry)
+                rows.append(f"| [{entry.name}]({entry.name}.md) | {said} |")
+        lines.append("\n".join(rows))
+    return "\n\n".join(lines) + "\n"
+
+
+def summary(entry: Entry) -> str:
+    """Return what a part does, in one line."""
+    paragraphs = _paragraphs(entry)
+    text = formula.without_papers(" ".join(paragraphs[-1 if entry.kind == "optimizer" else 0].split()))
+    if formula.is_formula(text):
+        names = frozenset(part(entry.name).hyperparameters)
+        return (
+            formula.typeset(text, names)
+            .replace("</p>\n<p>", "; ")
+            .removeprefix("<p>")
+            .removesuffix("</p>")
+            .replace("|", "&#124;")
+        )
+    return text.replace("|", "\\|") + "."
+
+
+torch.set_num_threads(1)  # the same numbers on every machine

@@ -1,0 +1,102 @@
+"""The documentation has a page for everything that is public or registered, and its links lead somewhere."""
+
+import re
+
+import pytest
+from documents import ROOT
+from site_pages import formula, links, pages, parts, plot
+
+import metaopt
+import metaopt.testing
+from metaopt.docstrings import meanings
+from metaopt.registry import registry
+
+API = sorted((ROOT / "docs" / "api").glob("*.md"))
+
+
+def test_every_public_name_is_in_the_reference():
+    written = re.findall(r"^::: (metaopt\.\S+)$", "\n".join(page.read_text(encoding="utf-8") for page in API), re.M)
+    public = {f"metaopt.{name}" for name in metaopt._HOMES}
+    public |= {f"metaopt.testing.{name}" for name in metaopt.testing.__all__ if name != "CHECKS"}
+    assert sorted(written) == sorted(public)
+
+
+def test_every_built_in_part_is_in_the_navigation():
+    shown = {name for kind in parts.navigation() for members in kind.values() for entry in members for name in entry}
+    assert shown == {entry.name for entry in registry.entries() if entry.origin == "metaopt"}
+
+
+@pytest.mark.parametrize("entry", parts.entries(), ids=lambda entry: entry.name)
+def test_every_part_says_what_it_does_and_what_it_takes(entry):
+    assert parts.summary(entry).strip(".")
+    if entry.kind in ("wrapper", "schedule", "problem"):
+        taken = metaopt.spec.part(entry.name).hyperparameters
+        assert all(h.doc or meanings(entry.target).get(h.name) for h in taken.values())
+
+
+@pytest.mark.parametrize("name", ["lookahead", "muon", "cosine", "jsonl", "xor"])
+def test_a_page_has_a_rule_a_use_and_a_picture(name):
+    page = parts.page(registry.find(name))
+    assert page.startswith(f"# {name}\n")
+    if name != "jsonl":
+        assert "## Use" in page and '<svg viewBox="0 0' in page
+    if name in ("lookahead", "muon"):
+        assert 'class="rule"' in page and "arxiv.org" in page
+        assert "| bfloat16 parameters | yes |" in page and "times the bytes of the parameters" in page
+
+
+def test_the_state_of_a_lookahead_is_one_copy():
+    page = parts.page(registry.find("lookahead"))
+    assert "| `lookahead.slow` | 1 |" in page
+
+
+def test_the_command_line_page_has_every_command():
+    page = pages.generated_without_parts()["api/command-line.md"]
+    commands = {file.stem for file in (ROOT / "metaopt" / "cli").glob("*.py")} - {"__init__"}
+    assert set(re.findall(r"^## metaopt (\w+)$", page, re.M)) == commands
+    assert "| `NAME` |" in page and "--resume" in page
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("m <- b1 m + g^2", "<p><i>m</i> ← <i>b</i><sub>1</sub> <i>m</i> + <i>g</i><sup>2</sup></p>"),
+        ("slow <- slow - alpha g; w <- slow", "<p>slow ← slow − α <i>g</i></p>\n<p><i>w</i> ← slow</p>"),
+        ("u <- u / max(1, weight_decay)", "<p><i>u</i> ← <i>u</i> / max(1, <code>weight_decay</code>)</p>"),
+        ("x_0 <- s^(t - 1)", "<p><i>x</i><sub>0</sub> ← <i>s</i><sup><i>t</i> − 1</sup></p>"),
+    ],
+)
+def test_a_formula_is_set_as_mathematics(text, expected):
+    assert formula.typeset(text, frozenset({"weight_decay"})) == expected
+
+
+def test_citations_are_links():
+    text = "v <- g. arXiv:1207.0580 (doi:10.1137/0330046), jmlr.org/papers/v12/duchi11a."
+    assert [address for _, address in formula.papers(text)] == [
+        "https://arxiv.org/abs/1207.0580",
+        "https://doi.org/10.1137/0330046",
+        "https://jmlr.org/papers/v12/duchi11a",
+    ]
+    assert formula.without_papers("v <- g (arXiv:1207.0580, arXiv:1207.0581), then w. doi:10.1/2") == "v <- g, then w"
+
+
+def test_a_chart_draws_what_is_finite():
+    drawn = plot.chart({"a": [(0, 1.0), (1, float("nan")), (2, 10.0)]}, x="t", y="v", log=True)
+    assert drawn.count('<path class="line') == 1 and "nan" not in drawn
+    with pytest.raises(ValueError, match="nothing of a can be drawn"):
+        plot.chart({"a": [(0, -1.0)]}, x="t", y="v", log=True)
+
+
+def test_dead_links_and_what_is_loaded_from_elsewhere_are_found(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.html").write_text('<h1 id="top"></h1><a href="../index.html#here">back</a>', encoding="utf-8")
+    (tmp_path / "index.html").write_text(
+        '<p id="here"></p><a href="a/b.html#top">1</a><a href="a/b.html#gone">2</a><a href="c.html">3</a>'
+        '<script src="https://cdn.example/x.js"></script><a href="https://example.org">4</a>',
+        encoding="utf-8",
+    )
+    assert list(links.problems(tmp_path)) == [
+        "index.html loads https://cdn.example/x.js, which is not part of the site",
+        "index.html links to a/b.html#gone, which has no such anchor",
+        "index.html links to c.html, which does not exist",
+    ]
