@@ -115,6 +115,8 @@ class PlainStack:
     def shown(self, label: str, held: Held) -> Tensor:
         """Return what the average called `label` shows of a parameter."""
         part = self.parts.get(label)
+        if self.rules[label].name == "ema" and self.updates <= self.rules[label].given["start"]:
+            return held.weights
         if part is None or label not in held.parts:
             return held.state.get((label, "kept"), held.weights)
         if isinstance(part, averages.Interpolated):
@@ -247,10 +249,13 @@ class PlainStack:
         return draw(tuple(shape), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
     def _average(self, rule: Rule, members: list[Held]) -> None:
-        decay, warmed = rule.given["decay"], (1 + self.updates) / (10 + self.updates)
+        start, every = rule.given["start"], rule.given["every"]
+        number = len([t for t in range(start + 1, self.updates + 1) if t % every == 0])
+        decay, warmed = rule.given["decay"], (1 + number) / (10 + number)
         d = min(decay, warmed) if rule.given["warmup"] else decay
-        for h in members:
-            h.state[rule.label, "kept"] = d * h.state[rule.label, "kept"] + (1 - d) * h.weights
+        for h in members if self.updates % every == 0 else ():
+            kept = h.state[rule.label, "kept"]
+            h.state[rule.label, "kept"] = h.weights if self.updates <= start else d * kept + (1 - d) * h.weights
 
     def _nearer(self, rule: Rule, h: Held) -> list[Rule]:
         behind = [*self.lanes[h.lane].behind, *self.behind]

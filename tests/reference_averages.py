@@ -142,6 +142,34 @@ class Samples(Rule):
 
 
 @dataclass
+class Ema(Rule):
+    """x <- d x + (1 - d) w every so many updates; up to update `start` it is w. doi:10.1137/0330046"""
+
+    decay: float
+    warmup: bool = False
+    begins: int = 0
+    every: int = 1
+    behind = True
+    updates: int = 0
+    number: int = 0
+
+    def after(self, label: str, t: int, everything: Sequence[Held]) -> list[Held]:
+        self.updates = t
+        if t % self.every:
+            return []
+        self.number += t > self.begins
+        d = min(self.decay, (1 + self.number) / (10 + self.number)) if self.warmup else self.decay
+        for held in everything:
+            if held.begun:
+                x = held.parts[label]["x"]
+                held.parts[label]["x"] = held.weights if t <= self.begins else d * x + (1 - d) * held.weights
+        return []
+
+    def shown(self, label: str, held: Held) -> Tensor:
+        return held.weights if self.updates <= self.begins else super().shown(label, held)
+
+
+@dataclass
 class Lookahead(Rule):
     """slow <- slow + alpha (fast - slow); fast <- slow, every k updates. arXiv:1907.08610"""
 

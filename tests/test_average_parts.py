@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference_averages import EmaNesterov, Interpolated, Lookahead, PlainRun, Rule, Samples, Schedule
+from reference_averages import Ema, EmaNesterov, Interpolated, Lookahead, PlainRun, Rule, Samples, Schedule
 
 import metaopt
 
@@ -33,6 +33,11 @@ RULES: dict[str, Callable[[], Rule]] = {
     "tail_average(start=4, every=3)": lambda: Samples(3, start=4),
     "lawa(k=1, n=3)": lambda: Samples(1, last=3),
     "lawa(k=2, n=4)": lambda: Samples(2, last=4),
+    "ema(0.8)": lambda: Ema(0.8),
+    "ema(0.8, start=4)": lambda: Ema(0.8, begins=4),
+    "ema(0.8, every=3, device='cpu')": lambda: Ema(0.8, every=3),
+    "ema(0.9, warmup=True, start=5, every=3)": lambda: Ema(0.9, warmup=True, begins=5, every=3),
+    "ema(0.9, warmup=True, start=2, every=4)": lambda: Ema(0.9, warmup=True, begins=2, every=4),
     "lookahead(k=3)": lambda: Lookahead(3),
 }
 AVERAGING = [spec for spec in RULES if not spec.startswith("lookahead")]

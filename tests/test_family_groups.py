@@ -53,6 +53,8 @@ AVERAGES = {
     "gpa.mu_y",
     "lawa.k",
     "lawa.n",
+    "ema.every",
+    "ema.start",
     "schedule_free.momentum",
     "schedule_free.r",
     "schedule_free.weight_decay_at_y",
@@ -72,6 +74,9 @@ TOGETHER = {
     "lookahead.slow_dtype",
     "outer.slow_dtype",
     "ema.average_dtype",
+    "ema.device",
+    "lookahead.device",
+    "outer.device",
     "gradient_noise.seed",
     "magma.seed",
     *(f"zclip.{name}" for name in ("alpha", "z_thresh", "warmup", "mode")),
@@ -178,6 +183,7 @@ def test_what_all_groups_share_is_refused_in_one_of_them(key: str) -> None:
         "pullback_momentum": "reset",
         "slow_dtype": "float32",
         "average_dtype": "float32",
+        "device": "cpu",
     }
     name, _, hyperparameter = key.partition(".")
     groups = [{"params": [start(0)]}, {"params": [start(1)], key: other.get(hyperparameter, 3)}]

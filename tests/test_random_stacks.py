@@ -27,8 +27,8 @@ BEFORE = {
 }
 BEHIND = {
     "lookahead": {"k": [1, 2, 3], "alpha": [0.5, 0.8]},
-    "outer": {"k": [1, 2, 3], "lr": [0.7, 1.2], "momentum": [0.0, 0.6]},
-    "ema": {"decay": [0.9], "warmup": [False, True]},
+    "outer": {"k": [1, 2, 3], "lr": [0.7, 1.2], "momentum": [0.0, 0.6], "device": [None, "cpu"]},
+    "ema": {"decay": [0.9], "warmup": [False, True], "start": [0, 4], "every": [1, 3], "device": [None, "cpu"]},
     "cautious": {},
     "cautious_decay": {"weight_decay": [0.1, 1.0]},
     "hyperball": {},

@@ -10,6 +10,7 @@ import torch
 
 import metaopt
 from metaopt.engine import update as engine_update
+from metaopt.engine.views import GroupView
 from metaopt.run_description import _hyperparameters
 
 Params = list[torch.nn.Parameter]
@@ -412,3 +413,34 @@ def test_what_all_groups_change_of_a_tensor_in_main_memory_is_kept() -> None:
         assert entries["sums.seen"].device.type == "cpu"
         assert torch.equal(entries["sums.seen"], torch.full((4, 3), 4.0))
         torch.testing.assert_close(entries["moves.way"], torch.full((4, 3), -1.0), atol=1e-5, rtol=0.0)
+
+
+@pytest.mark.parametrize("way", ["whole", "blocks", "blocks of blocks"])
+def test_what_is_changed_of_blocks_of_a_fetched_tensor_is_kept(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(view: GroupView, key: str, originals: list[torch.Tensor]) -> list[torch.Tensor]:
+        if key not in view._fetched:  # as from another device, of which there may be none here
+            copies = [original.clone() for original in originals]
+            view._fetched[key] = copies, originals, [copy._version for copy in copies]
+        return view._fetched[key][0]
+
+    class Sums(metaopt.Wrapper, elementwise=way == "blocks of blocks"):
+        """seen <- seen + 2 w."""
+
+        seen = metaopt.zeros(device="cpu")
+
+        def after_update(self, group: metaopt.Group) -> None:
+            for part in [group] if way == "whole" else group.blocks():
+                torch._foreach_add_(part.seen, part.params)
+                torch._foreach_add_(part.seen, part.params)
+
+    monkeypatch.setattr(GroupView, "_fetch", fetch)
+    monkeypatch.setattr(engine_update, "CPU_BLOCK", 5)
+    params = weights()
+    opt = metaopt.wrap(torch.optim.SGD(params, lr=0.5), Sums())
+    expected = [torch.zeros_like(p) for p in params]
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        opt.step()
+        expected = [seen + p.detach() + p.detach() for seen, p in zip(expected, params, strict=True)]
+    assert same([opt.state[p]["sums.seen"] for p in params], expected)

@@ -31,6 +31,9 @@ Rows = tuple[int, int] | None
 class GroupView(Group):
     """Parameters of one group of one device and dtype, or rows of them, for one wrapper, during one update."""
 
+    # blocks that were cut from it: what they changed of fetched copies is written back with its own
+    _parts: tuple["GroupView", ...] = ()
+
     def __init__(
         self,
         update: Update,
@@ -78,7 +81,10 @@ class GroupView(Group):
 
     def _part(self, index: list[int], rows: list[Rows]) -> "GroupView":
         parameters = [self.parameters[i] for i in index]
-        return GroupView(self._update, self._group, self._wrapper, parameters, rows, index, self.updates)
+        part = GroupView(self._update, self._group, self._wrapper, parameters, rows, index, self.updates)
+        if self.keeps_elsewhere:
+            self._parts = (*self._parts, part)
+        return part
 
     def _cut(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         if self._rows is None:
@@ -104,9 +110,8 @@ class GroupView(Group):
             return {m: self._kept(f"{key}.{m}", slot) for m in moments}
         if slot.copies is not None:
             keys = [k for k in self._chain.layout(wrapper).state_keys if k.startswith(f"{key}.")]
-            return [self._cut(self._kept(k, slot)) for k in keys]
-        kept = self._kept(key, slot)
-        return kept if slot.kind == "number" else self._cut(kept)
+            return [self._kept(k, slot) for k in keys]
+        return self._kept(key, slot)
 
     def _begin_moments(self, key: str, moments: dict[str, list[torch.Tensor]]) -> None:
         """Make the zeros beside the base's moments that `on_update` asks for before they are in the state."""
@@ -130,7 +135,14 @@ class GroupView(Group):
         else:
             state = update.run.state
             tensors = all_local([state[p][key] for p in self.parameters])
-        return tensors if slot.device is None else self._fetch(key, tensors)
+        if slot.kind not in ("number", "moments"):
+            tensors = self._cut(tensors)
+        return self._fetch(key, tensors) if _is_elsewhere(slot, self._wrapper) else tensors
+
+    @property
+    def keeps_elsewhere(self) -> bool:
+        """Whether the wrapper keeps tensors on another device than the parameters'."""
+        return any(_is_elsewhere(slot, self._wrapper) for slot in self._wrapper.active_slots().values())
 
     def _fetch(self, key: str, originals: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return copies beside the parameters of what is kept on another device; see `write_back`."""
@@ -157,6 +169,8 @@ class GroupView(Group):
                     original.copy_(copy, non_blocking=True)
                     self._update.run.copies_under_way = True
         self._fetched.clear()
+        for part in self._parts:
+            part.write_back()
 
     @property
     def _chain(self) -> Chain:
@@ -445,12 +459,13 @@ def block_views_of(
 ) -> list[GroupView]:
     """Split parameters as `views_of` does; for an elementwise wrapper, further into blocks that fit into a cache.
 
-    An accelerator gets all at once: one launch for everything.
+    An accelerator gets all at once, one launch for everything, if nothing has to be fetched from elsewhere first.
     """
     views = views_of(update, group, wrapper, parameters, updates)
     if not wrapper.elementwise or update.run.structure.chain_of(group).layout(wrapper).keeps_moments:
         return views
-    return [block for v in views for block in (v.blocks() if v.params[0].device.type == "cpu" else [v])]
+    cut = [v.params[0].device.type == "cpu" or v.keeps_elsewhere for v in views]
+    return [block for v, is_cut in zip(views, cut, strict=True) for block in (v.blocks() if is_cut else [v])]
 
 
 def updated(update: Update, group: ParamGroup, wrapper: Wrapper) -> Members:
@@ -507,6 +522,11 @@ def gradient_norm(
 def push(history: torch.Tensor, value: torch.Tensor) -> None:
     """Append a value to a history, whose oldest value goes; never waits for the device."""
     history.copy_(torch.cat([history[1:], value.detach().reshape(1).to(history)]))
+
+
+def _is_elsewhere(slot: Slot, wrapper: Wrapper) -> bool:
+    """Return whether a slot names a device, or a hyperparameter that does."""
+    return slot.device is not None and vars(wrapper).get(slot.device, slot.device) is not None
 
 
 def _base_keys(chain: Chain, param_state: ParamState) -> list[str]:

@@ -2,20 +2,24 @@
 
 import torch
 
-from metaopt import Group, Wrapper, hookimpl, hyper, start
+from metaopt import Example, Group, Wrapper, hookimpl, hyper
+from metaopt import start as copy_of_start
 
 
-class Ema(Wrapper):
+class Ema(Wrapper, every="every", elementwise=True):
     """average <- d average + (1 - d) w after every update; `opt.averaged()` shows it. doi:10.1137/0330046
 
-    d = decay; with `warmup` d = min(decay, (1 + t) / (10 + t)), t being the number of updates, so that the initial
-    weights are soon forgotten. The average of a frozen parameter goes on toward the weights that stay.
+    d = decay; with `warmup` d = min(decay, (1 + t) / (10 + t)), t being how often the average has been updated, so that
+    the first weights are soon forgotten. Up to update `start` the average is the weights themselves. The average of a
+    frozen parameter goes on toward the weights that stay.
     """
 
     known_as = ("EMA", "ModelEmaV3", "EMAModel", "AveragedModel", "ExponentialMovingAverage", "polyak averaging")
     acts_on_frozen = True
 
-    decay: float = hyper(0.999, ge=0.0, lt=1.0, doc="how much of the average an update keeps", known_as=("beta",))
+    decay: float = hyper(
+        0.999, ge=0.0, lt=1.0, doc="how much of the average is kept each time it is updated", known_as=("beta",)
+    )
     warmup: bool = hyper(False, doc="begin with a shorter memory", known_as=("use_warmup", "num_updates"))
     average_dtype: str | None = hyper(
         None,
@@ -23,26 +27,52 @@ class Ema(Wrapper):
         doc="the dtype of the average; None: the parameter's own, in 16 bits too coarse for a decay near 1",
         defines_state=True,
     )
-    average = start(dtype="average_dtype")
+    start: int = hyper(
+        0, ge=0, doc="the update after which averaging begins", known_as=("update_after_step", "ema_start")
+    )
+    every: int = hyper(1, ge=1, doc="updates between updates of the average", known_as=("update_every", "ema_freq"))
+    device: str | None = hyper(
+        None,
+        choices=(None, "cpu"),
+        doc="where the average is kept: 'cpu' is main memory; None: beside the parameter",
+        known_as=("offload", "offload_to_cpu"),
+        defines_state=True,
+    )
+    average = copy_of_start(dtype="average_dtype", device="device")
 
     def after_update(self, group: Group) -> None:
+        averages = group.average
+        if group.updates <= group.start:
+            if group.updates + group.every > group.start:  # the last time before averaging begins
+                torch._foreach_copy_(averages, group.params)
+            return
         decay = group.decay
         if group.warmup:
-            decay = min(decay, (1 + group.updates) / (10 + group.updates))
-        averages = group.average
+            number = group.updates // group.every - group.start // group.every
+            decay = min(decay, (1 + number) / (10 + number))
         if all(a.dtype == p.dtype for a, p in zip(averages, group.params, strict=True)):
             torch._foreach_lerp_(averages, group.params, 1.0 - decay)
             return
-        # a multi-tensor lerp refuses mixed dtypes; cast in parts, or all weights would be copied at once
-        for block in group.blocks():
-            for average, p in zip(block.average, block.params, strict=True):
-                average.lerp_(p.to(average.dtype), 1.0 - decay)
+        # a multi-tensor lerp refuses mixed dtypes; cast one at a time, or all weights would be copied at once
+        for average, p in zip(averages, group.params, strict=True):
+            average.lerp_(p.to(average.dtype), 1.0 - decay)
 
-    def averaged(self, group: Group) -> list[torch.Tensor]:
+    def averaged(self, group: Group) -> list[torch.Tensor] | None:
         average: list[torch.Tensor] = group.average
-        return average
+        return average if group.updates > group.start else None
 
 
 @hookimpl
 def metaopt_wrappers() -> dict[str, type[Wrapper]]:
     return {"ema": Ema}
+
+
+@hookimpl
+def metaopt_examples() -> dict[str, list[Example]]:
+    return {
+        "ema": [
+            Example("ema"),
+            Example("ema(0.9, warmup=True, start=2, every=2)"),
+            Example("ema(0.9, average_dtype='float32', device='cpu')"),
+        ]
+    }

@@ -34,7 +34,14 @@ class Lookahead(Wrapper, every="k", elementwise=True):
         doc="the dtype of the slow weights; None: the parameter's own",
         defines_state=True,
     )
-    slow = anchor(dtype="slow_dtype")
+    device: str | None = hyper(
+        None,
+        choices=(None, "cpu"),
+        doc="where the slow weights are kept: 'cpu' is main memory; None: beside the parameter",
+        known_as=("offload", "offload_to_cpu"),
+        defines_state=True,
+    )
+    slow = anchor(dtype="slow_dtype", device="device")
     cached = moments()
 
     def active_slots(self) -> dict:  # type: ignore[type-arg]
@@ -91,6 +98,6 @@ def metaopt_examples() -> dict[str, list[Example]]:
         "lookahead": [
             Example("lookahead(k=2)"),
             *(Example(f"lookahead(k=2, pullback_momentum={way!r})") for way in ways),
-            Example("lookahead(k=2, slow_dtype='float32')"),
+            Example("lookahead(k=2, slow_dtype='float32', device='cpu')"),
         ]
     }

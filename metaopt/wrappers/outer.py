@@ -24,8 +24,15 @@ class Outer(Wrapper, every="k", elementwise=True):
         doc="the dtype of the slow weights and the outer momentum; None: the parameter's own",
         defines_state=True,
     )
-    slow = anchor(dtype="slow_dtype")
-    buffer = zeros(dtype="slow_dtype")
+    device: str | None = hyper(
+        None,
+        choices=(None, "cpu"),
+        doc="where slow weights and outer momentum are kept: 'cpu' is main memory; None: beside the parameter",
+        known_as=("offload", "offload_to_cpu"),
+        defines_state=True,
+    )
+    slow = anchor(dtype="slow_dtype", device="device")
+    buffer = zeros(dtype="slow_dtype", device="device")
 
     def after_update(self, group: Group) -> None:
         fast, slow, buffer = group.params, group.slow, group.buffer
