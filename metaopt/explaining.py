@@ -35,11 +35,11 @@ def explain(
     Raises ParameterError.
     """
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
-        raise ParameterError(f"explain(): batch_size={batch_size!r} is no number of examples: give an integer >= 1")
+        raise ParameterError(f"explain(): batch_size={batch_size!r} must be a number of examples, an integer from 1 up")
     if model is not None and not isinstance(model, torch.nn.Module):
-        raise ParameterError(f"explain() takes a module as the model, not {type(model).__name__}")
+        raise ParameterError(f"explain(): model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ParameterError(f"explain() takes a torch.optim.Optimizer, not {type(optimizer).__name__}")
+        raise ParameterError(f"explain(): optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     stack = optimizer if isinstance(optimizer, Stack) else None
     drivers = findings.found_schedulers(optimizer) if find_schedulers else findings.marked_schedulers(optimizer)
     scheduler = next(iter(drivers[0]), None)
@@ -69,9 +69,7 @@ def explain(
         updates=_count(optimizer),
         total_steps=None if stack is None else stack.total_steps,
         rows=tuple(rows),
-        findings=findings.in_optimizer(
-            optimizer, model, drivers, batch_size, max((row.peak for row in rows if row.peak is not None), default=None)
-        ),
+        findings=findings.in_optimizer(optimizer, model, drivers, batch_size, [row.peak for row in rows]),
     )
 
 
@@ -80,7 +78,9 @@ def explain_checkpoint(path: str | Path) -> Explanation:
     content = read_saved(path)
     saved = _find_state_dict(content, DEEPEST)
     if saved is None:
-        raise CheckpointError(f"{path} holds no optimizer's state_dict (a dict with 'state' and 'param_groups')")
+        raise CheckpointError(
+            f"{path} does not hold the state_dict of an optimizer (a dict with 'state' and 'param_groups')"
+        )
     entries, state = saved["param_groups"], saved["state"]
     rows = tuple(_saved_row(number, entry, state) for number, entry in enumerate(entries))
     first = entries[0] if entries else {}

@@ -1,8 +1,10 @@
 """What an explanation holds, and how it is printed: one row per group, then findings."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+
+SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,13 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.code}: {self.reason}. Fix: {self.fix}"
+
+
+def some(names: Iterable[str]) -> str:
+    """Return the first few of some names in words."""
+    every = list(names)
+    more = f" and {len(every) - SHOWN} more" if len(every) > SHOWN else ""
+    return ", ".join(every[:SHOWN]) + more
 
 
 @dataclass(frozen=True)

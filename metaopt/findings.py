@@ -2,21 +2,23 @@
 
 import gc
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from metaopt.explanation import Finding
+from metaopt.explanation import Finding, some
 from metaopt.hyperparameters import from_signature
 from metaopt.lr_reporter import ReadOnlyLRScheduler
+from metaopt.orthogonal import on_layers
 from metaopt.practice import in_practice, number
+from metaopt.probing import Characters
+from metaopt.sizes import in_sizes
 from metaopt.stack import Stack
 
 Entry = dict[str, Any]
 Optimizer = torch.optim.Optimizer
-SHOWN = 3
 
 
 def in_optimizer(
@@ -24,12 +26,12 @@ def in_optimizer(
     model: torch.nn.Module | None,
     drivers: tuple[list[str], list[str]],
     batch_size: int | None = None,
-    peak: float | None = None,
+    peaks: Sequence[float | None] = (),
 ) -> tuple[Finding, ...]:
     """Return everything suspicious about an optimizer, and about it beside a model or a batch size if one is given.
 
-    `drivers` are what `marked_schedulers` or `found_schedulers` returned, `peak` is the highest learning rate of the
-    run, if it is known.
+    `drivers` are what `marked_schedulers` or `found_schedulers` returned, `peaks` is the highest learning rate that
+    each group will have, as far as it is known.
     """
     names = _names(optimizer, model)
     found = [*_in_groups(optimizer.param_groups, names), *_rates(optimizer, *drivers)]
@@ -38,7 +40,11 @@ def in_optimizer(
     if isinstance(optimizer, Stack):
         found += [*_cycles(optimizer), *_lengths(optimizer)]
         found += in_entries(optimizer.param_groups)
-    return (*found, *in_practice(optimizer, batch_size, peak))
+    characters = Characters()
+    found += in_practice(optimizer, batch_size, peaks, characters)
+    found += in_sizes(optimizer, peaks, characters)
+    found += on_layers(optimizer, model, names, characters)
+    return tuple(found)
 
 
 def in_entries(entries: Sequence[Entry]) -> Iterator[Finding]:
@@ -48,7 +54,8 @@ def in_entries(entries: Sequence[Entry]) -> Iterator[Finding]:
         yield Finding(
             "inside-averaged",
             f"the parameters hold the average of {swapped}, not the weights that are trained",
-            "save and go on outside of `with opt.averaged():`; a loaded stack swaps back at its first step()",
+            "save and continue outside `with opt.averaged():`; a stack that loads this restores the weights at its "
+            "first step()",
         )
 
 
@@ -64,28 +71,22 @@ def _names(optimizer: Optimizer, model: torch.nn.Module | None) -> dict[int, str
     return names
 
 
-def _some(names: Iterable[str]) -> str:
-    every = list(names)
-    more = f" and {len(every) - SHOWN} more" if len(every) > SHOWN else ""
-    return ", ".join(every[:SHOWN]) + more
-
-
 def _in_groups(entries: Sequence[Entry], names: dict[int, str]) -> Iterator[Finding]:
     members = [parameter for entry in entries for parameter in entry["params"]]
     twice = [names[identity] for identity, times in Counter(map(id, members)).items() if times > 1]
     if twice:
         yield Finding(
             "parameter-in-two-groups",
-            f"updated more than once per step: {_some(twice)}",
-            "put every parameter in one group; metaopt.groups(model, ...) does",
+            f"each step updates these parameters more than once, because several groups hold them: {some(twice)}",
+            "put every parameter into one group only, as metaopt.groups(model, ...) does",
         )
     yield from _flat_decays(entries, names)
     frozen = [names[id(p)] for p in members if not p.requires_grad]
     if frozen:
         yield Finding(
             "frozen-parameter",
-            f"in a group but without requires_grad, so never updated: {_some(frozen)}",
-            "leave frozen parameters out: [p for p in model.parameters() if p.requires_grad]",
+            f"these parameters do not require gradients, so they are never updated: {some(frozen)}",
+            "leave them out: [p for p in model.parameters() if p.requires_grad]",
         )
 
 
@@ -96,7 +97,7 @@ def _flat_decays(entries: Sequence[Entry], names: dict[int, str]) -> Iterator[Fi
         if flat:
             yield Finding(
                 "decay-on-1d",
-                f"weight decay also shrinks biases and norms: {_some(flat)}",
+                f"weight decay also acts on biases and norm layers: {some(flat)}",
                 'build over metaopt.groups(model, no_decay="1d")',
             )
 
@@ -108,15 +109,15 @@ def _beside_model(optimizer: Optimizer, model: torch.nn.Module) -> Iterator[Find
     if missing:
         yield Finding(
             "parameter-in-no-group",
-            f"in the model but in no group, so never updated: {_some(missing)}",
-            "give the optimizer model.parameters() once the model is whole, or opt.add_param_group(...)",
+            f"these parameters of the model are in no group, so they are never updated: {some(missing)}",
+            "make the optimizer after the model is complete, or call opt.add_param_group(...)",
         )
     foreign = len(held - {id(p) for p in named.values()})
     if foreign:
         yield Finding(
             "parameter-not-in-model",
-            f"{foreign} of the optimizer's {len(held)} parameters are not the model's: it trains tensors nobody uses",
-            "make the optimizer after the model's last change (a new layer, a copy, a cast that replaces parameters)",
+            f"{foreign} of the optimizer's {len(held)} parameters do not belong to the model, which does not use them",
+            "make the optimizer after the last change to the model (a new layer, a copy, a cast that makes new ones)",
         )
 
 
@@ -160,15 +161,15 @@ def _rates(optimizer: Optimizer, bound: list[str], elsewhere: list[str]) -> Iter
     for scheduler in elsewhere:
         yield Finding(
             "scheduler-of-another-optimizer",
-            f"a {scheduler} drives another optimizer over the same parameters and changes nothing here",
-            "make the scheduler from this optimizer, after it was wrapped or built",
+            f"a {scheduler} drives another optimizer over the same parameters and has no effect on this one",
+            "make the scheduler from this optimizer, after building or wrapping it",
         )
     scheduled = isinstance(optimizer, Stack) and "lr" in optimizer.schedules
     if scheduled and bound:
         yield Finding(
             "two-drivers",
-            f"the stack's own schedule and a {bound[0]} both set lr: the next step() raises",
-            "drop one of the two, or hand the client opt.scheduler(), which only reports",
+            f"the stack's own schedule and a {bound[0]} both set lr, so the next step() raises ScheduleConflict",
+            "remove one of the two, or give the client opt.scheduler(), which only reports",
         )
     default = default_rate(optimizer)
     rates = [entry.get("lr") for entry in optimizer.param_groups]
@@ -176,8 +177,8 @@ def _rates(optimizer: Optimizer, bound: list[str], elsewhere: list[str]) -> Iter
         base = optimizer.base if isinstance(optimizer, Stack) else optimizer
         yield Finding(
             "default-rate",
-            f"the learning rate is {type(base).__name__}'s default, {default:g}, everywhere",
-            "choose one for this problem: metaopt compare tries a grid of them",
+            f"every group has {type(base).__name__}'s default learning rate, {default:g}",
+            "choose one for this problem; metaopt compare tries several",
         )
 
 
@@ -202,7 +203,9 @@ def _chose_rate(stack: Stack) -> bool:
 
 def _cycles(stack: Stack) -> Iterator[Finding]:
     for wrapper in stack.wrappers:
-        if wrapper.acts_every is None or stack.total_steps is None:
+        # an average that never moves the weights loses nothing at the end of a run
+        only_averages = any(slot.kind == "start" for slot in wrapper.active_slots().values())
+        if wrapper.acts_every is None or stack.total_steps is None or only_averages:
             continue
         key = f"{wrapper.label}.{wrapper.acts_every}"
         for every in sorted({entry[key] for entry in stack.param_groups}):
@@ -210,7 +213,8 @@ def _cycles(stack: Stack) -> Iterator[Finding]:
             if rest:
                 yield Finding(
                     "ends-inside-cycle",
-                    f"{stack.total_steps} updates end {rest} after the last time {wrapper.label} acts, every {every}",
+                    f"{wrapper.label} acts every {every} updates, and the run of {stack.total_steps} ends {rest} after "
+                    f"the last time",
                     f"run {stack.total_steps - rest} or {stack.total_steps - rest + every} updates, "
                     f"or evaluate inside `with opt.averaged():`",
                 )
@@ -225,12 +229,12 @@ def _lengths(stack: Stack) -> Iterator[Finding]:
         if length is not None and length < run and schedule(run, run) < max(schedule(t, run) for t in (0, length)):
             yield Finding(
                 "schedule-shorter-than-run",
-                f"the schedule of {key} ends after {length} of {run} updates and then holds {schedule(run, run):.4g}",
-                "leave its steps out, so that it runs to the end of the run",
+                f"the schedule of {key} ends after {length} of {run} updates and stays at {schedule(run, run):.4g}",
+                "leave its steps out, so that it lasts until the end of the run",
             )
         elif length is not None and length > run:
             yield Finding(
                 "schedule-longer-than-run",
-                f"the schedule of {key} takes {length} updates, the run has {run}: it never reaches its end",
-                "leave its steps out, so that it runs to the end of the run",
+                f"the schedule of {key} takes {length} updates, but the run has {run}, so it never reaches its end",
+                "leave its steps out, so that it lasts until the end of the run",
             )

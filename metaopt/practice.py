@@ -1,13 +1,13 @@
-"""Rules of practice that `metaopt.explain` looks for: decay of a size for another base, clips in vain, no warm-up."""
+"""Rules of practice that `metaopt.explain` looks for: weight decay, clips, their order, a missing warm-up."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.explanation import Finding
-from metaopt.probing import Character, acts_in_vain, character
+from metaopt.probing import Character, Characters, acts_in_vain, differs_for_parts
 from metaopt.stack import Stack
 from metaopt.wrapper import Wrapper
 
@@ -19,24 +19,34 @@ LEAST_OF_ADAMW = 1e-2
 LARGE_BATCH = 1024
 
 
-def in_practice(optimizer: Optimizer, batch_size: int | None, peak: float | None) -> Iterator[Finding]:
-    """Find settings that fit another base, or another batch; `peak` is the highest rate of the run, if it is known."""
-    chains = optimizer.chains if isinstance(optimizer, Stack) else (Chain(optimizer),)
-    for chain in chains:
-        yield from _decays(chain, chain.groups_in(optimizer.param_groups))
+def in_practice(
+    optimizer: Optimizer, batch_size: int | None, peaks: Sequence[float | None], characters: Characters
+) -> Iterator[Finding]:
+    """Find settings that suit another base or another batch; `peaks` are the highest rates of the groups, if known."""
+    peak = max((peak for peak in peaks if peak is not None), default=None)
+    for chain in chains_of(optimizer):
+        entries = chain.groups_in(optimizer.param_groups)
+        yield from _decays(chain, entries, characters)
+        yield from _two_decays(chain, entries)
     if isinstance(optimizer, Stack):
         yield from _clips(optimizer)
+        yield from _orders(optimizer)
     if batch_size is not None and batch_size >= LARGE_BATCH:
         yield from _warm_up(optimizer, batch_size, peak)
 
 
-def _decays(chain: Chain, entries: list[ParamGroup]) -> Iterator[Finding]:
+def chains_of(optimizer: Optimizer) -> tuple[Chain, ...]:
+    """Return the chains of a stack; a plain optimizer is one."""
+    return optimizer.chains if isinstance(optimizer, Stack) else (Chain(optimizer),)
+
+
+def _decays(chain: Chain, entries: list[ParamGroup], characters: Characters) -> Iterator[Finding]:
     told: set[str] = set()
     for entry in entries:
         for key, decay, coupled in _strengths(chain, entry):
             if not decay or MOST_OF_SGD < decay < LEAST_OF_ADAMW:
                 continue
-            found = character(chain, entry)
+            found = characters.of(chain, entry)
             finding = None if found is None else _decay(type(chain.base).__name__, found, key, decay, coupled)
             if finding is not None and finding.reason not in told:
                 told.add(finding.reason)
@@ -60,21 +70,22 @@ def _decay(base: str, found: Character, key: str, decay: float, coupled: bool | 
     if found.ignores_scale and not coupled and decay <= MOST_OF_SGD:
         return Finding(
             "decay-of-sgd",
-            f"{key}={decay:g} is a strength for SGD: {base} does not add it to the gradient, and it hardly acts",
-            f"0.01 to 0.1 with {base}, or 0 for none",
+            f"{key}={decay:g} is a value for SGD: {base} does not add the decay to the gradient, so this hardly has an "
+            f"effect",
+            f"0.01 to 0.1 with {base}, or 0 for no decay",
         )
     if found.ignores_scale and coupled and decay >= LEAST_OF_ADAMW:
         return Finding(
             "decay-of-adamw",
-            f"{key}={decay:g} is a strength for AdamW: here it is added to the gradient, and {base} divides it by the "
-            f"gradient's size: strong where gradients are small, weak where they are large",
-            f"adamw(weight_decay={decay:g}), or decay({decay:g}) before the base, which act apart from the gradient",
+            f"{key}={decay:g} is a value for AdamW: here it is added to the gradient, and {base} divides it by the "
+            f"gradient's size, so it is strong for small gradients and weak for large ones",
+            f"adamw(weight_decay={decay:g}), or decay({decay:g}) before the base; both act apart from the gradient",
         )
     if not found.ignores_scale and decay >= LEAST_OF_ADAMW:
         return Finding(
             "decay-of-adamw",
-            f"{key}={decay:g} is a strength for AdamW: {base} needs higher rates, and takes lr * weight_decay of the "
-            f"weights per update",
+            f"{key}={decay:g} is a value for AdamW: {base} is used with higher learning rates, and each update takes "
+            f"lr * weight_decay of the weights",
             f"1e-5 to 5e-4 with {base}",
         )
     return None
@@ -86,16 +97,60 @@ def _clips(stack: Stack) -> Iterator[Finding]:
         groups = [(chain, entry) for chain, entry in first if entry is not None]
         if groups and all(acts_in_vain(chain, entry, wrapper) for chain, entry in groups):
             bases = " and ".join(dict.fromkeys(type(chain.base).__name__ for chain, _ in groups))
-            reason = f"{wrapper.label} before {bases} changes nothing: the size of a gradient is ignored there"
+            reason = f"{wrapper.label} has no effect here: {bases} makes the same update for gradients of any size"
             yield Finding("clip-in-vain", reason, "leave it out")
+
+
+def _two_decays(chain: Chain, entries: list[ParamGroup]) -> Iterator[Finding]:
+    """Find several parts that decay the weights of one group; a part that decays something else has other hooks."""
+    told: set[str] = set()
+    for entry in entries:
+        found = {"weight_decay": number(entry.get("weight_decay"))}
+        for key, (wrapper, name) in chain.hyperparameters.items():
+            if name == "weight_decay" and not wrapper.implemented_hooks() & {"after_updates", "after_update"}:
+                found[key] = number(entry.get(key))
+        acting = [f"{key}={value:g}" for key, value in found.items() if value]
+        if len(acting) < 2 or str(acting) in told:
+            continue
+        told.add(str(acting))
+        base = f" of {type(chain.base).__name__}" if found["weight_decay"] else ""
+        yield Finding(
+            "decay-twice",
+            f"{len(acting)} parts decay the same weights: {acting[0]}{base} and {' and '.join(acting[1:])}",
+            "keep one of them and set the other to 0"
+            + (", for instance with weight_decay=0.0 in the base" if base else ""),
+        )
+
+
+def _orders(stack: Stack) -> Iterator[Finding]:
+    """Find parts that change every gradient of a window before these are summed up, as a clip does."""
+    told: set[str] = set()
+    for chain in stack.chains:
+        before = [wrapper for wrapper in chain.ordered if wrapper.runs_before_base()]
+        entry = next(iter(chain.groups_in(stack.param_groups)), None)
+        sums = next((i for i, w in enumerate(before) if w.spans_steps), None)
+        for wrapper in before[:sums] if sums is not None and entry is not None else ():
+            acts = "on_gradients" in wrapper.implemented_hooks() and not wrapper.may_skip_updates
+            if acts and wrapper.label not in told and differs_for_parts(entry or {}, wrapper):
+                told.add(wrapper.label)
+                yield Finding(
+                    "acts-before-the-sum",
+                    f"{wrapper.label} is written before {before[sums or 0].label}, so it acts on the gradient of every "
+                    f"single batch, and not on the gradient of the update",
+                    f"write it behind {before[sums or 0].label}, before the base",
+                )
+
+
+def _remembers(wrapper: Wrapper) -> bool:
+    """Return whether a wrapper keeps something of gradients before the base has begun."""
+    return any(slot.early for slot in wrapper.active_slots().values())
 
 
 def _before_bases(stack: Stack) -> Iterator[tuple[Wrapper, tuple[Chain, ...]]]:
     """Yield every wrapper on gradients that may be tried by itself, with the chains that it acts on."""
     every = [*stack.wrappers, *(w for chain in stack.chains for w in chain.wrappers if w not in stack.wrappers)]
     for wrapper in every:
-        gathers = any(slot.early for slot in wrapper.active_slots().values())
-        if "on_gradients" in wrapper.implemented_hooks() and not wrapper.may_skip_updates and not gathers:
+        if "on_gradients" in wrapper.implemented_hooks() and not wrapper.may_skip_updates and not _remembers(wrapper):
             yield wrapper, tuple(chain for chain in stack.chains if wrapper in chain.ordered)
 
 
@@ -115,9 +170,9 @@ def _warm_up(optimizer: Optimizer, batch_size: int, peak: float | None) -> Itera
             return
     yield Finding(
         "no-warm-up",
-        f"{batch_size:,} examples per update at the full rate from the first update on: large batches then diverge, "
-        f"or end worse (arXiv:1706.02677)",
-        "lr=warmup(..., 0.05), or a torch scheduler that begins low",
+        f"the first update already has the full learning rate, with {batch_size:,} examples per update: training on "
+        f"large batches then often diverges or ends at a higher loss (arXiv:1706.02677)",
+        "lr=warmup(..., 0.05), or a torch scheduler that starts low",
     )
 
 

@@ -1,4 +1,4 @@
-"""What a base does to gradients and weights, found by letting a scratch copy of it step, whatever its name."""
+"""What a base or a wrapper does to gradients and weights, found by letting a scratch copy step, whatever its name."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +18,8 @@ SHAPE = (4, 3)
 # how far two updates may differ that count as the same
 SAME = 0.05
 FAR = 1e3
+# the rate at which a base is tried
+RATE = 1e-3
 # sizes of gradients at which a wrapper may begin to act
 SIZES = (1e-3, 1.0, 1e3, 1e6)
 
@@ -28,11 +30,29 @@ class Character:
 
     `ignores_scale`: gradients that are all as many times larger lead to the same updates (Adam). `rescales_decay`: what
     its `weight_decay` takes from the weights shrinks as gradients grow, so it is added to the gradient and divided with
-    it (Adam, not AdamW).
+    it (Adam, not AdamW). `orthogonalizes`: the update of a matrix has singular values of one size (Muon). `step_size`:
+    the root mean square of an update at a rate of 1, under gradients of 1 that always point the same way.
     """
 
     ignores_scale: bool
     rescales_decay: bool
+    orthogonalizes: bool
+    step_size: float
+
+
+class Characters:
+    """The characters of bases, each tried once."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, str], Character | None] = {}
+
+    def of(self, chain: Chain, entry: ParamGroup) -> Character | None:
+        """Return what the base of a chain does with a group's hyperparameters, or None if it cannot be tried."""
+        values = {k: v for k, v in entry.items() if k not in ("params", "param_names", "name", "lr", "weight_decay")}
+        key = id(chain), repr({k: v for k, v in values.items() if "." not in k})
+        if key not in self._found:
+            self._found[key] = character(chain, entry)
+        return self._found[key]
 
 
 def character(chain: Chain, entry: ParamGroup) -> Character | None:
@@ -48,11 +68,15 @@ def character(chain: Chain, entry: ParamGroup) -> Character | None:
             far = last_update([FAR] * STEPS)
             decayed = last_update([1.0] * STEPS, 0.1) - usual
             far_decayed = last_update([FAR] * STEPS, 0.1) - far
+            optimizer, scratch = _scratch(chain, entry)
+            steady = _updates(optimizer, scratch, _steady_gradients())[-1]
     except Exception:  # what a foreign class asks of its surroundings is not foreseeable; then nothing is said of it
         return None
     return Character(
         ignores_scale=_same(far, usual),
         rescales_decay=bool(far_decayed.norm() < 0.5 * decayed.norm()),
+        orthogonalizes=_is_orthogonal(steady),
+        step_size=float(steady.norm()) / steady.numel() ** 0.5 / RATE,
     )
 
 
@@ -90,7 +114,7 @@ def _scratch(
     kind = type(chain.base)
     names = inspect.signature(kind).parameters.keys() - RUN_FLAGS
     own = {key: _number(value) for key, value in entry.items() if key in names and key != "params"}
-    own |= {key: value for key, value in (("lr", 1e-3), ("weight_decay", decay)) if key in own}
+    own |= {key: value for key, value in (("lr", RATE), ("weight_decay", decay)) if key in own}
     scratch = torch.linspace(0.5, 1.5, torch.Size(SHAPE).numel(), dtype=torch.float64).reshape(SHAPE).requires_grad_()
     wrappers = {} if wrapper is None else {k: v for k, v in entry.items() if k.startswith(f"{wrapper.label}.")}
     return kind([{"params": [scratch], **wrappers}], **own), scratch
@@ -106,6 +130,38 @@ def _gradients(factors: Sequence[float]) -> Iterator[torch.Tensor]:
     for factor in factors:
         direction = torch.randn(SHAPE, generator=generator, dtype=torch.float64)
         yield direction * (factor * direction.numel() ** 0.5 / direction.norm())
+
+
+def _steady_gradients() -> Iterator[torch.Tensor]:
+    """Yield the same gradient again and again: all elements positive and near 1, so nearly of rank 1."""
+    (noise,) = _gradients([1.0])
+    for _ in range(STEPS):
+        yield 1.0 + 0.1 * noise
+
+
+def _is_orthogonal(update: torch.Tensor) -> bool:
+    """Return whether an update under steady gradients has singular values of about one size."""
+    singular = torch.linalg.svdvals(update)
+    return bool(singular[-1] > 0.5 * singular[0])
+
+
+def differs_for_parts(entry: ParamGroup, wrapper: Wrapper) -> bool:
+    """Return whether it matters that a wrapper acts on each of several gradients instead of on their mean."""
+    if wrapper.active_slots() or wrapper.scalars or wrapper.counters:
+        return True  # what it remembers is of single gradients
+    own = {key: value for key, value in entry.items() if key.startswith(f"{wrapper.label}.")}
+
+    def filtered(gradient: torch.Tensor) -> torch.Tensor:
+        scratch = torch.linspace(0.5, 1.5, gradient.numel(), dtype=gradient.dtype).reshape(SHAPE).requires_grad_()
+        base = torch.optim.SGD([{"params": [scratch], **own}], lr=1.0)
+        return _updates(Stack(base, [wrapper]), scratch, iter([gradient.clone()]))[0]
+
+    try:
+        with _by_itself():
+            pairs = [(size * a, size * b) for size in SIZES for a, b in [tuple(_gradients([1.0, 3.0]))]]
+            return not all(_same((filtered(a) + filtered(b)) / 2, filtered((a + b) / 2)) for a, b in pairs)
+    except Exception:  # see above
+        return False
 
 
 def _updates(

@@ -47,7 +47,7 @@ ENGINE = (
     "checkpoint",
     "step",
 )
-EXPLAINING = {"explaining", "explanation", "findings", "practice", "probing", "batch_size"}
+EXPLAINING = {"explaining", "explanation", "findings", "orthogonal", "practice", "probing", "sizes", "batch_size"}
 BUILDING = {"building", "making", "describing", "grouping", "layers", "run_description"}
 TOP = {"lab", "cli", "testing"}
 MODULES = {f.stem for f in ROOT.glob("*.py")} - {"__init__", "__main__"}

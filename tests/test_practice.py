@@ -150,7 +150,7 @@ def test_a_decay_by_a_wrapper_on_biases_is_found_too() -> None:
     ],
 )
 def test_a_clip_before_a_base_that_ignores_the_gradient_s_scale_is_found(spec: str) -> None:
-    assert "the size of a gradient is ignored there" in only(stack(spec), "clip-in-vain")
+    assert "makes the same update for gradients of any size" in only(stack(spec), "clip-in-vain")
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_a_rule_of_one_s_own_is_judged_by_what_it_does() -> None:
                     p.add_(p.grad.sign(), alpha=-group["lr"])
 
     opt = metaopt.wrap(SignDescent([matrix()], lr=0.1), "clip_grad_norm(1.0)")
-    assert "SignDescent changes nothing: the size of a gradient is ignored there" in only(opt, "clip-in-vain")
+    assert "SignDescent makes the same update for gradients of any size" in only(opt, "clip-in-vain")
 
 
 def test_trying_leaves_weights_state_hooks_and_random_numbers_alone() -> None:
