@@ -100,6 +100,7 @@ if TYPE_CHECKING:
     exponential: Part
     inverse_sqrt: Part
     linear: Part
+    multi_step: Part
     noam: Part
     one_cycle: Part
     polynomial: Part

@@ -14,6 +14,7 @@ from metaopt.lr_reporter import ReadOnlyLRScheduler
 from metaopt.orthogonal import on_layers
 from metaopt.practice import in_practice, number
 from metaopt.probing import Characters
+from metaopt.schedule import Schedule, TupleSchedule
 from metaopt.sizes import in_sizes
 from metaopt.stack import Stack
 
@@ -220,9 +221,16 @@ def _cycles(stack: Stack) -> Iterator[Finding]:
                 )
 
 
+def _schedules(stack: Stack) -> set[tuple[str, Schedule]]:
+    """Return the schedules of all groups by the key that each drives; of a tuple those of its members."""
+    found = {pair for entry in stack.param_groups for pair in stack.schedules_of(entry).items()}
+    members = {(k, m) for k, s in found for m in (s.members if isinstance(s, TupleSchedule) else (s,))}
+    return {(key, member) for key, member in members if isinstance(member, Schedule)}
+
+
 def _lengths(stack: Stack) -> Iterator[Finding]:
     run = stack.total_steps
-    for key, schedule in stack.schedules.items() if run is not None else ():
+    for key, schedule in sorted(_schedules(stack), key=repr) if run is not None else ():
         assert run is not None
         length = schedule.length(run, run)
         # a warm-up that ends at its highest value is meant to stay there

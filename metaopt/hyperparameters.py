@@ -69,6 +69,10 @@ class Hyperparameter:
     def schedulable(self) -> bool:
         return float in _alternatives(self.type)
 
+    @property
+    def takes_tuple(self) -> bool:
+        return tuple in (typing.get_origin(kind) or kind for kind in _alternatives(self.type))
+
     def bounds(self) -> str:
         """Return the bounds as text, such as `> 0, <= 1`, or an empty text."""
         if self.choices is not None:

@@ -1,14 +1,16 @@
-"""Schedule: a pure function from the number of updates to the value of one hyperparameter; how it drives a group."""
+"""Schedule: a pure function from the number of updates to the value of one hyperparameter."""
 
+import functools
+import inspect
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 
-from metaopt.errors import HyperparameterError, ScheduleConflict
-from metaopt.hyperparameters import Hyperparameter, bind, declared
+from metaopt.errors import HyperparameterError
+from metaopt.hyperparameters import Hyperparameter, bind, declared, plain
 
 Curve = Callable[[float], float]
 
@@ -59,8 +61,13 @@ class Schedule(ABC):
             return None
         return self.resolve_steps(steps, run, span)
 
-    def resolve_steps(self, steps: int | float | None, run: int | None, span: int | None) -> int:
-        """Return a length in updates: None is what is left of the run, a float in (0, 1) a fraction of the whole."""
+    def resolve_steps(
+        self, steps: int | float | None, run: int | None, span: int | None, *, least: Literal[0, 1] = 1
+    ) -> int:
+        """Return a length in updates: None is what is left of the run, a float in (0, 1) a fraction of the whole.
+
+        `least=0` allows a part of no length, such as a warm-up that is switched off.
+        """
         where = self._called()
         if steps is None:
             if span is None:
@@ -72,12 +79,22 @@ class Schedule(ABC):
             return max(1, round(steps * run))
         # 1.0 may mean one update or the whole run: nobody should have to guess
         whole = isinstance(steps, int) or (isinstance(steps, float) and steps.is_integer() and steps != 1.0)
-        if not whole or isinstance(steps, bool) or not 1 <= steps <= LONGEST:
+        if not whole or isinstance(steps, bool) or not least <= steps <= LONGEST:
             raise HyperparameterError(
                 f"{where}: steps={steps!r:.60} is no number of updates: give an integer, a fraction below 1 of the "
                 f"run, or None for all that is left of it"
             )
         return int(steps)
+
+    def curve_of(self, member: Any, run: int | None, span: int | None) -> Curve:
+        """Return the curve of a part of this schedule: a schedule, a number, or a Python function of the updates."""
+        member = as_schedule(plain(member))
+        if isinstance(member, Schedule) and not isinstance(member, TupleSchedule):
+            return member.curve(run, span)
+        if isinstance(member, int | float) and not isinstance(member, bool):
+            number = float(member)
+            return lambda t: number
+        raise HyperparameterError(f"{self._called()}: {member!r:.60} must be a schedule or a number")
 
     def __call__(self, t: float, total_steps: int | None = None) -> float:
         """Return the value after `t` updates."""
@@ -93,62 +110,81 @@ class Schedule(ABC):
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.given.items())})"
 
 
-class ScheduledValues:
-    """The schedules of one group: values are written after each update for the next one, and guarded until then."""
+class TupleSchedule(Schedule):
+    """v(t) = (s_1(t), s_2(t), ...): a tuple, such as betas, of which some members follow schedules."""
 
-    def __init__(self, schedules: Mapping[str, Schedule], total_steps: int | None) -> None:
-        self.schedules = dict(schedules)
-        self._curves: dict[str, Curve] = {
-            key: schedule.curve(total_steps, total_steps) for key, schedule in schedules.items()
-        }
-        self._written: dict[str, tuple[Any, int]] = {}
-        self._count = 0  # of the updates made when the values were written
+    def __init__(self, members: Sequence[Any]) -> None:
+        self.members = tuple(members)
+        self.given = {"members": self.members}
 
-    def value(self, key: str, t: int, group: dict[str, Any]) -> float:
-        """Return the value of one hyperparameter after `t` updates, the group's `lr_scale` included."""
-        value = self._curves[key](t)
-        return value * group.get("metaopt.lr_scale", 1.0) if key == "lr" else value
+    def curve(self, run: int | None, span: int | None) -> Callable[[float], Any]:
+        curves = [member.curve(run, span) if isinstance(member, Schedule) else member for member in self.members]
+        return lambda t: tuple(curve(t) if callable(curve) else curve for curve in curves)
 
-    def write(self, group: dict[str, Any]) -> None:
-        """Set every scheduled value for the update that comes next."""
-        t = self._count = group["metaopt.updates"]
-        for key in self._curves:
-            # `+ 0.0` makes a new object: a 0.0 that user code puts there differs from a warm-up's 0.0
-            value = self.value(key, t, group) + 0.0
-            current = group.get(key)
-            if isinstance(current, torch.Tensor):
-                current.fill_(value)
-                self._written[key] = (current, current._version)
-            else:
-                group[key] = value
-                self._written[key] = (value, 0)
+    def length(self, run: int | None, span: int | None) -> int | None:
+        lengths = [member.length(run, span) for member in self.members if isinstance(member, Schedule)]
+        return None if None in lengths else max(length for length in lengths if length is not None)
 
-    def are_unchanged(self, group: dict[str, Any]) -> bool:
-        """Return whether every scheduled value is the very object that was written."""
-        return all(group[key] is self._written[key][0] for key in self._curves)
+    def __repr__(self) -> str:
+        return f"({', '.join(map(repr, self.members))})"
 
-    def raise_if_changed(self, group: dict[str, Any]) -> None:
-        """Raise ScheduleConflict if a scheduled value is not the one that was written; reads no tensor.
 
-        If the count has moved, a client has put a checkpoint's entries into the group: values follow the count.
-        """
-        if group["metaopt.updates"] != self._count:
-            self.write(group)
-            return
-        for key, (value, version) in self._written.items():
-            current = group[key]
-            if isinstance(current, torch.Tensor):
-                changed = current is not value or current._version != version
-            else:
-                changed = current is not value and current != value
-            if changed:
-                raise ScheduleConflict(self._conflict(key, current, value))
+class FunctionSchedule(Schedule):
+    """v(t) = function(t), with any Python function of the number of updates. It has no text."""
 
-    def _conflict(self, key: str, current: Any, value: Any) -> str:
-        found = "a tensor that was changed" if isinstance(current, torch.Tensor) else repr(current)
-        written = "its own" if isinstance(value, torch.Tensor) else repr(value)
-        return (
-            f"{key} is driven by the schedule {self.schedules[key]!r}, which wrote {written}, but holds {found}: "
-            f"something else sets it too, most likely a torch scheduler (a Trainer makes one by default). "
-            f"Either drop one of the two, or hand the other party opt.scheduler(), which only reports"
+    def __init__(self, function: Callable[[int], float]) -> None:
+        self.function = function
+        self.given = {"function": function}
+
+    def curve(self, run: int | None, span: int | None) -> Curve:
+        return lambda t: _number(self.function, t)
+
+    def __repr__(self) -> str:
+        return f"the function {getattr(self.function, '__qualname__', repr(self.function))}"
+
+
+def _number(function: Callable[[Any], Any], t: float) -> float:
+    value = plain(function(t))
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise HyperparameterError(
+            f"the schedule {function!r:.60} must return a number, got {value!r:.60} after {t} updates"
         )
+    return float(value)
+
+
+def as_schedule(value: Any) -> Any:
+    """Return a schedule for a Python function, and for a tuple with schedules among its members; others unchanged."""
+    if inspect.isroutine(value) or isinstance(value, functools.partial):
+        return FunctionSchedule(value)
+    if isinstance(value, tuple | list):
+        members = [as_schedule(member) for member in value]
+        if any(isinstance(member, Schedule) for member in members):
+            return TupleSchedule(members)
+    return value
+
+
+def validate_value(hyperparameter: Hyperparameter, value: Any, where: str) -> Any:
+    """Return `value` if the hyperparameter allows it: a plain one, or a schedule for a float or in a tuple."""
+    found = as_schedule(value) if hyperparameter.schedulable or hyperparameter.takes_tuple else value
+    if not isinstance(found, Schedule):
+        return hyperparameter.validate(value, where=where)
+    if isinstance(found, TupleSchedule) and hyperparameter.takes_tuple:
+        # what schedules give is checked when a stack is made: their lengths may depend on the run's
+        numbers = tuple(m for m in found.members if not isinstance(m, Schedule))
+        if not all(isinstance(number, int | float | torch.Tensor) for number in numbers):
+            raise HyperparameterError(f"{where}: {hyperparameter.name} must hold numbers or schedules, got {found!r}")
+        hyperparameter.validate(numbers, where=where)
+        return found
+    if hyperparameter.takes_tuple:
+        raise HyperparameterError(
+            f"{where}: {hyperparameter.name} takes no schedule as a whole: give a tuple with a schedule in it, such as "
+            f"({found!r}, 0.999)"
+        )
+    if isinstance(found, TupleSchedule) or not hyperparameter.schedulable:
+        raise HyperparameterError(
+            f"{where}: {hyperparameter.name} takes no schedule: only a hyperparameter that is a float or a tuple of "
+            f"floats does; give it a plain value"
+        )
+    return found

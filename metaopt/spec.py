@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
+from inspect import isroutine
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from metaopt.errors import HyperparameterError, MetaoptError, SpecError, with_ar
 from metaopt.hyperparameters import Hyperparameter, bind, from_signature, plain
 from metaopt.kinds import check_kind
 from metaopt.registry import Entry, registry
-from metaopt.schedule import Schedule
+from metaopt.schedule import FunctionSchedule, Schedule, TupleSchedule, validate_value
 from metaopt.syntax import Source
-from metaopt.wrapper import Wrapper, validate_value
+from metaopt.wrapper import Wrapper
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Part:
         given = dict(self.arguments)
         given.update(bind(self.hyperparameters, self.name, args, kwargs))
         for name, value in given.items():
+            _refuse_parts(value, self.name)
             given[name] = validate_value(self.hyperparameters[name], value, self.name)
         if self.is_partition and isinstance(given.get("parts"), Mapping):
             given["parts"] = {str(part): as_pipeline(pipeline) for part, pipeline in given["parts"].items()}
@@ -262,12 +264,19 @@ def _called(node: ast.Call, source: Source) -> Any:
 
 def _argument(node: ast.expr, called: Part, source: Source) -> Any:
     value = (_value_or_parts if called.is_partition else _value)(node, source)
-    if isinstance(value, Part):
-        with source.pointing_at(node):
-            raise SpecError(
-                f"{called.name}: {value.name} is {with_article(value.kind)} and no value; a schedule needs its brackets"
-            )
+    with source.pointing_at(node):
+        _refuse_parts(value, called.name)
     return value
+
+
+def _refuse_parts(value: Any, where: str) -> None:
+    """Raise SpecError for a part in the place of a value, which most likely lacks its brackets."""
+    for member in value if isinstance(value, tuple | list) else (value,):
+        if isinstance(member, Part):
+            raise SpecError(
+                f"{where}: a value must not be a part, got {with_article(member.kind)}, {member.name}; "
+                f"a schedule needs its brackets"
+            )
 
 
 def _check_alone(called: Part, name: str, value: Any) -> None:
@@ -297,6 +306,13 @@ def _value_or_parts(node: ast.expr, source: Source) -> Any:
 
 def to_text(value: Any, where: str) -> str:
     """Return a value as spec text. Raises SpecError, naming `where`, for what has no text."""
+    if isinstance(value, FunctionSchedule) or isroutine(value):
+        raise SpecError(
+            f"{where}: a Python function has no text and works only in Python; "
+            f"for a spec, write it as a metaopt.Schedule and register that"
+        )
+    if isinstance(value, TupleSchedule):
+        return to_text(value.members, where)
     if isinstance(value, Schedule):
         return _schedule_text(value, where)
     if isinstance(value, bool | int | str) or value is None:

@@ -9,7 +9,7 @@ import torch
 
 from metaopt.errors import HyperparameterError, SpecError
 from metaopt.hyperparameters import Hyperparameter, bind, declared
-from metaopt.schedule import Schedule
+from metaopt.schedule import validate_value
 
 CONTRACT_VERSION = 2
 
@@ -426,18 +426,6 @@ def _refuse_taken_names(cls: type[Wrapper]) -> None:
                 f"{cls.__name__} declares {name!r}, which is a name of metaopt's own on groups or wrappers and would "
                 f"hide it: choose another, such as {name + '_value'!r}"
             )
-
-
-def validate_value(hyperparameter: Hyperparameter, value: Any, where: str) -> Any:
-    """Return `value` if the hyperparameter allows it: a plain one, or a schedule for a float."""
-    if not isinstance(value, Schedule):
-        return hyperparameter.validate(value, where=where)
-    if not hyperparameter.schedulable:
-        raise HyperparameterError(
-            f"{where}: {hyperparameter.name} takes no schedule: only a hyperparameter that is one float does; "
-            f"give it a plain value"
-        )
-    return value
 
 
 # set by metaopt.spec, which alone knows pipelines: a wrapper must not import what is above it

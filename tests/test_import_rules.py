@@ -23,6 +23,7 @@ BOTTOM: dict[str, set[str]] = {
     "syntax": {"errors"},
     "reading": {"errors"},
     "schedule": {"errors", "hyperparameters"},
+    "scheduled_values": {"errors", "schedule"},
     "metrics": {"errors"},
     "wrapper": {"errors", "hyperparameters", "schedule"},
     "problem": {"errors", "hyperparameters"},
@@ -31,7 +32,7 @@ BOTTOM: dict[str, set[str]] = {
     "lr_reporter": set(),
 }
 # what a stack is made of works without pluggy and without any registered part
-BELOW_ENGINE = {"errors", "hyperparameters", "schedule", "wrapper", "metrics", "left_out"}
+BELOW_ENGINE = {"errors", "hyperparameters", "schedule", "scheduled_values", "wrapper", "metrics", "left_out"}
 # the modules of the engine, the lowest first: each imports only from those above it here
 ENGINE = (
     "torch_internals",

@@ -14,7 +14,8 @@ from metaopt.engine.torch_internals import called_by_zero_redundancy_optimizer
 from metaopt.errors import HyperparameterError, ParameterError, StepError, did_you_mean
 from metaopt.left_out import LeftOut
 from metaopt.metrics import Metrics
-from metaopt.schedule import Schedule, ScheduledValues
+from metaopt.schedule import Schedule
+from metaopt.scheduled_values import ScheduledValues
 from metaopt.wrapper import Scalar, Wrapper
 
 # group entries of the engine: the count of updates is the run's, the same in every group

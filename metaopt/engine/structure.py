@@ -206,9 +206,9 @@ def _validate_schedules(schedules: Mapping[str, Schedule], chain: Chain, total_s
         end = total_steps or schedule.length(total_steps, total_steps) or 10 * SAMPLES
         for t in sorted({round(end * i / SAMPLES) for i in range(SAMPLES + 1)}):
             value = curve(t)
-            if not hyperparameter.within_closed_bounds(value):
+            if not all(map(hyperparameter.within_closed_bounds, value if isinstance(value, tuple) else (value,))):
                 raise HyperparameterError(
-                    f"{wrapper.label}: the schedule {schedule!r} gives {name}={value:.6g} after {t} updates, but "
+                    f"{wrapper.label}: the schedule {schedule!r} gives {name}={value!r:.12} after {t} updates, but "
                     f"{name} must be {hyperparameter.bounds()}"
                 )
 

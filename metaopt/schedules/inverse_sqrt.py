@@ -10,11 +10,13 @@ class Noam(Schedule):
 
     known_as = ("NoamOpt", "NoamLR")
     d_model: int = hyper(512, ge=1, doc="the width of the model")
-    warmup: int = hyper(4000, ge=1, doc="updates until the peak", known_as=("warmup_steps",))
+    warmup: int = hyper(4000, ge=0, doc="updates until the peak", known_as=("warmup_steps",))
     factor: float = hyper(1.0, gt=0.0, doc="multiplies every value")
 
     def curve(self, run: int | None, span: int | None) -> Callable[[float], float]:
         scale = self.factor * self.d_model**-0.5
+        if self.warmup == 0:
+            return lambda t: float(scale * (t + 1) ** -0.5)
         return lambda t: scale * min((t + 1) ** -0.5, (t + 1) * self.warmup**-1.5)
 
 
@@ -27,12 +29,12 @@ class InverseSqrt(Schedule):
     start: float = hyper(0.0, doc="the value at the first update", known_as=("init_value", "warmup_init_lr"))
 
     def curve(self, run: int | None, span: int | None) -> Callable[[float], float]:
-        warmup = self.resolve_steps(self.warmup, run, span)
+        warmup = self.resolve_steps(self.warmup, run, span, least=0)
 
         def value(t: float) -> float:
             if t < warmup:
                 return self.start + (self.peak - self.start) * t / warmup
-            return float(self.peak * (warmup / t) ** 0.5)
+            return float(self.peak * (max(warmup, 1) / max(t, 1.0)) ** 0.5)
 
         return value
 

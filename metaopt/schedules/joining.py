@@ -15,9 +15,9 @@ class Warmup(Schedule):
     start: float = hyper(0.0, doc="the value at the first update", known_as=("init_value",))
 
     def curve(self, run: int | None, span: int | None) -> Callable[[float], float]:
-        steps = self.resolve_steps(self.steps, run, span)
+        steps = self.resolve_steps(self.steps, run, span, least=0)
         _check_reached("warmup", "its schedule", steps, span)
-        then = _curve(self.schedule, run, None if span is None else span - steps, "warmup")
+        then = self.curve_of(self.schedule, run, None if span is None else span - steps)
         first = then(0)
 
         def value(t: float) -> float:
@@ -26,7 +26,7 @@ class Warmup(Schedule):
         return value
 
     def length(self, run: int | None, span: int | None) -> int | None:
-        steps = self.resolve_steps(self.steps, run, span)
+        steps = self.resolve_steps(self.steps, run, span, least=0)
         if not isinstance(self.schedule, Schedule):
             return steps
         after = self.schedule.length(run, None if span is None else span - steps)
@@ -52,8 +52,8 @@ class Sequence(Schedule):
         for member, steps in zip(self.positional[::2], (*self.positional[1::2], None), strict=True):
             left = None if span is None else span - begin
             _check_reached("sequence", f"its member {len(curves) + 1}", begin, span)
-            length = None if steps is None else self.resolve_steps(steps, run, left)
-            curves.append((begin, _curve(member, run, left if length is None else length, "sequence")))
+            length = None if steps is None else self.resolve_steps(steps, run, left, least=0)
+            curves.append((begin, self.curve_of(member, run, left if length is None else length)))
             begin += length or 0
 
         def value(t: float) -> float:
@@ -65,7 +65,7 @@ class Sequence(Schedule):
     def length(self, run: int | None, span: int | None) -> int | None:
         begin = 0
         for steps in self.positional[1::2]:
-            begin += self.resolve_steps(steps, run, None if span is None else span - begin)
+            begin += self.resolve_steps(steps, run, None if span is None else span - begin, least=0)
         last = self.positional[-1]
         # a number is reached when its turn comes
         after = last.length(run, None if span is None else span - begin) if isinstance(last, Schedule) else 0
@@ -87,15 +87,6 @@ def _check_reached(where: str, what: str, begin: int, span: int | None) -> None:
             f"{where}: {what} begins after {begin} updates, and there are {span}: shorten what comes before it "
             f"(0.1 is a tenth of the run) or leave it out"
         )
-
-
-def _curve(member: Any, run: int | None, span: int | None, where: str) -> Callable[[float], float]:
-    if isinstance(member, Schedule):
-        return member.curve(run, span)
-    if isinstance(member, int | float) and not isinstance(member, bool):
-        number = float(member)
-        return lambda t: number
-    raise HyperparameterError(f"{where}: {member!r} is neither a schedule nor a number")
 
 
 @hookimpl

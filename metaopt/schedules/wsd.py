@@ -8,6 +8,7 @@ from metaopt import HyperparameterError, Schedule, hookimpl, hyper
 class Wsd(Schedule):
     """v rises linearly from start to peak in `warmup`, stays, and falls linearly to end in the last `decay` of steps.
 
+    A part of length 0 is left out.
     v(t) = end + (peak - end) min(1, (steps - t) / decay) after the warm-up. arXiv:2404.06395
     """
 
@@ -23,14 +24,16 @@ class Wsd(Schedule):
 
     def curve(self, run: int | None, span: int | None) -> Callable[[float], float]:
         steps = self.resolve_steps(self.steps, run, span)
-        warmup = self.resolve_steps(self.warmup, run, span)
-        decay = self.resolve_steps(self.decay, run, span)
+        warmup = self.resolve_steps(self.warmup, run, span, least=0)
+        decay = self.resolve_steps(self.decay, run, span, least=0)
         if warmup + decay > steps:
             raise HyperparameterError(f"wsd: warmup={warmup} and decay={decay} together exceed its {steps} updates")
 
         def value(t: float) -> float:
             if t < warmup:
                 return self.start + (self.peak - self.start) * t / warmup
+            if decay == 0:
+                return self.peak
             return self.end + (self.peak - self.end) * min(1.0, max(0.0, (steps - t) / decay))
 
         return value

@@ -10,7 +10,7 @@ from metaopt.spec import part
 
 def allowed(hyperparameter: Hyperparameter) -> Any:
     """Return some value that a required hyperparameter allows. Raises HyperparameterError where none is known."""
-    candidates: list[Any] = [*(hyperparameter.choices or ()), 1.0, 0.5, 0.1, 2, 3, 1, 10, True, "text"]
+    candidates: list[Any] = [*(hyperparameter.choices or ()), 1.0, 0.5, 0.1, 2, 3, 1, 10, True, "text", (1, 2)]
     if hyperparameter.type == int | float:  # a length: a number of updates, or a part of the run
         candidates.insert(0, 10)
     for value in candidates:
