@@ -9,7 +9,7 @@ import torch
 from metaopt.describing import Description
 from metaopt.engine.structure import validate_labels
 from metaopt.errors import HyperparameterError, SpecError
-from metaopt.grouping import as_groups, find_left_out
+from metaopt.grouping import as_groups, find_left_out, module_of
 from metaopt.hyperparameters import plain
 from metaopt.left_out import LeftOut
 from metaopt.making import arrange, make_base, make_partition, scheduled
@@ -37,6 +37,7 @@ def build(
     a SummaryWriter or a Logger, written every `log_every` updates (50). Raises MetaoptError.
     """
     total_steps = plain(total_steps)
+    model = module_of(model_or_params)
     pipeline = as_pipeline(spec_or_parts)
     base_part, wrappers = arrange(pipeline)
     _check_total_steps(total_steps)
@@ -50,7 +51,7 @@ def build(
         base, fused = make_base(groups, base_part, schedules, total_steps)
     _hint_at_decay(model_or_params, base)
     found = find_left_out(model_or_params)
-    return _stacked(base, wrappers, schedules, total_steps, log, log_every, Description(pipeline), fused, found)
+    return _stacked(base, wrappers, schedules, total_steps, log, log_every, Description(pipeline), fused, found, model)
 
 
 def wrap(
@@ -120,6 +121,7 @@ def _stacked(
     description: Description,
     fused: bool,
     left_out: LeftOut | None = None,
+    model: torch.nn.Module | None = None,
 ) -> Stack:
     logger = as_logger(log, lambda directory: registry.find("tensorboard", "logger").target(directory))
     metrics = Metrics(logger, every=plain(log_every))
@@ -132,6 +134,7 @@ def _stacked(
         description=description,
         fused_by_default=fused,
         left_out=left_out,
+        model=model,
     )
     describe_run(stack)
     return stack

@@ -1,5 +1,6 @@
 """Parameters as a user gives them, and named groups of them chosen by shell globs."""
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from numbers import Real
@@ -17,9 +18,22 @@ _Member = tuple[list[str], torch.Tensor]  # all names of a parameter, and the pa
 
 
 class ModelGroups(list[Group]):
-    """The groups of a model; `left_out` are its frozen parameters, which are in none."""
+    """The groups of a model, which is not held; `left_out` are its frozen parameters, which are in none."""
 
-    left_out: Sequence[tuple[str, torch.Tensor]] = ()
+    def __init__(self, model: torch.nn.Module, left_out: Sequence[tuple[str, torch.Tensor]]) -> None:
+        super().__init__()
+        self.model = weakref.ref(model)
+        self.left_out = left_out
+
+    def __reduce__(self) -> Any:  # a copy is of other parameters
+        return list, (list(self),)
+
+
+def module_of(model_or_params: Any) -> torch.nn.Module | None:
+    """Return the module that parameters were given by, if they were given by one."""
+    if isinstance(model_or_params, ModelGroups):
+        return model_or_params.model()
+    return model_or_params if isinstance(model_or_params, torch.nn.Module) else None
 
 
 def groups(
@@ -63,8 +77,7 @@ def groups(
     for glob, members in chosen.items():
         if not members:
             raise ParameterError(_matches_nothing(glob, chosen, names))
-    result = ModelGroups()
-    result.left_out = _frozen(model)
+    result = ModelGroups(model, _frozen(model))
     for glob, members in (*chosen.items(), ("rest", rest)):
         settings = dict((rules or {}).get(glob, {}))
         for layer, scale, part in _split_by_layer(members, scales):

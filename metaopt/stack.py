@@ -1,5 +1,6 @@
 """Stack: a base optimizer with wrappers around it, itself a `torch.optim.Optimizer`."""
 
+import weakref
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -54,12 +55,14 @@ class Stack(torch.optim.Optimizer):
         description: Any = None,
         fused_by_default: bool = False,
         left_out: LeftOut | None = None,
+        model: torch.nn.Module | None = None,
     ) -> None:
         self.description = description
         self.load_report: checkpoint.LoadReport | None = None
         structure = Structure(base, wrappers, schedules or {}, total_steps, fused_by_default)
         self._run = Run(structure, base, metrics or Metrics())
         self._run.left_out = left_out
+        self._run.model = None if model is None else weakref.ref(model)
         self._compiled_step = CompiledStep()
         validate(structure, base.param_groups)
         share_hooks(base, self)
@@ -139,6 +142,11 @@ class Stack(torch.optim.Optimizer):
     def skipped(self) -> str | None:
         """Why the last `step()` made no update, or None."""
         return self._run.skipped
+
+    @property
+    def averages(self) -> tuple[str, ...]:
+        """The labels of the averages that `averaged` and `averaged_module` can show, in the order of the parts."""
+        return tuple(self._run.structure.averages())
 
     @property
     def spec(self) -> Any:
@@ -243,14 +251,41 @@ class Stack(torch.optim.Optimizer):
         """Call the base's `eval()` if it has one: a schedule-free optimizer then shows its average."""
         self.train(False)
 
-    def averaged(self, label: str | None = None) -> AbstractContextManager[None]:
+    def averaged(
+        self, label: str | None = None, *, model: torch.nn.Module | None = None
+    ) -> AbstractContextManager[None]:
         """Return a context in which the parameters hold an average: `with opt.averaged(): validate(model)`.
 
-        With several averages in the stack, `label` chooses. Before the first update the current weights stay.
-        Raises StepError if the stack keeps no average or the choice is open.
+        Of several averages in the stack (`opt.averages`) `label` chooses one; the default is the last one written.
+        Before the first update the current weights stay. Afterwards the weights come back bit for bit, and the buffers
+        of the model too (statistics of batch norm, which `torch.optim.swa_utils.update_bn` may have set for the
+        average): of the one that the stack was built over, or of `model`. Raises StepError if the stack keeps no
+        average or none of this label.
         """
         self._run.adopt_groups()
-        return averages.averages_shown(self._run, label)
+        return averages.averages_shown(self._run, label, self._known_model(model))
+
+    def averaged_module(
+        self, model: torch.nn.Module | None = None, label: str | None = None, *, out: torch.nn.Module | None = None
+    ) -> torch.nn.Module:
+        """Return a copy of the model that holds an average and shares nothing: to evaluate, as a teacher, to export.
+
+        The weights stay where they are, so it can be called at any moment of a training step. The copy is in the
+        model's mode (`train()` or `eval()`), and its parameters require no gradients. Its buffers are the model's: give
+        batch norm the average's own with `torch.optim.swa_utils.update_bn(loader, copy)`. `model` defaults to the one
+        that the stack was built over, `label` as for `averaged`. `out`, an earlier copy, is written to instead.
+        Raises StepError, ParameterError.
+        """
+        self._run.adopt_groups()
+        known = self._known_model(model)
+        if known is None:
+            raise StepError("averaged_module(): the stack was not built over a module: give it, averaged_module(model)")
+        return averages.copied_with_averages(self._run, known, label, out)
+
+    def _known_model(self, given: torch.nn.Module | None) -> torch.nn.Module | None:
+        if given is not None and not isinstance(given, torch.nn.Module):
+            raise StepError(f"model must be a torch.nn.Module, got {type(given).__name__}")
+        return given if given is not None or self._run.model is None else self._run.model()
 
     def reset_state(self, *names: str) -> None:
         """Forget what was gathered, for fine-tuning from a checkpoint; without names everything.

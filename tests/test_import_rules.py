@@ -25,6 +25,7 @@ BOTTOM: dict[str, set[str]] = {
     "schedule": {"errors", "hyperparameters"},
     "scheduled_values": {"errors", "schedule"},
     "metrics": {"errors"},
+    "module_buffers": set(),
     "wrapper": {"errors", "hyperparameters", "schedule"},
     "problem": {"errors", "hyperparameters"},
     "registry": {"errors", "hooks"},
@@ -32,7 +33,9 @@ BOTTOM: dict[str, set[str]] = {
     "lr_reporter": set(),
 }
 # what a stack is made of works without pluggy and without any registered part
-BELOW_ENGINE = {"errors", "hyperparameters", "schedule", "scheduled_values", "wrapper", "metrics", "left_out"}
+BELOW_ENGINE = {
+    *("errors", "hyperparameters", "schedule", "scheduled_values", "wrapper", "metrics", "left_out", "module_buffers"),
+}
 # the modules of the engine, the lowest first: each imports only from those above it here
 ENGINE = (
     "torch_internals",

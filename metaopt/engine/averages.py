@@ -1,16 +1,18 @@
 """Averages shown in the parameters' place, and the weights back, bit for bit (law 13)."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from metaopt.engine.run import AVERAGE_SHOWN, TEMPLATE, Run
-from metaopt.engine.shards import local
-from metaopt.engine.torch_internals import keep_versions, reshard_fsdp_modules
+from metaopt.engine.shards import is_sharded, local
+from metaopt.engine.torch_internals import Versions, keep_versions, reshard_fsdp_modules
 from metaopt.engine.update import Update
 from metaopt.engine.views import GroupView, updated, views_of
-from metaopt.errors import StepError, did_you_mean
+from metaopt.errors import ParameterError, StepError, did_you_mean
+from metaopt.module_buffers import KeptBuffers
 
 # elements exchanged at a time, so that the temporary tensor stays small
 BLOCK = 1 << 20
@@ -19,16 +21,24 @@ Shown = tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]
 
 
 @contextmanager
-def averages_shown(run: Run, label: str | None) -> Iterator[None]:
-    """Hold the average called `label` in the parameters for the length of the context."""
-    label = _choose(run, label)
+def averages_shown(run: Run, label: str | None, model: torch.nn.Module | None) -> Iterator[None]:
+    """Hold the average called `label` in the parameters for the length of the context.
+
+    Afterwards the parameters, and the buffers of the model, are what they were before, also to autograd: a forward pass
+    from before may go backward after. One from inside may not, because its weights are gone.
+    """
+    label = _choose(run, label, "averaged")
     shown = run.param_groups[0][AVERAGE_SHOWN]
     if shown and run.inside_averaged:
         raise StepError(f"averaged() inside averaged({shown!r}): leave that one first")
     restore_weights(run)
     run.await_copies()
+    groups, plain = run.param_groups, [p for g in run.param_groups for p in g["params"] if not is_sharded(p)]
+    buffers = KeptBuffers() if model is None else KeptBuffers(model)
+    versions = Versions(plain)
     show(run, label)
     _mark(run, label)
+    versions.set_apart()
     run.inside_averaged = True
     try:
         yield
@@ -36,7 +46,10 @@ def averages_shown(run: Run, label: str | None) -> Iterator[None]:
         run.inside_averaged = False
         # a checkpoint loaded inside the context has brought its own weights, or another average
         restore_weights(run)
+        buffers.restore()
         _reshard(run)
+        if run.param_groups is groups:
+            versions.restore()
 
 
 def before_step(run: Run) -> None:
@@ -98,17 +111,70 @@ def show(run: Run, label: str) -> None:
         raise
 
 
-def _choose(run: Run, label: str | None) -> str:
+# ---- a copy that shares nothing
+
+
+@torch.no_grad()
+def copied_with_averages(
+    run: Run, model: torch.nn.Module, label: str | None, out: torch.nn.Module | None
+) -> torch.nn.Module:
+    """Return a copy of a model that holds an average, or write that into `out`, an earlier copy; nothing is exchanged.
+
+    Parameters that have no average have their weights.
+    """
+    label = _choose(run, label, "averaged_module")
+    shown = run.param_groups[0][AVERAGE_SHOWN]
+    if shown and shown != label:
+        raise StepError(f"averaged_module({label!r}) inside averaged({shown!r}): leave that one first")
+    originals = dict(model.named_parameters())
+    held = {p for group in run.param_groups for p in group["params"]}
+    if not any(p in held for p in originals.values()):
+        raise ParameterError(
+            "averaged_module(): none of the model's parameters is in this stack: give the model that it was built over"
+        )
+    if any(is_sharded(p) for p in originals.values()):
+        raise StepError("averaged_module(): the model is sharded (FSDP2) and cannot be copied: use averaged()")
+    twin = _copied(model) if out is None else out
+    copies = dict(twin.named_parameters())
+    if copies.keys() != originals.keys():
+        odd = sorted(copies.keys() ^ originals.keys())[0]
+        raise ParameterError(f"averaged_module(): out must be an earlier copy of the model, but {odd!r} is in only one")
+    # what is shown is in the parameters already
+    averages = {} if shown else {p: average for p, _, average, _ in _averages(run, label)}
+    for name, p in originals.items():
+        copies[name].copy_(averages.get(p, p))
+    if out is not None:
+        for mine, theirs in zip(twin.buffers(), model.buffers(), strict=True):
+            mine.copy_(theirs)
+    return twin
+
+
+def _copied(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy of a model, also in the middle of a step: what is kept of the forward pass is copied without it."""
+    # torch refuses to copy tensors that have a history
+    memo = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, torch.Tensor) and value.grad_fn is not None
+    }
+    twin = copy.deepcopy(model, memo)
+    return twin.requires_grad_(False)
+
+
+def _choose(run: Run, label: str | None, asked: str) -> str:
     averages = run.structure.averages()
     if not averages:
-        raise StepError("averaged(): no part of this stack keeps an average; see: metaopt list wrappers")
+        raise StepError(f"{asked}(): no part of this stack keeps an average; see: metaopt list wrappers")
     if label is None:
-        if len(averages) > 1:  # with nested Lookaheads there is no sensible default
-            raise StepError(f"averaged(): this stack keeps several averages: name one of {', '.join(averages)}")
-        return averages[0]
-    if label not in averages:
+        label = run.structure.default_average()
+        if label is None:
+            raise StepError(
+                f"{asked}(): the bases of this stack keep different averages: name one of {', '.join(averages)}"
+            )
+    elif label not in averages:
         raise StepError(
-            f"averaged({label!r}): no average has this label.{did_you_mean(label, averages)} "
+            f"{asked}({label!r}): no average has this label.{did_you_mean(label, averages)} "
             f"Choose from: {', '.join(averages)}"
         )
     return label

@@ -1,5 +1,6 @@
 """A run: a base with its groups and state, and what is remembered between two updates. Only this outlives a step."""
 
+import weakref
 from collections import defaultdict
 from collections.abc import Sequence
 from numbers import Real
@@ -56,6 +57,8 @@ class Run:
         self.built_with_lr = any(rate is None or float(rate) != 0.0 for rate in rates)
         # parameters of the model that no group holds, while they may begin to train
         self.left_out: LeftOut | None = None
+        # what the stack was built over, if that was a module; not held, because a model may be large
+        self.model: weakref.ref[torch.nn.Module] | None = None
         # tensors in main memory are being written to from an accelerator
         self.copies_under_way = False
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()

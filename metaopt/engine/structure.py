@@ -78,6 +78,15 @@ class Structure:
         wrappers = [w for chain in self.chains for w in chain.ordered if "averaged" in w.implemented_hooks()]
         return list(dict.fromkeys(wrapper.label for wrapper in wrappers))
 
+    def default_average(self) -> str | None:
+        """Return the average that is written last, outermost: it has seen what the others have done.
+
+        None if the bases of a partition have different ones.
+        """
+        own = [[w.label for w in chain.ordered if "averaged" in w.implemented_hooks()] for chain in self.chains]
+        last = {labels[-1] for labels in own if labels}
+        return last.pop() if len(last) == 1 else None
+
 
 def _with_hook(name: str, placed: Sequence[Placed]) -> tuple[Placed, ...]:
     return tuple(p for p in placed if name in p.wrapper.implemented_hooks())

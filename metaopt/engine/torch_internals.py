@@ -3,7 +3,7 @@
 import functools
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
@@ -86,6 +86,29 @@ def call_without_grad(function: Callable[..., Any], *arguments: Any) -> Any:
 def keep_versions(tensors: tuple[torch.Tensor, ...]) -> Any:
     """Return a context in which writes to these tensors look like none to autograd."""
     return _unsafe_preserve_version_counter(tensors)
+
+
+class Versions:
+    """The version counters of tensors, by which autograd sees that a tensor it has saved was changed."""
+
+    # more than a run changes a tensor
+    APART = 1 << 30
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        # inference tensors have none
+        self._tensors = tuple(tensor for tensor in tensors if not tensor.is_inference())
+        self._before = tuple(tensor._version for tensor in self._tensors)
+
+    def set_apart(self) -> None:
+        """Give the tensors versions that they have at no other time, whatever they hold then."""
+        self._set(tuple(version + self.APART for version in self._before))
+
+    def restore(self) -> None:
+        """Give the tensors the versions of before: they hold the same again."""
+        self._set(self._before)
+
+    def _set(self, versions: tuple[int, ...]) -> None:
+        torch._C._autograd._unsafe_set_version_counter(self._tensors, versions)
 
 
 # ---- hooks that base and stack share
