@@ -1,9 +1,9 @@
-"""plugins/README.md, run as it stands."""
+"""docs/plugins/package.md, run as it is written: the plugin is installed."""
 
 import pytest
 from documents import blocks, python
 
-PAGE = "plugins/README.md"
+PAGE = "docs/plugins/package.md"
 
 
 @pytest.mark.slow
