@@ -8,8 +8,10 @@ if TYPE_CHECKING:
     from metaopt.batch_size import scale_lr as scale_lr
     from metaopt.building import build as build
     from metaopt.building import wrap as wrap
+    from metaopt.configured import Optimizer as Optimizer
     from metaopt.engine.multi_base import Partitioner as Partitioner
     from metaopt.errors import CheckpointError as CheckpointError
+    from metaopt.errors import HintWarning as HintWarning
     from metaopt.errors import HyperparameterError as HyperparameterError
     from metaopt.errors import LogError as LogError
     from metaopt.errors import MetaoptError as MetaoptError
@@ -120,6 +122,7 @@ _HOMES = {
     "explain": "explaining",
     "scale_lr": "batch_size",
     "register": "registry",
+    "Optimizer": "configured",
     "Stack": "stack",
     "Wrapper": "wrapper",
     "Group": "wrapper",
@@ -150,6 +153,7 @@ _HOMES = {
     "CheckpointError": "errors",
     "PluginError": "errors",
     "LogError": "errors",
+    "HintWarning": "errors",
     "ProblemError": "errors",
 }
 

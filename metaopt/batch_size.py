@@ -17,7 +17,8 @@ def scale_lr(lr: float, from_batch: int, to_batch: int, rule: Literal["linear", 
     """
     if rule not in RULES:
         raise HyperparameterError(
-            f"scale_lr: rule={rule!r} is none of {', '.join(map(repr, RULES))}.{did_you_mean(str(rule), RULES)}"
+            f"scale_lr: rule must be one of {', '.join(map(repr, RULES))}, got {rule!r}."
+            f"{did_you_mean(str(rule), RULES)}"
         )
     rate = _positive("lr", lr, "the number inside a schedule, such as cosine(scale_lr(...))")
     before = _positive("from_batch", from_batch, "examples per update")
@@ -28,5 +29,5 @@ def scale_lr(lr: float, from_batch: int, to_batch: int, rule: Literal["linear", 
 def _positive(name: str, value: Any, meaning: str) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 < value < math.inf:
-        raise HyperparameterError(f"scale_lr: {name}={value!r} is no positive number: give {meaning}")
+        raise HyperparameterError(f"scale_lr: {name} must be a number > 0 ({meaning}), got {value!r}")
     return float(value)

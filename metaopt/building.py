@@ -1,25 +1,21 @@
 """Making a stack: from a model and a pipeline, or around an optimizer that exists already."""
 
-import sys
-from collections.abc import Mapping
+import warnings
 from typing import Any
 
 import torch
 
 from metaopt.describing import Description
 from metaopt.engine.structure import validate_labels
-from metaopt.errors import HyperparameterError, SpecError
+from metaopt.errors import HintWarning, HyperparameterError, SpecError
 from metaopt.grouping import as_groups, find_left_out, module_of
 from metaopt.hyperparameters import plain
-from metaopt.left_out import LeftOut
 from metaopt.making import arrange, make_base, make_partition, scheduled
 from metaopt.metrics import Metrics, as_logger
 from metaopt.registry import registry
 from metaopt.run_description import describe_run
-from metaopt.schedule import Schedule
 from metaopt.spec import as_pipeline
 from metaopt.stack import Stack
-from metaopt.wrapper import Wrapper
 
 
 def build(
@@ -29,13 +25,25 @@ def build(
     total_steps: int | None = None,
     log: Any = None,
     log_every: int | None = None,
+    exact: bool = False,
 ) -> Stack:
     """Return a stack over a module, parameters, `(name, parameter)` pairs or group dicts.
 
-    `spec_or_parts` is text (`"clip_grad_norm(1.0) | adamw(lr=3e-4) | lookahead"`) or parts piped together.
-    `total_steps` is the length of the run in updates, for schedules that run to its end. `log` is a directory,
-    a SummaryWriter or a Logger, written every `log_every` updates (50). Raises MetaoptError.
+    `spec_or_parts` is text (`"clip_grad_norm(1.0) | adamw(lr=3e-4) | lookahead"`), parts piped together, or lists and
+    dicts from a configuration file. `total_steps` is the length of the run in updates, for schedules that run to its
+    end. `log` is a directory, a SummaryWriter or a Logger, written every `log_every` updates (50). torch's fused kernel
+    is used if it has one for all parameters and nothing says how to run; it may differ from torch's default loop in the
+    last digits. `exact=True` runs the base as torch does by default, bit for bit. Raises MetaoptError.
     """
+    stack = Stack(**stack_arguments(model_or_params, spec_or_parts, total_steps, log, log_every, exact))
+    describe_run(stack)
+    return stack
+
+
+def stack_arguments(
+    model_or_params: Any, spec_or_parts: Any, total_steps: int | None, log: Any, log_every: int | None, exact: bool
+) -> dict[str, Any]:
+    """Return what `Stack` is made from, for the arguments of `build`."""
     total_steps = plain(total_steps)
     model = module_of(model_or_params)
     pipeline = as_pipeline(spec_or_parts)
@@ -44,14 +52,23 @@ def build(
     groups = as_groups(model_or_params)
     schedules = scheduled(None, wrappers)
     if base_part.is_partition:
-        base: torch.optim.Optimizer = make_partition(groups, base_part, wrappers, total_steps)
+        base: torch.optim.Optimizer = make_partition(groups, base_part, wrappers, total_steps, exact)
         fused = False
     else:
         schedules = scheduled(base_part, wrappers)
-        base, fused = make_base(groups, base_part, schedules, total_steps)
+        base, fused = make_base(groups, base_part, schedules, total_steps, exact)
     _hint_at_decay(model_or_params, base)
-    found = find_left_out(model_or_params)
-    return _stacked(base, wrappers, schedules, total_steps, log, log_every, Description(pipeline), fused, found, model)
+    return {
+        "base": base,
+        "wrappers": wrappers,
+        "schedules": schedules,
+        "total_steps": total_steps,
+        "metrics": _metrics(log, log_every),
+        "description": Description(pipeline),
+        "fused_by_default": fused,
+        "left_out": find_left_out(model_or_params),
+        "model": model,
+    }
 
 
 def wrap(
@@ -81,60 +98,38 @@ def wrap(
     _check_total_steps(total_steps)
     wrappers = tuple(part.build_wrapper() for part in pipeline)
     validate_labels(wrappers)
-    schedules = scheduled(None, wrappers)
-    return _stacked(
-        optimizer, wrappers, schedules, total_steps, log, log_every, Description(pipeline, wrapped=True), False
+    stack = Stack(
+        optimizer,
+        wrappers,
+        schedules=scheduled(None, wrappers),
+        total_steps=total_steps,
+        metrics=_metrics(log, log_every),
+        description=Description(pipeline, wrapped=True),
     )
+    describe_run(stack)
+    return stack
 
 
 def _check_total_steps(total_steps: int | None) -> None:
     if total_steps is not None and (
         isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1
     ):
-        raise HyperparameterError(f"total_steps={total_steps!r} is no number of updates: give an integer from 1 up")
-
-
-_hinted = False
+        raise HyperparameterError(f"total_steps must be an integer >= 1 (updates), got {total_steps!r}")
 
 
 def _hint_at_decay(model: Any, base: torch.optim.Optimizer) -> None:
-    global _hinted
-    if _hinted or not isinstance(model, torch.nn.Module):
+    if not isinstance(model, torch.nn.Module):
         return
     flat = sum(p.dim() <= 1 for group in base.param_groups if group.get("weight_decay") for p in group["params"])
     if flat:
-        _hinted = True
-        print(
-            f"metaopt: weight_decay also acts on {flat} parameters of one dimension (biases, norms); "
+        warnings.warn(
+            f"weight_decay also acts on {flat} parameters of one dimension (biases, norms); "
             f"metaopt.groups(model, no_decay='1d') leaves them out",
-            file=sys.stderr,  # standard output may carry JSON
+            HintWarning,
+            stacklevel=4,  # the line that builds the stack
         )
 
 
-def _stacked(
-    base: torch.optim.Optimizer,
-    wrappers: tuple[Wrapper, ...],
-    schedules: Mapping[str, Schedule],
-    total_steps: int | None,
-    log: Any,
-    log_every: int | None,
-    description: Description,
-    fused: bool,
-    left_out: LeftOut | None = None,
-    model: torch.nn.Module | None = None,
-) -> Stack:
+def _metrics(log: Any, log_every: int | None) -> Metrics:
     logger = as_logger(log, lambda directory: registry.find("tensorboard", "logger").target(directory))
-    metrics = Metrics(logger, every=plain(log_every))
-    stack = Stack(
-        base,
-        wrappers,
-        schedules=schedules,
-        total_steps=total_steps,
-        metrics=metrics,
-        description=description,
-        fused_by_default=fused,
-        left_out=left_out,
-        model=model,
-    )
-    describe_run(stack)
-    return stack
+    return Metrics(logger, every=plain(log_every))

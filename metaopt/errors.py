@@ -52,6 +52,10 @@ class MetaoptWarning(UserWarning):
     """What metaopt warns of: `warnings.filterwarnings("ignore", category=metaopt.MetaoptWarning)` silences it."""
 
 
+class HintWarning(MetaoptWarning):
+    """A setting that is allowed, and probably not what was meant."""
+
+
 def with_article(kind: str) -> str:
     """Return a kind of part with its article: `an optimizer`."""
     return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"

@@ -35,7 +35,7 @@ def explain(
     Raises ParameterError.
     """
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
-        raise ParameterError(f"explain(): batch_size={batch_size!r} must be a number of examples, an integer from 1 up")
+        raise ParameterError(f"explain(): batch_size must be an integer >= 1, got {batch_size!r}")
     if model is not None and not isinstance(model, torch.nn.Module):
         raise ParameterError(f"explain(): model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(optimizer, torch.optim.Optimizer):

@@ -197,7 +197,7 @@ def as_groups(model_or_params: Any) -> list[Group]:
     if isinstance(model_or_params, torch.Tensor):
         raise ParameterError("one tensor was given as the parameters: give a list, [tensor], or the module")
     if not isinstance(model_or_params, Iterable):
-        raise ParameterError(f"{type(model_or_params).__name__} is no module and no iterable of parameters")
+        raise ParameterError(f"expected a module or an iterable of parameters, got {type(model_or_params).__name__}")
     items = list(model_or_params)
     if not items:
         raise ParameterError("the parameter list is empty: was the generator model.parameters() used up before?")
@@ -221,7 +221,9 @@ def _named_apart(item: Any, position: int | None) -> Group:
     group["params"] = members
     for member in members:
         if not isinstance(member, torch.Tensor):
-            raise ParameterError(f"{where}: {type(member).__name__} is no tensor; names go with all parameters or none")
+            raise ParameterError(
+                f"{where}: expected a tensor, got {type(member).__name__}; names go with all parameters or none"
+            )
     return group
 
 
@@ -232,7 +234,7 @@ def _check_members(found: list[Group]) -> None:
         for p in group["params"]:
             if id(p) in seen:
                 raise ParameterError(
-                    f"a parameter of shape {tuple(p.shape)} stands in group {seen[id(p)]} and in {name}"
+                    f"the same parameter, of shape {tuple(p.shape)}, is in group {seen[id(p)]} and in group {name}"
                 )
         seen.update((id(p), name) for p in group["params"])
     if not seen:

@@ -73,6 +73,10 @@ class Hyperparameter:
     def takes_tuple(self) -> bool:
         return tuple in (typing.get_origin(kind) or kind for kind in _alternatives(self.type))
 
+    def alternatives(self) -> tuple[Any, ...]:
+        """Return the types that are allowed: `int | None` -> (int, NoneType)."""
+        return _alternatives(self.type)
+
     def bounds(self) -> str:
         """Return the bounds as text, such as `> 0, <= 1`, or an empty text."""
         if self.choices is not None:
@@ -90,7 +94,7 @@ class Hyperparameter:
         if self.choices is not None:
             if value in self.choices:
                 return value
-            raise HyperparameterError(f"{where}: {self.name}={value!r} is not {self.bounds()}")
+            raise HyperparameterError(f"{where}: {self.name} must be {self.bounds()}, got {value!r:.80}")
         if isinstance(value, torch.Tensor) and value.numel() == 1 and self.schedulable:
             return value
         value = self._of_type(value, where)
@@ -115,7 +119,9 @@ class Hyperparameter:
             return tuple(value)
         if not fits:
             names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in plain)
-            raise HyperparameterError(f"{where}: {self.name}={value!r} is no {names.replace('NoneType', 'None')}")
+            raise HyperparameterError(
+                f"{where}: {self.name} must be {names.replace('NoneType', 'None')}, got {value!r:.80}"
+            )
         return value
 
     def _as_float(self, number: float, where: str) -> float:
@@ -140,7 +146,7 @@ class Hyperparameter:
         )
         if outside:
             allowed = self.bounds() or "a number"
-            raise HyperparameterError(f"{where}: {self.name}={number!r} is out of bounds; allowed: {allowed}")
+            raise HyperparameterError(f"{where}: {self.name} must be {allowed}, got {number!r}")
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:

@@ -11,12 +11,12 @@ BASES: dict[str, type] = {"wrapper": Wrapper, "schedule": Schedule}
 
 
 def check_kind(kind: str, name: str, target: Any, origin: str) -> None:
-    """Raise PluginError for a target that is no class of its kind, or a class that leaves a method out."""
+    """Raise PluginError for a target that is not a class of its kind, or a class that leaves a method out."""
     base = BASES.get(kind)
     own = getattr(target, "__name__", type(target).__name__)
     if base is not None and not (isinstance(target, type) and issubclass(target, base)):
         raise PluginError(
-            f"{origin} offers {name!r} as a {kind}, but {own} is no subclass of metaopt.{base.__name__}: "
+            f"{origin} offers {name!r} as a {kind}, but {own} is not a subclass of metaopt.{base.__name__}: "
             f"subclass it, or offer {own} from the hook of its kind"
         )
     if inspect.isabstract(target):

@@ -53,9 +53,12 @@ def scheduled(base: Part | None, wrappers: tuple[Wrapper, ...]) -> dict[str, Sch
 
 
 def make_base(
-    groups: list[Group], base: Part, schedules: Mapping[str, Schedule], total_steps: int | None
+    groups: list[Group], base: Part, schedules: Mapping[str, Schedule], total_steps: int | None, exact: bool = False
 ) -> tuple[torch.optim.Optimizer, bool]:
-    """Return the base over these groups, and whether its fused kernel was our choice. Raises HyperparameterError."""
+    """Return the base over these groups, and whether its fused kernel was our choice. Raises HyperparameterError.
+
+    `exact` leaves the choice of kernel to torch.
+    """
     _check_groups(groups, base, schedules)
     given = dict(base.arguments)
     for name, hyperparameter in base.hyperparameters.items():
@@ -64,7 +67,7 @@ def make_base(
     for name, value in given.items():
         if isinstance(value, Schedule):
             given[name] = value.curve(total_steps, total_steps)(0)
-    fused = _fuse(groups, base, given)
+    fused = not exact and _fuse(groups, base, given)
     try:
         return base.target(groups, **given), fused
     except Exception as error:  # what a class from elsewhere raises for what it refuses is its own choice
@@ -73,7 +76,7 @@ def make_base(
 
 
 def make_partition(
-    groups: list[Group], partition: Part, outer: tuple[Wrapper, ...], total_steps: int | None
+    groups: list[Group], partition: Part, outer: tuple[Wrapper, ...], total_steps: int | None, exact: bool = False
 ) -> MultiBase:
     """Return the bases of all parts as one, each over the parameters that the partitioner assigns to it.
 
@@ -89,7 +92,7 @@ def make_partition(
         if base_part.is_partition:
             raise SpecError(f"{partition.name}: the part {part!r} is a {base_part.name} itself: write all parts in one")
         own = scheduled(base_part, wrappers)
-        base, fused = make_base(members, base_part, own, total_steps)
+        base, fused = make_base(members, base_part, own, total_steps, exact)
         for entry in base.param_groups:
             entry["metaopt.part"] = part
         chains.append(Chain(base, wrappers, own, outer=outer, name=part, fused_by_default=fused))

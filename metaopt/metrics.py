@@ -52,7 +52,7 @@ class Metrics:
         self._asked = every is not None
         every = 50 if every is None else every
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise LogError(f"log_every={every!r} is not a number of updates: give an integer from 1 up")
+            raise LogError(f"log_every must be an integer >= 1 (updates), got {every!r}")
         self.every = every
         self.describe(**run)
         self._now: dict[str, _Parts] = {}  # of the update that is being made
@@ -290,6 +290,6 @@ def as_logger(log: Any, directory_logger: Callable[[Any], Logger]) -> Logger | N
     if isinstance(log, str | os.PathLike) or (writers is not None and isinstance(log, writers.SummaryWriter)):
         return directory_logger(log) if rank() == 0 else None
     raise LogError(
-        f"log={log!r} is nothing to write to: give a directory, a SummaryWriter, a Logger such as "
-        f"metaopt.jsonl('run.jsonl'), or None"
+        f"log must be a directory, a SummaryWriter, a Logger such as metaopt.jsonl('run.jsonl'), or None, "
+        f"got {log!r:.60}"
     )

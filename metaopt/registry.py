@@ -69,7 +69,9 @@ class Registry:
         if found and kind in (None, found[0].kind):
             return found[0]
         if found:
-            raise UnknownPart(f"{name!r} is {with_article(found[0].kind)}, no {kind}. See: metaopt list {kind}s")
+            raise UnknownPart(
+                f"{name!r} is {with_article(found[0].kind)}, not {with_article(kind or '')}. See: metaopt list {kind}s"
+            )
         raise UnknownPart(self._unknown(name, kind))
 
     def entries(self, kind: str | None = None) -> list[Entry]:
@@ -217,12 +219,14 @@ class Registry:
                 or not listed
                 or not all(isinstance(e, hooks.Example) for e in listed)
             ):
-                raise PluginError(f"{origin}: the example for {name!r} is no metaopt.Example and no list of them")
+                raise PluginError(f"{origin}: the example for {name!r} must be a metaopt.Example or a list of them")
 
     def _check(self, parts: dict[str, Any], origin: str) -> None:
         for name, target in parts.items():
             if not NAME.fullmatch(name):
-                raise PluginError(f"{origin}: {name!r} is no name: lower-case letters, digits, underscores, one dot")
+                raise PluginError(
+                    f"{origin}: a name must be lower-case letters, digits, underscores, at most one dot, got {name!r}"
+                )
             if not callable(target):
                 raise PluginError(
                     f"{origin}: {name!r} is {with_article(type(target).__name__)}, neither a class nor a factory"

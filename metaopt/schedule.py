@@ -81,8 +81,8 @@ class Schedule(ABC):
         whole = isinstance(steps, int) or (isinstance(steps, float) and steps.is_integer() and steps != 1.0)
         if not whole or isinstance(steps, bool) or not least <= steps <= LONGEST:
             raise HyperparameterError(
-                f"{where}: steps={steps!r:.60} is no number of updates: give an integer, a fraction below 1 of the "
-                f"run, or None for all that is left of it"
+                f"{where}: steps must be an integer >= 1, a fraction of the run below 1, or None for all that is left "
+                f"of it, got {steps!r:.60}"
             )
         return int(steps)
 

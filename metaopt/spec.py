@@ -2,7 +2,7 @@
 
 import ast
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from inspect import isroutine
@@ -52,7 +52,7 @@ class Part:
                 raise SpecError(f"{self.name}: a {self.kind} takes no label")
             return self.target(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
         if label is not None and not isinstance(label, str):
-            raise SpecError(f"{self.name}: label={label!r:.60} is no text")
+            raise SpecError(f"{self.name}: label must be text, got {label!r:.60}")
         if label is not None and self.kind == "optimizer":
             raise SpecError(f"{self.name}: the base takes no label: its entries keep their bare names")
         given = dict(self.arguments)
@@ -158,7 +158,11 @@ def as_pipeline(parts: Any) -> Pipeline:
         return Pipeline((Part("optimizer", name or parts.__name__, parts, registered=name is not None),))
     if isinstance(parts, type) and issubclass(parts, Wrapper):
         return as_pipeline(parts())
-    if isinstance(parts, list | tuple):
+    if isinstance(parts, Mapping):
+        from metaopt.spec_data import pipeline_of
+
+        return pipeline_of(parts)
+    if isinstance(parts, Sequence):
         return Pipeline(tuple(p for item in parts for p in as_pipeline(item).parts))
     if isinstance(parts, torch.optim.Optimizer):
         raise SpecError(
@@ -166,7 +170,7 @@ def as_pipeline(parts: Any) -> Pipeline:
             f"around it, build() takes its class"
         )
     shown = " ".join(repr(parts).split())
-    raise SpecError(f"{shown:.80} is no part: give text, metaopt's parts, a Wrapper or an optimizer class")
+    raise SpecError(f"expected text, metaopt's parts, a Wrapper or an optimizer class, got {shown:.80}")
 
 
 def parse(text: str) -> Pipeline:
@@ -190,6 +194,12 @@ def parse_schedule(text: str) -> Schedule:
         what = f"{value.name} is {with_article(value.kind)}" if isinstance(value, Part) else "it is none"
         raise source.refused(node, f"a schedule is wanted here, such as cosine(0.1), and {what}")
     return value
+
+
+def parse_value(text: str) -> Any:
+    """Read one value, such as `1e-3`, `(0.9, 0.99)` or a schedule. Raises SpecError, HyperparameterError."""
+    source = Source(text)
+    return _value(source.tree(), source)
 
 
 def _pipeline(node: ast.expr, source: Source) -> Pipeline:
@@ -330,7 +340,9 @@ def to_text(value: Any, where: str) -> str:
         return f"({inner},)" if len(value) == 1 else f"({inner})"
     if isinstance(value, list):
         return f"[{', '.join(to_text(item, where) for item in value)}]"
-    raise SpecError(f"{where}: {type(value).__name__} is no literal and has no text")
+    raise SpecError(
+        f"{where}: only numbers, text, None, tuples and lists can be written as text, got {type(value).__name__}"
+    )
 
 
 def _schedule_text(schedule: Schedule, where: str) -> str:

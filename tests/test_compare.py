@@ -310,7 +310,7 @@ def test_times_are_shown_for_runs_made_one_at_a_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ({"baseline": "adamw"}, "no contender"),
+        ({"baseline": "adamw"}, "must be one of the contenders"),
         ({"specs": ("sgd",)}, "two contenders"),
         ({"specs": ("sgd", "adam", "sgd()")}, "the same, sgd"),
         ({"specs": ("sgd", "sgd(lr=constant(0.1))")}, "schedule owns the learning rate"),

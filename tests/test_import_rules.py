@@ -52,7 +52,7 @@ ENGINE = (
     "step",
 )
 EXPLAINING = {"explaining", "explanation", "findings", "orthogonal", "practice", "probing", "sizes", "batch_size"}
-BUILDING = {"building", "making", "describing", "grouping", "layers", "run_description"}
+BUILDING = {"building", "configured", "spec_data", "making", "describing", "grouping", "layers", "run_description"}
 TOP = {"lab", "cli", "testing"}
 MODULES = {f.stem for f in ROOT.glob("*.py")} - {"__init__", "__main__"}
 BELOW_SPEC = {*BOTTOM, "engine", "stack", "compiled_step"} - {"problem"}
@@ -60,7 +60,7 @@ ALLOWED: dict[str, set[str]] = {
     **BOTTOM,
     "compiled_step": BELOW_ENGINE | {"engine"},
     "stack": BELOW_ENGINE | {"engine", "compiled_step", "lr_reporter"},
-    "spec": BELOW_SPEC,
+    "spec": BELOW_SPEC | {"spec_data"},
     **dict.fromkeys(BUILDING, BELOW_SPEC | {"spec"} | BUILDING),
     **dict.fromkeys(EXPLAINING, BELOW_SPEC | {"spec"} | BUILDING | EXPLAINING),
 }

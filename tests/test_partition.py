@@ -217,7 +217,7 @@ def test_a_new_group_goes_to_the_part_that_its_name_or_its_entry_says() -> None:
     assert not torch.equal(head.weight, before) and "momentum_buffer" in opt.state[head.weight]
     with pytest.raises(metaopt.ParameterError, match=r"metaopt\.part"):
         opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
-    with pytest.raises(metaopt.ParameterError, match="no part of this stack"):
+    with pytest.raises(metaopt.ParameterError, match="must be a part of this stack"):
         opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "metaopt.part": "nosuch"})
 
 

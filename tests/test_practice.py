@@ -45,23 +45,23 @@ def test_the_linear_rule_is_the_one_without_a_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "told", "came"),
     [
-        ((0.0, 1, 2), "lr=0.0"),
-        ((-0.1, 1, 2), "lr=-0.1"),
-        ((math.nan, 1, 2), "lr=nan"),
-        ((math.inf, 1, 2), "lr=inf"),
-        ((0.1, 0, 2), "from_batch=0"),
-        ((0.1, 1, -2), "to_batch=-2"),
-        ((0.1, True, 2), "from_batch=True"),
-        ((0.1, "256", 2), "from_batch='256'"),
-        ((0.1, 1, 2, "squareroot"), "rule='squareroot' is none of 'linear', 'sqrt'"),
+        ((0.0, 1, 2), "lr must be a number > 0", "got 0.0"),
+        ((-0.1, 1, 2), "lr must be a number > 0", "got -0.1"),
+        ((math.nan, 1, 2), "lr must be a number > 0", "got nan"),
+        ((math.inf, 1, 2), "lr must be a number > 0", "got inf"),
+        ((0.1, 0, 2), "from_batch must be a number > 0", "got 0"),
+        ((0.1, 1, -2), "to_batch must be a number > 0", "got -2"),
+        ((0.1, True, 2), "from_batch must be a number > 0", "got True"),
+        ((0.1, "256", 2), "from_batch must be a number > 0", "got '256'"),
+        ((0.1, 1, 2, "squareroot"), "rule must be one of 'linear', 'sqrt'", "got 'squareroot'"),
     ],
 )
-def test_what_is_no_rate_no_batch_or_no_rule_is_refused_by_name(arguments: tuple, told: str) -> None:
+def test_what_is_no_rate_no_batch_or_no_rule_is_refused_by_name(arguments: tuple, told: str, came: str) -> None:
     with pytest.raises(metaopt.HyperparameterError) as caught:
         metaopt.scale_lr(*arguments)
-    assert told in str(caught.value)
+    assert told in str(caught.value) and came in str(caught.value)
 
 
 def test_a_schedule_is_scaled_inside() -> None:

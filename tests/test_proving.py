@@ -61,7 +61,7 @@ def test_every_check_has_a_claim(name):
         (["check"], "Name a part"),
         (["check", "lookahed"], "Did you mean lookahead?"),
         (["check", "adam", "--only", "changes_parameter"], "Did you mean changes_parameters?"),
-        (["check", "lookahead(k=0)"], "k=0"),
+        (["check", "lookahead(k=0)"], "k must be >= 1, got 0"),
         (["check", "adam", "--device", "nowhere"], "nowhere"),
     ],
 )
@@ -97,7 +97,7 @@ def test_an_example_of_a_part_that_the_plugin_does_not_offer_is_an_error():
 
 def test_an_example_that_is_none_is_an_error():
     plugin = offering(metaopt_optimizers={"mine": torch.optim.SGD}, metaopt_examples={"mine": "mine(lr=1.0)"})
-    with pytest.raises(PluginError, match=r"no metaopt\.Example"):
+    with pytest.raises(PluginError, match=r"must be a metaopt\.Example"):
         Registry()._take_plugin(plugin, "some plugin", "")
 
 
@@ -117,9 +117,9 @@ class NoCurve(metaopt.Schedule):
 @pytest.mark.parametrize(
     ("kind", "target", "told"),
     [
-        ("wrapper", torch.optim.SGD, "SGD is no subclass of metaopt.Wrapper"),
-        ("schedule", metaopt.Wrapper, "Wrapper is no subclass of metaopt.Schedule"),
-        ("schedule", lambda: 0.1, "is no subclass of metaopt.Schedule"),
+        ("wrapper", torch.optim.SGD, "SGD is not a subclass of metaopt.Wrapper"),
+        ("schedule", metaopt.Wrapper, "Wrapper is not a subclass of metaopt.Schedule"),
+        ("schedule", lambda: 0.1, "is not a subclass of metaopt.Schedule"),
         ("schedule", NoCurve, r"NoCurve leaves out what a schedule must have: define curve\(\)"),
     ],
 )

@@ -67,7 +67,7 @@ def test_a_name_written_as_a_class_or_without_its_package_is_understood(typed: s
 
 
 def test_a_part_of_another_kind_says_which() -> None:
-    with pytest.raises(metaopt.UnknownPart, match="'lookahead' is a wrapper, no optimizer"):
+    with pytest.raises(metaopt.UnknownPart, match="'lookahead' is a wrapper, not an optimizer"):
         Registry().find("lookahead", "optimizer")
 
 

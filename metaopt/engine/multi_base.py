@@ -67,7 +67,7 @@ class MultiBase(torch.optim.Optimizer):
         for member in [members] if isinstance(members, torch.Tensor) else list(members):
             member = member[1] if isinstance(member, tuple) else member
             if any(member is own for group in self.param_groups for own in group["params"]):
-                raise ParameterError("a parameter of the new group stands in another group already")
+                raise ParameterError("a parameter of the new group is in another group already")
         self.assign_groups()
         chain.base.add_param_group(param_group)
         param_group["metaopt.part"] = chain.name
@@ -80,8 +80,8 @@ class MultiBase(torch.optim.Optimizer):
         if part is not None:
             if part not in named:
                 raise ParameterError(
-                    f"metaopt.part={part!r} is no part of this stack.{did_you_mean(str(part), named)} "
-                    f"Its parts: {', '.join(map(repr, named))}"
+                    f"metaopt.part must be a part of this stack ({', '.join(map(repr, named))}), got {part!r}."
+                    f"{did_you_mean(str(part), named)}"
                 )
             return named[part]
         pairs = list(zip(group.get("param_names", ()), group["params"], strict=False)) or [

@@ -228,7 +228,7 @@ def validate_labels(wrappers: Iterable[Wrapper]) -> None:
     for wrapper in wrappers:
         label = wrapper.label
         if not LABEL.fullmatch(label):
-            raise SpecError(f"label {label!r}: a label is lower-case letters, digits and underscores")
+            raise SpecError(f"a label must be lower-case letters, digits and underscores, got {label!r}")
         if label == "metaopt":
             raise SpecError("label 'metaopt' is reserved: choose another")
         if label in seen:

@@ -76,9 +76,9 @@ def plan_comparison(
     """Check what a user asked for; every contender makes one update, thrown away. Raises MetaoptError."""
     for value, what, least in ((seeds, "--seeds", 2), (lrs, "--lrs", 1), (jobs, "--jobs", 1)):
         if value < least:
-            raise ProblemError(f"{what} {value} is too few: give {least} or more")
+            raise ProblemError(f"{what} must be {least} or more, got {value}")
     if steps is not None and steps < 1:
-        raise ProblemError(f"--steps {steps} is no number of gradient evaluations: give 1 or more")
+        raise ProblemError(f"--steps must be 1 or more gradient evaluations, got {steps}")
     rates = _grid(lr_min, lr_max, lrs) if tune else ()
     found = problem_named(problem)
     pipelines = [parse(spec) for spec in (specs or DEFAULT_SPECS)]
@@ -112,11 +112,11 @@ def plan_comparison(
 
 def _grid(lowest: float, highest: float, count: int) -> tuple[float, ...]:
     if not 0.0 < lowest <= highest < float("inf"):
-        raise ProblemError(f"--lr-min {lowest:g} and --lr-max {highest:g} are no grid: give 0 < lr-min <= lr-max")
+        raise ProblemError(f"--lr-min must be > 0 and at most --lr-max, got {lowest:g} and {highest:g}")
     if (count == 1) != (lowest == highest):
         raise ProblemError(
-            f"--lrs {count} from {lowest:g} to {highest:g} is no grid: for one rate give both bounds alike, "
-            f"for several give them apart"
+            f"--lrs must be 1 if --lr-min equals --lr-max, and more than 1 otherwise, got {count} from {lowest:g} to "
+            f"{highest:g}"
         )
     # three digits: nobody tunes finer, and the rates stay readable in names and legends
     return tuple(float(f"{rate:.3g}") for rate in np.geomspace(lowest, highest, count))
@@ -127,7 +127,9 @@ def _position(baseline: str | None, specs: Sequence[str]) -> int:
         return 0
     wanted = str(parse(baseline))
     if wanted not in specs:
-        raise SpecError(f"the baseline {wanted} is no contender: give it with -o as well, word for word")
+        raise SpecError(
+            f"the baseline must be one of the contenders, got {wanted}: give it with -o as well, word for word"
+        )
     return list(specs).index(wanted)
 
 

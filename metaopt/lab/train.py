@@ -144,7 +144,9 @@ def _resume(
         return 0  # killed before its first checkpoint: the run starts again, and ends the same
     content = checkpoint.load(paths[0])
     if not isinstance(content, dict) or content.keys() != CONTENT or not isinstance(content["run"], dict):
-        raise CheckpointError(f"{paths[0]} is no checkpoint of `metaopt train`: it has not what such a one holds")
+        raise CheckpointError(
+            f"{paths[0]} was not written by `metaopt train`: expected the entries {', '.join(sorted(CONTENT))}"
+        )
     for key, value in run.items():
         if (there := content["run"].get(key)) != value:
             raise CheckpointError(f"{paths[0]} is of another run: {key} is {there!r} there, {value!r} here")

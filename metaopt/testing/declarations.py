@@ -90,7 +90,7 @@ def holds_its_bounds(subject: Subject) -> None:
 
 
 def _outside(hyperparameter: Hyperparameter) -> list[Any]:
-    """Return a value just beyond each declared bound, and what is no number where a number is asked for."""
+    """Return a value just beyond each declared bound, and what is not a number where a number is asked for."""
     beyond: list[Any] = []
     whole = hyperparameter.type is int
     step = 1 if whole else 1e-6

@@ -26,7 +26,7 @@ def template_step_leaves_the_run_alone(subject: StackSubject) -> None:
     if difference:
         raise CheckFailed(
             f"{subject}: {difference} because a state dict was taken before the first update",
-            "Saving must not change the run: the template step of distributed checkpoint is no update",
+            "Saving must not change the run: the template step of distributed checkpoint is not an update",
             "Start everything in the group and the state at a parameter's first update, and count nowhere else",
         )
     _loads_distributed(subject, get_optimizer_state_dict, set_optimizer_state_dict)

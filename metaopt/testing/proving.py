@@ -157,6 +157,6 @@ def _unknown_failures(case: Case) -> None:
     unknown = case.example.expected_failures.keys() - {check.name for check in case.checks}
     if unknown:
         raise MetaoptError(
-            f"the example of {case.name} expects a failure of {', '.join(sorted(unknown))}, which is no check of a "
+            f"the example of {case.name} expects a failure of {', '.join(sorted(unknown))}, which is not a check of a "
             f"{case.subjects[0].entry.kind}; there are {', '.join(check.name for check in case.checks)}"
         )

@@ -151,6 +151,6 @@ def copies_and_pickles(subject: StackSubject) -> None:
         if difference:
             raise CheckFailed(
                 f"{subject}, copied by {how} after step {MIDDLE}: {difference}",
-                "A copy that trains otherwise is no copy",
+                "A copy that trains otherwise is not a copy",
                 "Keep what changes in the groups and the state; nothing that points to the original's tensors",
             )

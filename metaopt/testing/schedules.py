@@ -27,7 +27,7 @@ class ScheduleSubject(Subject):
         """Return a new schedule object."""
         found = parse(f"sgd(lr={self.text})").parts[0].arguments["lr"]
         if not isinstance(found, Schedule):
-            raise CheckFailed(f"{self.text} is no schedule", "It was registered as one", "Subclass metaopt.Schedule")
+            raise CheckFailed(f"{self.text} is not a schedule", "It was registered as one", "Subclass metaopt.Schedule")
         return found
 
     def curve(self) -> Curve:

@@ -253,7 +253,7 @@ def skipped_update_advances_nothing(subject: StackSubject) -> None:
     if difference:
         raise CheckFailed(
             f"{subject}: {difference} when a step was skipped in between",
-            "A skipped update is no update",
+            "A skipped update is not an update",
             "Count updates in `group.updates` alone",
         )
 

@@ -115,7 +115,7 @@ OTHERS = {
 
 NOT_RUN = dict.fromkeys(
     ("adago", "adamuon", "distributedmuon", "muon", "muonclip", "normuon"),
-    "its groups must say use_muon, which is no hyperparameter: make it by hand and give it to metaopt.wrap",
+    "its groups must say use_muon, which is not a hyperparameter: make it by hand and give it to metaopt.wrap",
 )
 if find_spec("einops") is None:
     NOT_RUN["demo"] = "it needs the package einops, which is not installed"

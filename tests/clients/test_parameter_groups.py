@@ -64,8 +64,8 @@ def test_an_added_group_follows_the_schedule_from_where_it_is() -> None:
     ("group", "message"),
     [
         ({"lookahed.k": 3}, "no part of this stack has 'lookahed.k'"),
-        ({"lookahead.k": 0}, "k=0 is out of bounds"),
-        ({"lookahead.k": 2.5}, "k=2.5 is no int"),
+        ({"lookahead.k": 0}, "k must be >= 1, got 0"),
+        ({"lookahead.k": 2.5}, "k must be int, got 2.5"),
     ],
 )
 def test_a_refused_group_changes_nothing(group: dict[str, Any], message: str) -> None:
