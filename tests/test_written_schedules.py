@@ -176,5 +176,5 @@ def test_a_part_without_its_brackets_is_not_taken_for_a_function() -> None:
             make()
     with pytest.raises(metaopt.HyperparameterError, match=r"warmup: cosine.* must be a schedule or a number"):
         metaopt.build([torch.nn.Parameter(torch.zeros(1))], adamw(lr=warmup(cosine, 2)))
-    with pytest.raises(metaopt.HyperparameterError, match="k="):
+    with pytest.raises(metaopt.HyperparameterError, match="k must be int"):
         lookahead(k=lambda t: 5)
