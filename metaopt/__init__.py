@@ -91,6 +91,7 @@ if TYPE_CHECKING:
     sam: Part
     schedule_free: Part
     skip_nonfinite: Part
+    skip_spikes: Part
     tail_average: Part
     trust_ratio: Part
     update_floor: Part

@@ -27,6 +27,7 @@ ON_GRADIENTS = {
     "grokfast": gradients.Grokfast,
     "mars": gradients.Mars,
     "orthograd": gradients.Orthograd,
+    "skip_spikes": gradients.SkipSpikes,
     "zclip": gradients.Zclip,
 }
 AVERAGING: dict[str, Callable[..., averages.Rule]] = {
@@ -175,6 +176,12 @@ class PlainStack:
                 return False
             self.seen = 0
             grads.update({i: h.sum / rule.given["steps"] for i, h in enumerate(self.held) if h.sum is not None})
+        elif rule.name == "skip_spikes":
+            is_spike = self.parts[rule.label].is_spike(grads)
+            for i in grads if is_spike else ():  # it has had a gradient, though a sum of gradients has not seen it
+                h = self.held[i]
+                h.sum = torch.zeros_like(h.weights) if h.sum is None else h.sum
+            return not is_spike
         elif rule.name == "clip_grad_norm":
             factor = min(1.0, rule.given["max_norm"] / (float(_norm(grads.values())) + 1e-6))
             grads.update({i: g * factor for i, g in grads.items()})

@@ -124,6 +124,22 @@ class Zclip(Rule):
         return {i: g * bound / (norm + 1e-6) if bound < norm else g for i, g in grads.items()}
 
 
+class SkipSpikes(Rule):
+    """No update from a norm that is `sigma` deviations above the mean of the last `window`, half of them known."""
+
+    def is_spike(self, grads: Tensors) -> bool:
+        given, norm = self.given[0], math.sqrt(sum(length(g) ** 2 for g in grads.values()))
+        seen = self.kept.setdefault("seen", [])[-given["window"] :]
+        bound = math.inf
+        if 2 * len(seen) >= given["window"]:
+            mean = sum(seen) / len(seen)
+            spread = math.sqrt(sum((n - mean) ** 2 for n in seen) / len(seen))
+            bound = mean + given["sigma"] * max(spread, mean / 1000)
+        if math.isfinite(norm):
+            self.kept["seen"].append(min(norm, bound))
+        return math.isfinite(norm) and norm > bound
+
+
 class Mechanic(Rule):
     """arXiv:2306.00144, algorithm 1 with the decay of its section 3, and h cut as in optax.contrib.mechanize.
 

@@ -79,6 +79,8 @@ TOGETHER = {
     "outer.device",
     "gradient_noise.seed",
     "magma.seed",
+    "skip_spikes.sigma",
+    "skip_spikes.window",
     *(f"zclip.{name}" for name in ("alpha", "z_thresh", "warmup", "mode")),
     *(f"mechanic.{name}" for name in ("s_init", "num_betas", "eps", "weight_decay")),
 }

@@ -77,6 +77,9 @@ class Trial:
         if choice([0, 0, 1]):
             where = self.random.randint(0, len(before))
             before.insert(where, Rule("accumulate", "accumulate", {"steps": choice([2, 3])}))
+        if choice([0, 0, 1]):
+            spikes = Rule("skip_spikes", "skip_spikes", {"sigma": choice([0.5, 2.0]), "window": choice([2, 5])})
+            before.insert(self.random.randint(0, len(before)), spikes)
         before[:0] = [Rule("sam", "sam", {"rho": 0.1})] if choice([0, 0, 1]) else []
         self.parted = choice([False, True])
         names = ["a.*", "*"] if self.parted else ["*"]
