@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from metaopt.wrapper import counter as counter
     from metaopt.wrapper import history as history
     from metaopt.wrapper import moments as moments
+    from metaopt.wrapper import number as number
     from metaopt.wrapper import previous as previous
     from metaopt.wrapper import scalar as scalar
     from metaopt.wrapper import start as start
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
     mechanic: Part
     orthograd: Part
     outer: Part
+    plateau: Part
     radial_brake: Part
     sam: Part
     schedule_free: Part
@@ -135,6 +137,7 @@ _HOMES = {
     "moments": "wrapper",
     "previous": "wrapper",
     "counter": "wrapper",
+    "number": "wrapper",
     "scalar": "wrapper",
     "history": "wrapper",
     "Partitioner": "engine.multi_base",

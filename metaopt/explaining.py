@@ -10,6 +10,7 @@ from metaopt import findings
 from metaopt.errors import CheckpointError, ParameterError, SpecError
 from metaopt.explanation import Explanation, Row
 from metaopt.reading import read_saved
+from metaopt.scheduled_values import LR_FACTOR
 from metaopt.stack import Stack
 from metaopt.wrapper import Wrapper
 
@@ -185,7 +186,7 @@ def _peak_and_end(stack: Stack | None, entry: dict[str, Any], rate: float | None
         return None, None
     curve = schedule.curve(run, run)
     stride = max(1, last // SAMPLES)
-    scale = float(entry.get("metaopt.lr_scale", 1.0))
+    scale = float(entry.get("metaopt.lr_scale", 1.0)) * float(entry.get(LR_FACTOR, 1.0))
     # the last update runs at the value after last - 1 updates
     return scale * max(curve(t) for t in range(0, last, stride)), scale * curve(last - 1)
 

@@ -8,6 +8,9 @@ import torch
 from metaopt.errors import ScheduleConflict
 from metaopt.schedule import Curve, Schedule
 
+# group entry: the product of what `Run.change_lr` has multiplied a scheduled rate with
+LR_FACTOR = "metaopt.lr_factor"
+
 
 class ScheduledValues:
     """The schedules of one group: values are written after each update for the next one, and guarded until then."""
@@ -21,9 +24,9 @@ class ScheduledValues:
         self._count = 0  # of the updates made when the values were written
 
     def value(self, key: str, t: int, group: dict[str, Any]) -> Any:
-        """Return the value of one hyperparameter after `t` updates, the group's `lr_scale` included."""
+        """Return the value of one hyperparameter after `t` updates, with the group's own factors of the rate."""
         value = self._curves[key](t)
-        return value * group.get("metaopt.lr_scale", 1.0) if key == "lr" else value
+        return value * group.get("metaopt.lr_scale", 1.0) * group.get(LR_FACTOR, 1.0) if key == "lr" else value
 
     def write(self, group: dict[str, Any]) -> None:
         """Set every scheduled value for the update that comes next."""

@@ -14,7 +14,7 @@ from metaopt.compiled_step import CompiledStep
 from metaopt.engine import averages, checkpoint, param_state
 from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.run import Run
-from metaopt.engine.step import step
+from metaopt.engine.step import record, step
 from metaopt.engine.structure import Structure, validate
 from metaopt.engine.torch_internals import (
     HOOKS,
@@ -175,9 +175,14 @@ class Stack(torch.optim.Optimizer):
         return self._run.metrics
 
     def record(self, **values: torch.Tensor | float) -> None:
-        """Log values as `train/<name>` at the coming update, without waiting for the device."""
+        """Log values as `train/<name>` at the coming update, without waiting for the device.
+
+        Parts that act on a value, such as `plateau`, see it at once: those read it.
+        """
         for name, value in values.items():
             self._run.metrics.measure(f"train/{name}", value)
+            if self._run.structure.on_record:
+                record(self._run, name, value)
 
     def metrics(self) -> dict[str, float]:
         """Return the latest measurements as `{tag: float}`; waits for the device once."""

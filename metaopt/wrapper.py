@@ -40,9 +40,10 @@ class Slot:
 
 @dataclass(frozen=True)
 class Counter:
-    """An integer that a wrapper counts, in every group under `<label>.<name>`, 0 at first."""
+    """A number of Python's that a wrapper keeps in every group under `<label>.<name>`: an integer, or a float."""
 
     doc: str = ""
+    initial: int | float = 0
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,14 @@ def moments() -> Any:
 def counter(doc: str = "") -> Any:
     """Declare an integer that is counted across updates: part of the checkpoint, the same in every group."""
     return Counter(doc)
+
+
+def number(initial: float, doc: str = "") -> Any:
+    """Declare a float that is kept across updates: part of the checkpoint, the same in every group.
+
+    It is a number of Python's, unlike a `scalar`: for what the host decides on. `groups.set_counter` changes it.
+    """
+    return Counter(doc, float(initial))
 
 
 def scalar(
@@ -286,19 +295,35 @@ class Groups(_Log):
         """Skip this update: nothing advances, and `opt.skipped` is `reason`. See `Wrapper.may_skip_updates`."""
 
     @abstractmethod
-    def set_counter(self, name: str, value: int) -> None:
-        """Set a counter that the wrapper declares, in all groups."""
+    def set_counter(self, name: str, value: int | float) -> None:
+        """Set a counter or a number that the wrapper declares, in all groups."""
+
+    @abstractmethod
+    def change_lr(self, change: Callable[[float], float]) -> None:
+        """Replace the base's learning rate of every group by `change(rate)`, from the next update on.
+
+        A schedule goes on by the same factor; a rate of 0 stays. Reads a rate that is a tensor from its device.
+        """
 
 
 # ---- the wrapper itself
 
 
-HOOKS = ("around", "on_gradients", "before_update", "on_update", "after_updates", "after_update", "averaged")
+HOOKS = (
+    "around",
+    "on_gradients",
+    "before_update",
+    "on_update",
+    "after_updates",
+    "after_update",
+    "averaged",
+    "on_record",
+)
 BEFORE_BASE = frozenset({"around", "on_gradients", "before_update"})
 
 
 class Wrapper(ABC):
-    """A part around the base: declares hyperparameters and state, and any of the seven hooks below.
+    """A part around the base: declares hyperparameters and state, and any of the eight hooks below.
 
     `class W(Wrapper, every="k")`: the hooks behind the base run only when the hyperparameter `k` divides the count.
     `class W(Wrapper, elementwise=True)`: the rule treats every element alike, so `on_update` and `after_update` may be
@@ -395,6 +420,9 @@ class Wrapper(ABC):
     def averaged(self, group: Group) -> list[torch.Tensor] | None:
         """Return the tensors that `opt.averaged()` shows, aligned with `group.params`, or None; may compute them."""
         return None
+
+    def on_record(self, groups: Groups, name: str, value: Any) -> None:  # noqa: B027
+        """Act on a value that the user gives to `opt.record(name=value)`, between two updates."""
 
     @classmethod
     def implemented_hooks(cls) -> frozenset[str]:

@@ -1,6 +1,7 @@
 """The rules of the built-in parts on plain float64 tensors, for stacks of any make-up: knows nothing of metaopt."""
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,6 +93,7 @@ class PlainStack:
         self.before, self.lanes, self.behind = before, lanes, behind
         self.held: list[Held] = []
         self.updates = self.seen = 0
+        self.plateaus: dict[str, dict[str, Any]] = {}
         own = [rule for lane in lanes.values() for rule in [*lane.before, *lane.behind]]
         self.rules = {rule.label: rule for rule in [*before, *own, *behind]}
         self.parts = {label: part for label, rule in self.rules.items() if (part := _part(rule)) is not None}
@@ -158,6 +160,22 @@ class PlainStack:
                 self._act(rule, [h for h in self.held if h.lane == name], previous, own)
         for rule in self.behind:
             self._act(rule, self.held, previous, grads)
+
+    def record(self, value: float) -> None:
+        """Lower the rates that a plateau drives if the value has not improved for too long."""
+        for scope, rules in [(self.held, self.behind), *((None, lane.behind) for lane in self.lanes.values())]:
+            for rule in (rule for rule in rules if rule.name == "plateau"):
+                kept = self.plateaus.setdefault(rule.label, {"best": math.inf, "worse": 0, "rest": 0})
+                improved = value < kept["best"] * (1 - 1e-4)
+                kept["best"] = value if improved else kept["best"]
+                kept["worse"] = 0 if improved or kept["rest"] else kept["worse"] + 1
+                kept["rest"] = max(0, kept["rest"] - 1)
+                if kept["worse"] > rule.given["patience"]:
+                    kept.update(worse=0, rest=rule.given["cooldown"])
+                    lanes = [name for name, lane in self.lanes.items() if rule in lane.behind]
+                    for h in self.held if scope is not None else [h for h in self.held if h.lane in lanes]:
+                        lower = max(h.lr * rule.given["factor"], rule.given["min_lr"])
+                        h.lr = lower if h.lr - lower > 1e-8 else h.lr
 
     def reset_moments(self) -> None:
         for h in self.held:

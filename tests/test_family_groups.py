@@ -80,6 +80,8 @@ TOGETHER = {
     "gradient_noise.seed",
     "magma.seed",
     "skip_spikes.sigma",
+    *(f"plateau.{name}" for name in ("metric", "factor", "patience", "mode", "threshold", "threshold_mode")),
+    *(f"plateau.{name}" for name in ("cooldown", "min_lr", "eps")),
     "skip_spikes.window",
     *(f"zclip.{name}" for name in ("alpha", "z_thresh", "warmup", "mode")),
     *(f"mechanic.{name}" for name in ("s_init", "num_betas", "eps", "weight_decay")),

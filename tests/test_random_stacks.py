@@ -42,6 +42,7 @@ BEHIND = {
     "ema_nesterov": {"beta": [0.5, 1.0], "gamma": [0.9, 0.5]},
     "tail_average": {"start": [0, 4], "every": [1, 3]},
     "lawa": {"k": [1, 2], "n": [2, 3]},
+    "plateau": {"metric": ["loss"], "factor": [0.5], "patience": [0, 1], "cooldown": [0, 1], "min_lr": [0.0, 0.02]},
     "mechanic": {"s_init": [0.1, 0.5], "num_betas": [2, 6], "weight_decay": [0.0, 0.01]},
     "magma": {"keep": [0.5, 0.9], "tau": [2.0], "seed": [0, 7]},
 }
@@ -185,6 +186,10 @@ class Trial:
             torch.testing.assert_close(p.detach(), self.rules.shown(label, held), rtol=1e-8, atol=1e-10)
 
     def step(self, number: int) -> None:
+        if self.random.random() < 0.5:
+            value = self.random.choice([1.0, 1.0, 0.9, 0.8])
+            self.opt.record(loss=value)
+            self.rules.record(value)
         present = [self.random.random() < 0.5 for _ in self.params]
         size = self.random.choice([0.1, 1.0, 10.0])
 

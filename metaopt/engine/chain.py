@@ -93,7 +93,9 @@ class Chain:
         )
         self.early_keys = frozenset(keyed.key for keyed in self.slots if keyed.slot.early)
         self.hyperparameters = {f"{w.label}.{name}": (w, name) for w in self.ordered for name in w.hyperparameters}
-        self.counters = tuple(f"{w.label}.{name}" for w in self.ordered for name in w.counters)
+        self.counters = {
+            f"{w.label}.{name}": counter.initial for w in self.ordered for name, counter in w.counters.items()
+        }
         self.scalars: dict[str, tuple[Wrapper, Scalar]] = {
             f"{w.label}.{name}": (w, scalar) for w in self.ordered for name, scalar in w.scalars.items()
         }

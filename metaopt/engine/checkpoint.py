@@ -16,6 +16,7 @@ from metaopt.engine.param_state import placed, remove_placeholders
 from metaopt.engine.run import AVERAGE_SHOWN, TEMPLATE, UPDATES, Run
 from metaopt.engine.torch_internals import only_class_hooks
 from metaopt.errors import CheckpointError, HyperparameterError, StepError, did_you_mean
+from metaopt.scheduled_values import LR_FACTOR
 from metaopt.wrapper import Wrapper
 
 
@@ -145,9 +146,13 @@ def _validate_total_steps(saved: Any, own: int | None) -> None:
 
 
 def _validate_counts(run: Run, groups: list[ParamGroup]) -> None:
-    for key in [UPDATES, *dict.fromkeys(key for chain in run.structure.chains for key in chain.counters)]:
+    counters = {key: initial for chain in run.structure.chains for key, initial in chain.counters.items()}
+    for key, initial in {UPDATES: 0, **counters}.items():
         counts = [group[key] for group in groups if key in group]
-        if any(isinstance(count, bool) or not isinstance(count, int) or count < 0 for count in counts):
+        if isinstance(initial, float):
+            if any(not isinstance(count, float) for count in counts):
+                raise CheckpointError(f"the checkpoint's {key} is {counts[0]!r}, expected a float")
+        elif any(isinstance(count, bool) or not isinstance(count, int) or count < 0 for count in counts):
             raise CheckpointError(f"the checkpoint's {key} is {counts[0]!r}, expected an integer from 0 up")
         if len(set(counts)) > 1:
             raise CheckpointError(
@@ -265,8 +270,8 @@ def _merged_groups(run: Run, saved: list[ParamGroup], report: LoadReport) -> lis
     for saved_group, group in zip(saved, run.param_groups, strict=True):
         chain, scheduled = run.structure.chain_of(group), run.structure.schedules_of(group)
         kept = {k: v for k, v in saved_group.items() if not _belongs(k, dropped)}
-        for key in chain.counters:
-            kept.setdefault(key, 0)
+        for key, initial in chain.counters.items():
+            kept.setdefault(key, initial)
         for key, (_, scalar) in chain.scalars.items():
             _keep_scalar(kept, key, group[key], scalar.initial)
         for key, (wrapper, name) in chain.hyperparameters.items():
@@ -409,14 +414,15 @@ def reset(run: Run, names: tuple[str, ...]) -> None:
         gone = {label for label in chain.labelled if "averages" in chosen or label in chosen}
         for p in group["params"]:
             _forget(run, chain, p, gone, moments="moments" in chosen)
-        for key in chain.counters:
+        for key, initial in chain.counters.items():
             if "counters" in chosen or key.split(".")[0] in gone:
-                group[key] = 0
+                group[key] = initial
         for key, (wrapper, scalar) in chain.scalars.items():
             if wrapper.label in gone:
                 group[key].fill_(scalar.initial)
         if "counters" in chosen:
             group[UPDATES] = 0
+            group.pop(LR_FACTOR, None)
 
 
 def _forget(run: Run, chain: Chain, p: torch.Tensor, labels: set[str], *, moments: bool) -> None:

@@ -2,7 +2,7 @@
 
 import weakref
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -16,7 +16,7 @@ from metaopt.errors import HyperparameterError, ParameterError, StepError, did_y
 from metaopt.left_out import LeftOut
 from metaopt.metrics import Metrics
 from metaopt.schedule import Schedule
-from metaopt.scheduled_values import ScheduledValues
+from metaopt.scheduled_values import LR_FACTOR, ScheduledValues
 from metaopt.wrapper import Scalar, Wrapper
 
 # group entries of the engine: the count of updates is the run's, the same in every group
@@ -142,6 +142,25 @@ class Run:
         self.has_schedules = any(scheduled.schedules for scheduled in self.scheduled)
         self._adopted = self.param_groups, len(self.param_groups)
         self.write_schedules()
+
+    def change_lr(self, group: ParamGroup, change: Callable[[float], float]) -> None:
+        """Replace a group's learning rate; a schedule goes on by the same factor. A rate of 0 stays."""
+        position = next(i for i, own in enumerate(self.param_groups) if own is group)
+        scheduled, current = self.scheduled[position], group.get("lr")
+        scheduled.raise_if_changed(group)
+        if current is None:
+            raise StepError(f"group {group.get('name', position)} has no learning rate that could be changed")
+        old = float(current)
+        new = change(old)
+        if not old or new == old:
+            return
+        if "lr" in scheduled.schedules:
+            group[LR_FACTOR] = group.get(LR_FACTOR, 1.0) * (new / old)
+            scheduled.write(group)
+        elif isinstance(current, torch.Tensor):
+            current.fill_(new)
+        else:
+            group["lr"] = new
 
     def lr_set_by_client(self, position: int) -> bool:
         """Return whether user code changed a group's learning rate since a schedule wrote it or the run was made."""
@@ -285,9 +304,9 @@ class Run:
             value = getattr(wrapper, name)
             zero = (without_decay and name == "weight_decay") or isinstance(value, Schedule)
             group.setdefault(key, 0.0 if zero else value)
-        for key in chain.counters:
+        for key, initial in chain.counters.items():
             # a group that comes later joins the others' count
-            group.setdefault(key, next((g[key] for g in self.param_groups if key in g), 0))
+            group.setdefault(key, next((g[key] for g in self.param_groups if key in g), initial))
         self.place_scalars(group, chain)
 
     def place_scalars(self, group: ParamGroup, chain: Chain) -> None:

@@ -339,6 +339,13 @@ def _call(hook: Callable[[Group], None], views: list[GroupView]) -> None:
         view.write_back()
 
 
+def record(run: Run, name: str, value: Any) -> None:
+    """Let the wrappers that want it see a value that the user records."""
+    run.adopt_groups()
+    for placed in run.structure.on_record:
+        placed.wrapper.on_record(GroupsView(Update(run), placed), name, value)
+
+
 def _measure(update: Update, loss: Any) -> None:
     run = update.run
     real = isinstance(loss, int | float) or (hasattr(loss, "__float__") and not isinstance(loss, torch.Tensor))

@@ -49,6 +49,7 @@ class Structure:
         self.around = tuple(w for w in self.wrappers if "around" in w.implemented_hooks())
         self.on_gradients = _with_hook("on_gradients", (*outer, *inner))
         self.before_update = _with_hook("before_update", (*outer, *inner))
+        self.on_record = _with_hook("on_record", (*outer, *inner))
         behind = {"on_update", "after_updates", "after_update"}
         self.acts_behind = tuple(p for p in (*inner, *outer) if p.wrapper.implemented_hooks() & behind)
         self.needs_closure = any(chain.needs_closure for chain in self.chains)

@@ -1,6 +1,6 @@
 """What wrappers see: one group as aligned lists of local tensors of one device and dtype, and all groups at once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -388,11 +388,15 @@ class GroupsView(Groups):
             raise StepError(f"{self._wrapper.label} skips an update without declaring may_skip_updates = True")
         self._update.skip_reason = reason
 
-    def set_counter(self, name: str, value: int) -> None:
+    def set_counter(self, name: str, value: int | float) -> None:
         if name not in self._wrapper.counters:
             raise AttributeError(f"{self._wrapper.label} declares no counter called {name!r}")
         for group in self._groups:
             group[f"{self._wrapper.label}.{name}"] = value
+
+    def change_lr(self, change: Callable[[float], float]) -> None:
+        for group in self._groups:
+            self._update.run.change_lr(group, change)
 
     def push(self, name: str, value: torch.Tensor) -> None:
         push(getattr(self, name), value)
