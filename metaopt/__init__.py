@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from metaopt.building import wrap as wrap
     from metaopt.configured import Optimizer as Optimizer
     from metaopt.engine.multi_base import Partitioner as Partitioner
+    from metaopt.ensembling import ensemble as ensemble
+    from metaopt.ensembling import save_snapshots as save_snapshots
     from metaopt.errors import CheckpointError as CheckpointError
     from metaopt.errors import HintWarning as HintWarning
     from metaopt.errors import HyperparameterError as HyperparameterError
@@ -124,6 +126,8 @@ _HOMES = {
     "groups": "grouping",
     "explain": "explaining",
     "scale_lr": "batch_size",
+    "save_snapshots": "ensembling",
+    "ensemble": "ensembling",
     "register": "registry",
     "Optimizer": "configured",
     "Stack": "stack",

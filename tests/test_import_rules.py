@@ -61,6 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     "compiled_step": BELOW_ENGINE | {"engine"},
     "stack": BELOW_ENGINE | {"engine", "compiled_step", "lr_reporter"},
     "spec": BELOW_SPEC | {"spec_data"},
+    "ensembling": BELOW_ENGINE | {"engine", "reading", "stack"},
     **dict.fromkeys(BUILDING, BELOW_SPEC | {"spec"} | BUILDING),
     **dict.fromkeys(EXPLAINING, BELOW_SPEC | {"spec"} | BUILDING | EXPLAINING),
 }
