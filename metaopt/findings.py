@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+from metaopt.engine.structure import fights
 from metaopt.explanation import Finding, some
 from metaopt.hyperparameters import from_signature
 from metaopt.lr_reporter import ReadOnlyLRScheduler
@@ -17,6 +18,7 @@ from metaopt.probing import Characters
 from metaopt.schedule import Schedule, TupleSchedule
 from metaopt.sizes import in_sizes
 from metaopt.stack import Stack
+from metaopt.warnings_of_misuse import FIGHT_FIX, fight
 
 Entry = dict[str, Any]
 Optimizer = torch.optim.Optimizer
@@ -40,6 +42,8 @@ def in_optimizer(
         found += _beside_model(optimizer, model)
     if isinstance(optimizer, Stack):
         found += [*_cycles(optimizer), *_lengths(optimizer)]
+        for chain, movers in fights(optimizer.chains, optimizer.param_groups):
+            found.append(Finding("base-bound-to-weights", fight(chain.base, movers), FIGHT_FIX.lower()))
         found += in_entries(optimizer.param_groups)
     characters = Characters()
     found += in_practice(optimizer, batch_size, peaks, characters)

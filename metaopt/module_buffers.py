@@ -1,5 +1,6 @@
 """A module's buffers, such as the statistics of batch norm, kept aside and given back exactly."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -40,21 +41,24 @@ class KeptBuffers:
 
 
 @contextmanager
-def buffers_kept_in_calls() -> Iterator[None]:
-    """Give every module that is called inside its buffers back at the end, as they were before its first call.
+def buffers_kept(model: torch.nn.Module | None) -> Iterator[None]:
+    """Give a model its buffers back at the end, as they are now; without a model, every module that is called inside.
 
     Which modules these are is found as they are called: by whatever name, in whatever wrapper.
     """
-    kept = KeptBuffers()
-
-    def keep(module: torch.nn.Module, _: object) -> None:
-        kept.add(module)
-
-    handle = register_module_forward_pre_hook(keep)
+    if model is not None:
+        kept, handle = KeptBuffers(model), None
+    else:
+        kept = KeptBuffers()
+        handle = register_module_forward_pre_hook(lambda module, _: kept.add(module))
     try:
-        yield
+        with warnings.catch_warnings():
+            # a compiled module calls the hook once more, which does no harm
+            warnings.filterwarnings("ignore", message="Using `torch.compile.module.` when there are global hooks")
+            yield
     finally:
-        handle.remove()
+        if handle is not None:
+            handle.remove()
         kept.restore()
 
 

@@ -15,7 +15,7 @@ from metaopt.engine import averages, checkpoint, param_state
 from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.run import Run
 from metaopt.engine.step import record, step
-from metaopt.engine.structure import Structure, validate
+from metaopt.engine.structure import Structure, fights, validate
 from metaopt.engine.torch_internals import (
     HOOKS,
     call_without_grad,
@@ -24,6 +24,7 @@ from metaopt.engine.torch_internals import (
     restored_optimizer,
     share_hooks,
     user_hooks,
+    watch_step,
     with_step_hooks,
 )
 from metaopt.errors import StepError
@@ -31,6 +32,7 @@ from metaopt.left_out import LeftOut
 from metaopt.lr_reporter import ReadOnlyLRScheduler
 from metaopt.metrics import Metrics
 from metaopt.schedule import Schedule
+from metaopt.warnings_of_misuse import warn_of_bare_step, warn_of_fight
 from metaopt.wrapper import Closure, Wrapper
 
 # what a copy of a run cannot find out again
@@ -66,9 +68,12 @@ class Stack(torch.optim.Optimizer):
         self._compiled_step = CompiledStep()
         validate(structure, base.param_groups)
         share_hooks(base, self)
+        self._watch_base()
         self._patch_step_function()
         param_state.take_constructor_state(self._run)
         self._run.complete_groups()
+        for chain, movers in fights(structure.chains, base.param_groups, only_modes=True):
+            warn_of_fight(chain.base, movers)
 
     # ---- shared with the base, also if a client replaces them
 
@@ -360,9 +365,22 @@ class Stack(torch.optim.Optimizer):
         vars(self._run).update(state["memory"])
         self._compiled_step = CompiledStep()
         share_hooks(base, self)
+        self._watch_base()
         self._patch_step_function()
         self._run.know_members()
         self._run.begin_schedules()
+
+    def _watch_base(self) -> None:
+        alive = weakref.ref(self)
+        told: list[bool] = []
+
+        def seen() -> None:
+            stack = alive()
+            if stack is not None and not told:
+                told.append(True)
+                warn_of_bare_step(stack.base, stack.wrappers)
+
+        watch_step(self._run.base, seen)
 
     def __repr__(self) -> str:
         groups = super().__repr__().partition("(")[2]

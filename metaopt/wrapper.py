@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -280,6 +281,13 @@ class Groups(_Log):
     def measure(self, name: str, value: torch.Tensor | float) -> None:
         """Log `value` as `<label>/<name>`; never waits for the device."""
 
+    @abstractmethod
+    def buffers_kept(self) -> AbstractContextManager[None]:
+        """Return a context for one more evaluation in `around`: what it writes to the model's buffers is undone.
+
+        Statistics of batch norm then count a batch once.
+        """
+
     @property
     @abstractmethod
     def step_weight(self) -> float | torch.Tensor:
@@ -428,6 +436,12 @@ class Wrapper(ABC):
     def implemented_hooks(cls) -> frozenset[str]:
         """Return which of the hooks the class defines itself."""
         return frozenset(name for name in HOOKS if getattr(cls, name) is not getattr(Wrapper, name))
+
+    @classmethod
+    def moves_weights(cls) -> bool:
+        """Return whether the wrapper moves weights that the base has set: averages do not."""
+        hooks = cls.implemented_hooks()
+        return bool(hooks & {"on_update", "after_updates"}) or ("after_update" in hooks and not cls.acts_on_frozen)
 
     @classmethod
     def runs_before_base(cls) -> bool:

@@ -31,6 +31,7 @@ BOTTOM: dict[str, set[str]] = {
     "registry": {"errors", "hooks"},
     "kinds": {"errors", "schedule", "wrapper"},
     "lr_reporter": set(),
+    "warnings_of_misuse": {"errors", "wrapper"},
 }
 # what a stack is made of works without pluggy and without any registered part
 BELOW_ENGINE = {
@@ -59,7 +60,7 @@ BELOW_SPEC = {*BOTTOM, "engine", "stack", "compiled_step"} - {"problem"}
 ALLOWED: dict[str, set[str]] = {
     **BOTTOM,
     "compiled_step": BELOW_ENGINE | {"engine"},
-    "stack": BELOW_ENGINE | {"engine", "compiled_step", "lr_reporter"},
+    "stack": BELOW_ENGINE | {"engine", "compiled_step", "lr_reporter", "warnings_of_misuse"},
     "spec": BELOW_SPEC | {"spec_data"},
     "ensembling": BELOW_ENGINE | {"engine", "reading", "stack"},
     **dict.fromkeys(BUILDING, BELOW_SPEC | {"spec"} | BUILDING),

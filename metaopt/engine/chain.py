@@ -29,6 +29,9 @@ ParamState = dict[str, Any]
 # state[p][PLACEHOLDER]: 1 if the entries of the base only show which keys there will be (param_state); an old key, kept
 # for checkpoints
 PLACEHOLDER = "metaopt.anew"
+# of a move of the weights, what so many steps of a base must leave if it goes with the move
+LEAST_KEPT = 0.8
+TRIED_STEPS = 8
 # group entries that say how to run and not what is computed
 RUN_FLAGS = frozenset({"foreach", "fused", "capturable", "differentiable"})
 # torch's elementwise optimizers: stepped block by block they compute the same numbers
@@ -216,6 +219,36 @@ class Chain:
                 other.step(*((lambda: torch.zeros(()),) if self.needs_closure else ()))
         counted = [k for k, v in made.items() if _number(v) != before.get(k) and k not in ("lr", "params")]
         return dict(scratch.state.get(zeros, {})), made, counted
+
+    def undoes_moves(self, group: ParamGroup) -> bool:
+        """Return whether the base takes a move of the weights back that others have made between two of its steps.
+
+        A schedule-free optimizer does: it steps from a point in its own state, which does not move along. Tried with
+        two scratch bases, one of which finds its weights moved by 1; False if the class refuses what it is tried with.
+        """
+        like = next((p for p in group["params"] if p.is_floating_point()), None)
+        if like is None or type(self.base).__module__.startswith("torch.optim."):
+            return False
+        try:
+            ends = [self._end_after_move(group, like, move) for move in (0.0, 1.0)]
+        except Exception:  # whatever a class from elsewhere raises for parameters of this shape
+            return False
+        return bool((ends[1] - ends[0]).mean() < LEAST_KEPT)
+
+    def _end_after_move(self, group: ParamGroup, like: torch.Tensor, move: float) -> torch.Tensor:
+        with _nothing_drawn(like):
+            with torch.enable_grad():
+                weights = torch.ones([2] * like.dim(), device=like.device, requires_grad=True)
+                scratch = type(self.base)([weights], **self.arguments(group))
+            other = Chain(scratch)
+            other.call_mode("train")
+            with torch.no_grad():
+                for _ in range(TRIED_STEPS):
+                    weights.grad = torch.full_like(weights, 0.01)
+                    other.step(*((lambda: torch.zeros(()),) if self.needs_closure else ()))
+                    weights.add_(move)
+                    move = 0.0
+        return weights.detach()
 
     # ---- copies
 

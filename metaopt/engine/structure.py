@@ -89,6 +89,23 @@ class Structure:
         return last.pop() if len(last) == 1 else None
 
 
+def fights(
+    chains: Iterable[Chain], groups: Sequence[ParamGroup], *, only_modes: bool = False
+) -> list[tuple[Chain, list[str]]]:
+    """Return the bases that take moves of the weights back, with the labels of the wrappers that make such moves.
+
+    `only_modes`: try only bases with `train()` and `eval()`, which a schedule-free one has; others cost time.
+    """
+    found = []
+    for chain in chains:
+        movers = [w.label for w in chain.ordered if w.moves_weights()]
+        group = next(iter(chain.groups_in(list(groups))), None)
+        with_modes = callable(getattr(chain.base, "eval", None))
+        if movers and group is not None and (with_modes or not only_modes) and chain.undoes_moves(group):
+            found.append((chain, movers))
+    return found
+
+
 def _with_hook(name: str, placed: Sequence[Placed]) -> tuple[Placed, ...]:
     return tuple(p for p in placed if name in p.wrapper.implemented_hooks())
 

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -125,6 +126,36 @@ def share_hooks(base: Optimizer, stack: Optimizer) -> None:
             # the stack calls the bare step, around which no hook runs
             hooks.update({key: partial(_with_base, hook, base) for key, hook in hooks.items() if _is_own(hook, base)})
         setattr(stack, name, hooks)
+
+
+class _WatchedStep:
+    """`base.step` of a base inside a stack: torch's schedulers take it for a bound method, and it holds no base."""
+
+    def __init__(self, base: Optimizer, step: Callable[..., Any]) -> None:
+        self.__func__ = step
+        self._base = weakref.ref(base)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__func__(self._base(), *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:  # the marks that torch puts on a step
+        return getattr(self.__dict__["__func__"], name)
+
+
+def watch_step(base: Optimizer, seen: Callable[[], None]) -> None:
+    """Call `seen` when somebody steps a base by itself; the engine calls the step of its class, past this."""
+    given = vars(base).get("step")
+    while isinstance(given, _WatchedStep):  # of a stack that was around this base before
+        given = given.__dict__["__func__"].inner
+    own = type(base).step if given is None else given
+
+    @functools.wraps(own)
+    def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        seen()
+        return own(self, *args, **kwargs) if given is None else own(*args, **kwargs)
+
+    step.inner = given  # type: ignore[attr-defined]
+    base.step = _WatchedStep(base, step)  # type: ignore[method-assign]
 
 
 def user_hooks(hooks: Hooks, base: Optimizer) -> list[Callable[..., Any]]:

@@ -1,6 +1,7 @@
 """What wrappers see: one group as aligned lists of local tensors of one device and dtype, and all groups at once."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from metaopt.engine.shards import (
 from metaopt.engine.structure import Placed
 from metaopt.engine.update import Members, Update, block_size
 from metaopt.errors import HyperparameterError, StepError
+from metaopt.module_buffers import buffers_kept
 from metaopt.wrapper import Group, Groups, Reduce, Slot, Wrapper
 
 # rows of a tensor's first dimension, or None for all of them
@@ -374,6 +376,10 @@ class GroupsView(Groups):
             self._update.add_scale(chain, factor)
 
     # ---- decisions and counters
+
+    def buffers_kept(self) -> AbstractContextManager[None]:
+        known = self._update.run.model
+        return buffers_kept(None if known is None else known())
 
     @property
     def step_weight(self) -> float | torch.Tensor:

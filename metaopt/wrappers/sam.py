@@ -12,8 +12,8 @@ class Sam(Wrapper):
     """g <- gradient at w + rho g / |g|; adaptive: at w + rho w^2 g / | |w| g |. arXiv:2010.01412, arXiv:2102.11600
 
     |g| is over all parameters together. Two evaluations of the loss per update, so `step(closure)` is needed, which
-    torch's GradScaler cannot hand over: use bfloat16 with it. The loss at w is the one returned. A model's running
-    statistics (batch norm) see both. The weights come back exactly, also where the closure raises.
+    torch's GradScaler cannot hand over: use bfloat16 with it. The loss at w is the one returned, and a model's running
+    statistics (batch norm) see only that evaluation. The weights come back exactly, also where the closure raises.
     """
 
     known_as = ("SAM", "ASAM", "sharpness-aware minimization")
@@ -38,7 +38,8 @@ class Sam(Wrapper):
                 _climb(group, norm, adaptive=groups.adaptive)
                 # also where the closure does not clear them, the gradient is that of the second evaluation alone
                 group.clear_grads()
-            closure()
+            with groups.buffers_kept():
+                closure()
         finally:
             for group, weights in zip(pieces, kept, strict=True):
                 torch._foreach_copy_(group.params, weights)

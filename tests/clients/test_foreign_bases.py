@@ -15,6 +15,9 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import metaopt
 
+# a Lookahead around a schedule-free base is warned of; what it does with groups and checkpoints is right all the same
+pytestmark = pytest.mark.filterwarnings("ignore:.*takes the moves back:metaopt.MetaoptWarning")
+
 # its kernels run as they are written: compiling them takes minutes
 heavyball.utils.compile_mode = None
 
