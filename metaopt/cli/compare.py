@@ -73,7 +73,9 @@ def _lab() -> list[Any]:
     try:
         return [import_module(f"metaopt.lab.{name}") for name in ("figures", "compare", "plan", "report")]
     except ImportError as error:
-        raise ProblemError(f"compare needs {error.name}: pip install 'metaopt-torch[lab]'") from None
+        raise ProblemError(
+            f"compare needs {error.name}: pip install scikit-learn scipy matplotlib (the extra lab)"
+        ) from None
 
 
 @contextmanager

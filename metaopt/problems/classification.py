@@ -102,7 +102,9 @@ def shuffled_digits() -> Data:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ProblemError("the problem digits needs scikit-learn: pip install 'metaopt-torch[lab]'") from None
+        raise ProblemError(
+            "the problem digits needs scikit-learn: pip install scikit-learn (it is in the extra lab)"
+        ) from None
     loaded = load_digits()
     x = torch.tensor(loaded.images, dtype=torch.float32)[:, None] / 16.0
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
