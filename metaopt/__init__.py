@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     decay: Part
     ema: Part
     ema_nesterov: Part
+    flatten: Part
     gpa: Part
     gradient_noise: Part
     grokfast: Part

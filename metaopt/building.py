@@ -56,7 +56,7 @@ def stack_arguments(
         fused = False
     else:
         schedules = scheduled(base_part, wrappers)
-        base, fused = make_base(groups, base_part, schedules, total_steps, exact)
+        base, fused = make_base(groups, base_part, schedules, total_steps, around=wrappers, exact=exact)
     _hint_at_decay(model_or_params, base)
     return {
         "base": base,
@@ -98,6 +98,11 @@ def wrap(
     _check_total_steps(total_steps)
     wrappers = tuple(part.build_wrapper() for part in pipeline)
     validate_labels(wrappers)
+    for wrapper in wrappers:
+        if wrapper.adapt_base(type(optimizer)) is not type(optimizer):
+            raise SpecError(
+                f"wrap(): {wrapper.label} changes how {type(optimizer).__name__} is made: use metaopt.build"
+            )
     stack = Stack(
         optimizer,
         wrappers,

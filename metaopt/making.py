@@ -11,6 +11,7 @@ from metaopt.engine.run import NO_DECAY, TIED
 from metaopt.engine.structure import validate_labels
 from metaopt.errors import HyperparameterError, ParameterError, SpecError, did_you_mean
 from metaopt.grouping import Group, same_tensor
+from metaopt.registry import registry
 from metaopt.schedule import Schedule
 from metaopt.spec import Part, Pipeline
 from metaopt.wrapper import Wrapper
@@ -53,11 +54,17 @@ def scheduled(base: Part | None, wrappers: tuple[Wrapper, ...]) -> dict[str, Sch
 
 
 def make_base(
-    groups: list[Group], base: Part, schedules: Mapping[str, Schedule], total_steps: int | None, exact: bool = False
+    groups: list[Group],
+    base: Part,
+    schedules: Mapping[str, Schedule],
+    total_steps: int | None,
+    *,
+    around: tuple[Wrapper, ...] = (),
+    exact: bool = False,
 ) -> tuple[torch.optim.Optimizer, bool]:
     """Return the base over these groups, and whether its fused kernel was our choice. Raises HyperparameterError.
 
-    `exact` leaves the choice of kernel to torch.
+    `around` are the wrappers that may adapt its class; `exact` leaves the choice of kernel to torch.
     """
     _check_groups(groups, base, schedules)
     given = dict(base.arguments)
@@ -67,12 +74,22 @@ def make_base(
     for name, value in given.items():
         if isinstance(value, Schedule):
             given[name] = value.curve(total_steps, total_steps)(0)
-    fused = not exact and _fuse(groups, base, given)
+    kind = base.target
+    for wrapper in around:
+        kind = wrapper.adapt_base(kind)
+    fused = kind is base.target and not exact and _fuse(groups, base, given)
     try:
-        return base.target(groups, **given), fused
+        return kind(groups, **given), fused
     except Exception as error:  # what a class from elsewhere raises for what it refuses is its own choice
         reason = str(error) if isinstance(error, TypeError | ValueError | RuntimeError) else repr(error)
+        if kind is base.target and any(p.dim() > 2 for group in groups for p in group["params"]):
+            adapting = [entry.name for entry in registry.entries("wrapper") if _adapts_base(entry.target)]
+            reason += "".join(f". Written before it, {name} hands it matrices" for name in adapting)
         raise HyperparameterError(f"{base.name}: {reason}") from error
+
+
+def _adapts_base(wrapper: type[Wrapper]) -> bool:
+    return getattr(wrapper, "adapt_base", Wrapper.adapt_base) is not Wrapper.adapt_base
 
 
 def make_partition(
@@ -92,7 +109,7 @@ def make_partition(
         if base_part.is_partition:
             raise SpecError(f"{partition.name}: the part {part!r} is a {base_part.name} itself: write all parts in one")
         own = scheduled(base_part, wrappers)
-        base, fused = make_base(members, base_part, own, total_steps, exact)
+        base, fused = make_base(members, base_part, own, total_steps, around=(*outer, *wrappers), exact=exact)
         for entry in base.param_groups:
             entry["metaopt.part"] = part
         chains.append(Chain(base, wrappers, own, outer=outer, name=part, fused_by_default=fused))

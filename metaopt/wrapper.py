@@ -395,6 +395,10 @@ class Wrapper(ABC):
         """Return the slots that this configuration needs; the default needs all that the class declares."""
         return self.slots
 
+    def adapt_base(self, base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+        """Return the class that is built in the place of a base's: a subclass, or `base` itself as by default."""
+        return base
+
     def resets_base_state(self) -> bool:
         """Return whether this configuration ever calls `group.reset_base_state()`."""
         return False

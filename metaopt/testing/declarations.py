@@ -40,7 +40,8 @@ def acts_in_a_hook(subject: StackSubject) -> None:
     own = [name for name, value in vars(cls).items() if inspect.isfunction(value) and not name.startswith("_")]
     contract = [name for name, value in vars(Wrapper).items() if not name.startswith("_") and callable(value)]
     nearly = next((name for name in own if name not in contract and did_you_mean(name, HOOKS)), "")
-    if nearly or not cls.implemented_hooks():
+    acts = cls.implemented_hooks() or cls.adapt_base is not Wrapper.adapt_base
+    if nearly or not acts:
         what = (
             f"defines {nearly}(), which the engine does not call" if nearly else f"defines none of {', '.join(HOOKS)}"
         )
