@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -28,7 +28,8 @@ class Flatten(Wrapper):
         return True
 
     def adapt_base(self, base: type[Optimizer]) -> type[Optimizer]:
-        return _cached(base)
+        adapted: type[Optimizer] = _cached(base)
+        return adapted
 
 
 def _flattening(kind: type[Optimizer]) -> type[Optimizer]:
@@ -98,7 +99,7 @@ def _flattening(kind: type[Optimizer]) -> type[Optimizer]:
 
 
 # copies of a stack have the very class of the original
-_cached: Callable[[type[Optimizer]], type[Optimizer]] = functools.cache(_flattening)
+_cached: Any = functools.cache(_flattening)
 
 
 def _matrix(p: torch.Tensor) -> torch.Tensor:
@@ -125,7 +126,8 @@ def __getattr__(name: str) -> Any:
     module, colon, kind = name.replace("/", ".").partition(":")
     if not colon:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _cached(functools.reduce(getattr, kind.split("."), import_module(module)))
+    found: Any = import_module(module)
+    return _cached(functools.reduce(getattr, kind.split("."), found))
 
 
 @hookimpl
