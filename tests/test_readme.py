@@ -1,20 +1,22 @@
-"""What README.md says exists and runs."""
+"""What README.md says exists and runs; so does what it hands on to the guides."""
 
 import json
 import re
 import runpy
 import shlex
 
+import page_runner
 import pytest
 from documents import ROOT, blocks, python
 
 from metaopt.spec import parse
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMPARING = (ROOT / "docs" / "guides" / "comparing.md").read_text(encoding="utf-8")
+CLIENTS = (ROOT / "docs" / "guides" / "clients.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in blocks("README.md", "sh") for line in block.splitlines()]
 SET_UP = [line for line in COMMANDS if line.startswith("python -m venv")]
-USE = [line for line in COMMANDS if line not in SET_UP]
-PLUGIN, PROGRAM = blocks("README.md", "python")
+PLUGIN = next(block for block in blocks("README.md", "python") if block.startswith("# pull.py"))
 
 
 def test_two_commands_do_all_the_set_up():
@@ -25,9 +27,12 @@ def test_two_commands_do_all_the_set_up():
     assert all("-c constraints.txt" in line for line in SET_UP)
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\(([^)#]+)\)", README))
-def test_what_the_readme_links_to_exists(target):
-    assert target.startswith("https://") or (ROOT / target).exists()
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "plugins/README.md"])
+def test_what_a_page_outside_of_the_site_links_to_exists(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)#]+)\)", text)
+    assert targets
+    assert [t for t in targets if not (t.startswith("https://") or ((ROOT / page).parent / t).exists())] == []
 
 
 @pytest.mark.parametrize("line", SET_UP)
@@ -37,8 +42,18 @@ def test_what_the_set_up_installs_exists(line):
             assert (ROOT / word).exists()
 
 
-def test_the_program_runs(tmp_path):
-    assert "adamw(" in python("-c", PROGRAM, folder=tmp_path)
+@pytest.mark.slow
+def test_the_readme_does_what_it_says(tmp_path):
+    shown = python(
+        str(ROOT / "tests" / "page_runner.py"), str(ROOT / "README.md"), folder=tmp_path, path=[ROOT, tmp_path]
+    )
+    assert "no difference of any size could be shown" in shown and "1 finding" in shown
+    assert (tmp_path / "runs" / "xor").is_dir()
+
+
+def test_every_other_command_of_the_readme_is_one_that_a_test_can_run():
+    others = [line for line in COMMANDS if not page_runner.is_left_out(line)]
+    assert len(others) >= 4 and all(line.startswith("metaopt ") for line in others)
 
 
 def test_the_plugin_works_from_one_file(tmp_path):
@@ -53,38 +68,44 @@ def test_the_plugin_works_from_one_file(tmp_path):
     assert values == pytest.approx([0.95, 0.95])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("line", USE, ids=lambda line: " ".join(line.split()[:2]))
-def test_the_command_runs(line, tmp_path):
-    command, *arguments = shlex.split(line)
-    assert command == "metaopt"
-    if arguments[0] == "compare":  # shorter: what is tested is that the line is understood and works
-        arguments = ["5" if word == "100" else word for word in arguments] + ["--seeds", "2", "--lrs", "2"]
-    assert python("-m", "metaopt", *arguments, folder=tmp_path).strip()
+def test_the_plugin_has_no_more_than_fifteen_lines():
+    assert len([line for line in PLUGIN.splitlines()[1:] if line.strip()]) <= 15
+
+
+def test_the_readme_fits_on_a_few_screens():
+    assert len(README.splitlines()) <= 140
 
 
 def test_the_measured_comparison_is_the_example_s():
     found = runpy.run_path(str(ROOT / "examples" / "compare_charlm.py"), run_name="read")
-    rows = [line for line in README.splitlines() if line.startswith("| adamw")]
+    rows = [line for line in COMPARING.splitlines() if line.startswith("| adamw")]
     assert [row.removeprefix("| ").partition(" | ")[0].replace("\\|", "|") for row in rows] == [
         str(parse(spec)) for spec in found["CONTENDERS"]
     ]
     budget, seeds = re.search(r"--steps (\d+) --seeds (\d+)", found["FULL"]).groups()
-    assert f"{budget} gradient evaluations per run" in README and seeds == "10"
+    assert f"{budget} gradient evaluations per run" in COMPARING and seeds == "10"
 
 
 def test_the_name_on_the_index_is_explained():
     assert "metaopt-torch" in README and "unrelated" in README
 
 
-def test_the_plugin_has_no_more_than_fifteen_lines():
-    assert len([line for line in PLUGIN.splitlines() if line.strip()]) <= 15
-
-
 def test_every_client_in_the_table_is_shown_by_a_test():
-    table = README.partition("When not to use it")[0]
-    header, *rows = [line for line in table.splitlines() if line.startswith("| ")]
+    header, *rows = [line for line in CLIENTS.splitlines() if line.startswith("| ")]
     assert header.startswith("| client, and the test that shows it | the line it needs |")
-    shown = [re.search(r"\]\((tests/[^)]+)\)", row) for row in rows]
+    shown = [re.search(r"\(`(tests/[^`]+)`\)", row) for row in rows]
     assert len(rows) > 10 and all(shown)
     assert all("\ndef test_" in (ROOT / link[1]).read_text(encoding="utf-8") for link in shown)
+
+
+def test_what_the_map_for_contributors_names_exists():
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = [line for line in page.partition("## The map")[2].splitlines() if line.startswith("| `")]
+    named = [name for row in rows for name in re.findall(r"`([\w/.]+)`", row.split(" | ")[0])]
+    # a name without a folder is beside the one before it
+    assert len(named) > 15
+    assert [n for n in named if not ((ROOT / n).exists() or (ROOT / "metaopt" / n).exists())] == []
+    for line in (line for block in blocks("CONTRIBUTING.md", "sh") for line in block.splitlines()):
+        for word in shlex.split(line):
+            if word.startswith(("tests/", "docs/", "plugins/")):
+                assert (ROOT / word).exists(), line
