@@ -204,6 +204,10 @@ class Group(_Log):
         """
 
     @abstractmethod
+    def dots(self, a: list[torch.Tensor], b: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the inner product (its real part) of each two tensors, reduced over shards, at least float32."""
+
+    @abstractmethod
     def random_like(self, tensors: Any, distribution: Literal["normal", "uniform"] = "normal") -> Any:
         """Return noise for each of the tensors, a list aligned with `params` (or one of its tensors).
 

@@ -42,6 +42,7 @@ ENGINE = (
     "torch_internals",
     "shards",
     "chain",
+    "fused",
     "multi_base",
     "structure",
     "run",

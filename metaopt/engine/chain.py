@@ -41,6 +41,11 @@ ELEMENTWISE = frozenset(
 )
 
 
+# torch's own bases whose fused kernel can be called without their step (see fused), and where these steps are written
+FUSED_BY_TORCH = (Adam, AdamW, SGD)
+FUSED_MODULES = ("torch.optim.adam", "torch.optim.sgd")
+
+
 @dataclass(frozen=True)
 class KeyedSlot:
     """A slot of one wrapper with the key of its tensor in `state[p]`."""
@@ -115,6 +120,7 @@ class Chain:
         # the stack's own step calls the hooks
         self._traced_step = without_step_hooks(type(self.base).step)
         self._step = without_grad_mode(self._traced_step)
+        self.is_direct = type(self.base) in FUSED_BY_TORCH and inspect.unwrap(self._traced_step).__module__ in FUSED_MODULES
         closure = inspect.signature(self._traced_step).parameters.get("closure")
         self.needs_closure = closure is not None and closure.default is inspect.Parameter.empty
         # group entries that the base's constructor takes; others were added by wrappers or by user code

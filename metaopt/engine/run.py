@@ -10,6 +10,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metaopt.engine.chain import Chain, ParamGroup, ParamState, number_of
+from metaopt.engine.fused import FusedLists
 from metaopt.engine.structure import Structure
 from metaopt.engine.torch_internals import called_by_zero_redundancy_optimizer
 from metaopt.errors import HyperparameterError, ParameterError, StepError, did_you_mean
@@ -110,6 +111,8 @@ class Run:
         self.state_size = -1
         # by group: parameters without a momentum buffer, of a fused SGD
         self.without_momentum: dict[int, list[torch.Tensor]] = {}
+        # by group: what its fused kernel takes
+        self.fused_lists: dict[int, FusedLists] = {}
 
     def await_copies(self) -> None:
         """Wait for copies to main memory, before anything but the device reads them."""

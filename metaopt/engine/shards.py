@@ -12,7 +12,7 @@ import torch
 LARGE = 1 << 16
 ROWS = 64
 
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def _dtensor_module() -> Any:
@@ -34,7 +34,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 def all_local(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Return the parts of tensors that this process holds."""
-    return tensors if _PLAIN.issuperset(map(type, tensors)) else [local(tensor) for tensor in tensors]
+    return tensors if PLAIN.issuperset(map(type, tensors)) else [local(tensor) for tensor in tensors]
 
 
 def dense(gradient: torch.Tensor) -> torch.Tensor:
@@ -78,6 +78,13 @@ def mean_over_shards(values: torch.Tensor, parameter: torch.Tensor, *, rows: boo
     dims, wide = _summed(values, rows), _wide(values.dtype)
     total = values.sum(dim=dims, keepdim=rows, dtype=wide) if dims else values.to(wide)
     return sum_over_shards(total, parameter, rows=rows) / max(1, count)
+
+
+def dot_over_shards(a: torch.Tensor, b: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Return the real inner product of local parts of two tensors like `parameter`, over all shards; >= float32."""
+    wide = _wide(torch.promote_types(a.dtype, b.dtype))
+    product = torch.vdot(a.reshape(-1).to(wide), b.reshape(-1).to(wide))
+    return sum_over_shards(product.real if wide.is_complex else product, parameter)
 
 
 def sum_over_shards(sums: torch.Tensor, parameter: torch.Tensor, *, rows: bool = False) -> torch.Tensor:
@@ -138,7 +145,8 @@ def total_norm(tensors: list[torch.Tensor], norm_type: float = 2.0) -> torch.Ten
 
 def _norm_here(tensors: list[torch.Tensor], p: float) -> torch.Tensor:
     first = tensors[0] if tensors else None
-    if first is None or any(t.dtype != first.dtype or t.device != first.device for t in tensors):
+    alike = len({(t.dtype, t.device) for t in tensors}) == 1
+    if first is None or not alike:
         return torch.nn.utils.get_total_norm(tensors, p)
     if p == math.inf and first.device.type == "cpu" and first.is_floating_point():
         # the same number as torch's own infinity norm, in a ninth of its time on a processor
@@ -200,12 +208,7 @@ def _without_partial(tensor: Any, module: Any) -> Any:
 
 def total_dot(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the real inner product of two aligned lists of local tensors, over all shards, as one 0-dim tensor."""
-    products = []
-    for x, y, parameter in zip(a, b, parameters, strict=True):
-        wide = _wide(torch.promote_types(x.dtype, y.dtype))
-        product = torch.vdot(x.reshape(-1).to(wide), y.reshape(-1).to(wide))
-        products.append(sum_over_shards(product.real, parameter).to(a[0].device))
-    return torch.stack(products).sum()
+    return torch.stack([dot_over_shards(*each) for each in zip(a, b, parameters, strict=True)]).sum()
 
 
 def mean_over_replicas(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

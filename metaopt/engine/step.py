@@ -1,12 +1,14 @@
 """The order of one update: evaluate, filter gradients, step the base, let the wrappers behind it act."""
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
 
 from metaopt.engine import averages, param_state
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, has_fused_kernel
+from metaopt.engine.fused import lists_for
 from metaopt.engine.run import AVERAGE_SHOWN, TEMPLATE, UPDATES, Run
 from metaopt.engine.structure import Placed
 from metaopt.engine.update import Evaluation, Members, Update, blocks_of
@@ -58,7 +60,7 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
         except BaseException:
             abandon(update)
             raise
-    if not any(p.grad is not None for group in run.base.param_groups for p in group["params"]) and not run.flushing:
+    if not any(update.gather(group)[0] for group in run.base.param_groups) and not run.flushing:
         return _skip(evaluation, "no gradients")
     try:
         if structure.keeps_early_state:
@@ -104,16 +106,12 @@ def filter_gradients(update: Update) -> None:
     update.skip_reason = None
     update.scale.clear()
     update.step_weight, run.step_weight = run.step_weight, 1.0
-    for group in run.base.param_groups:
-        for p in group["params"]:
-            # an embedding leaves a row that it looked up twice as two
-            if p.grad is not None and p.grad.is_sparse and not p.grad.is_coalesced():
-                p.grad = p.grad.coalesce()
+    _coalesce(update)
     if update.is_logged and not run.has_zero_shard:
         run.metrics.measure("train/grad_norm", gradient_norm(update, run.structure.chains, run.param_groups))
     for placed in run.structure.on_gradients:
         groups = groups_of(update, placed)
-        if placed.chain is not None and not any(p.grad is not None for group in groups for p in group["params"]):
+        if placed.chain is not None and not any(update.gather(group)[0] for group in groups):
             continue
         if run.flushing and not placed.wrapper.spans_steps and not any(map(update.members_of, groups)):
             continue
@@ -122,6 +120,17 @@ def filter_gradients(update: Update) -> None:
         view.write_back()
         if update.skip_reason is not None:
             return
+
+
+def _coalesce(update: Update) -> None:
+    """Add up the rows that a sparse gradient holds twice: an embedding leaves a row that it looked up twice as two."""
+    for group in update.run.base.param_groups:
+        members, gradients = update.gather(group)
+        if any(map(attrgetter("is_sparse"), gradients)):
+            for p, gradient in zip(members, gradients, strict=True):
+                if gradient.is_sparse and not gradient.is_coalesced():
+                    p.grad = gradient.coalesce()
+            update.gradients_changed()
 
 
 def _prepare_base(update: Update) -> None:
@@ -175,13 +184,32 @@ def step_bases(update: Update, closure: tuple[Closure, ...], keywords: dict[str,
         else:
             if chain.leading_on_update and not chain.needs_weights_before:
                 keep_due_weights(update, chain)
-            if not keywords and (late := _late_momentum(update, chain)):
+            if not keywords and _step_directly(update, chain):
+                pass
+            elif not keywords and (late := _late_momentum(update, chain)):
                 for group in chain.groups_in(update.run.param_groups):
                     _step_on(chain, group, update.members_of(group), late)
             else:
                 returned = chain.step(*closure, **keywords)
             change_updates(update, chain)
     return returned
+
+
+def _step_directly(update: Update, chain: Chain) -> bool:
+    """Update all groups of a base by torch's fused kernel, without its `step()`; return False where that cannot be."""
+    if not chain.is_direct:
+        return False
+    found = []
+    for group in chain.groups_in(update.run.param_groups):
+        members, gradients = update.gather(group)
+        lists = lists_for(update.run.fused_lists, chain, group, members, gradients)
+        if lists is not None:
+            found.append((lists, group, members, gradients))
+        elif members:
+            return False
+    for lists, group, members, gradients in found:
+        lists.step(group, members, gradients, vars(chain.base).get("grad_scale"))
+    return True
 
 
 def _late_momentum(update: Update, chain: Chain) -> set[int]:
@@ -219,15 +247,25 @@ def _step_in_blocks(update: Update, chain: Chain, group: ParamGroup) -> None:
 
     A block stays in the cache, and only its weights are kept twice.
     """
-    late = _late_momentum(update, chain)
-    members = update.members_of(group)
+    members, gradients = update.gather(group)
+    lists = lists_for(update.run.fused_lists, chain, group, members, gradients)
+    late = _late_momentum(update, chain) if lists is None else set()
     wrappers = [w for w in chain.leading_on_update if _is_due(w, group, counted=False)]
     if not wrappers:
         _step_on(chain, group, members, late)
         return
+    begin = 0
     for block in blocks_of(members):
-        update.keep_block(block)
-        _step_on(chain, group, block, late)
+        part = slice(begin, begin + len(block))
+        begin = part.stop
+        if lists is not None and block[0].element_size() >= 4:
+            # the kernel moves copies: what it adds to the weights is known before they move
+            change = update.change_from_weights(block)
+            lists.step(group, change, gradients[part], vars(chain.base).get("grad_scale"), part)
+            update.propose(block, change)
+        else:
+            update.keep_block(block)
+            _step_on(chain, group, block, late)
         _change(update, group, wrappers, block)
         update.drop_weights(block)
 

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import repeat
+from operator import is_not
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ class Update:
         "change",
         "count",
         "draws",
+        "gathered",
         "initial",
         "is_logged",
         "lent",
@@ -63,6 +66,8 @@ class Update:
         self.initial: dict[torch.Tensor, ParamState] = {}
         # wrappers' entries taken out of `state[p]` while the base begins
         self.parked: dict[torch.Tensor, ParamState] = {}
+        # by group: the parameters that have a gradient, and these gradients, until somebody changes them
+        self.gathered: dict[int, tuple[Members, list[torch.Tensor]]] = {}
         # by group: the parameters that the base updates
         self.members: dict[int, Members] = {}
         # parameters whose gradient a wrapper has replaced until the end of the step
@@ -91,7 +96,22 @@ class Update:
     def members_of(self, group: ParamGroup) -> Members:
         """Return the parameters of a group that the base updates; until it does, those with a gradient."""
         members = self.members.get(id(group))
-        return [p for p in group["params"] if p.grad is not None] if members is None else members
+        return self.gather(group)[0] if members is None else members
+
+    def gather(self, group: ParamGroup) -> tuple[Members, list[torch.Tensor]]:
+        """Return the parameters of a group that have a gradient, and these gradients: looked up once in an update."""
+        found = self.gathered.get(id(group))
+        if found is None:
+            members, gradients = group["params"], [p.grad for p in group["params"]]
+            if not all(map(is_not, gradients, repeat(None))):
+                members = [p for p, g in zip(members, gradients, strict=True) if g is not None]
+                gradients = [g for g in gradients if g is not None]
+            found = self.gathered[id(group)] = members, gradients
+        return found
+
+    def gradients_changed(self) -> None:
+        """Look the gradients up again when they are next needed: some were made, replaced or taken away."""
+        self.gathered.clear()
 
     # ---- the factor that gradients wait for
 
@@ -107,9 +127,8 @@ class Update:
             return
         gradients: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
         for group in chain.groups_in(self.run.param_groups):
-            for p in group["params"]:
-                if p.grad is not None:
-                    gradients.setdefault((p.device, p.grad.dtype), []).append(dense(local(p.grad)))
+            for p, gradient in zip(*self.gather(group), strict=True):
+                gradients.setdefault((p.device, gradient.dtype), []).append(dense(local(gradient)))
         for (device, _), tensors in gradients.items():
             torch._foreach_mul_(tensors, factor.to(device))
 
@@ -152,6 +171,19 @@ class Update:
             self.before.update(zip(part, before, strict=True))
             self.room.update(zip(part, change, strict=True))
 
+    def change_from_weights(self, members: Members) -> list[torch.Tensor]:
+        """Return copies of the weights of a block, which the base is to move in their place; see `propose`."""
+        copies = self._room("change", members)
+        torch._foreach_copy_(copies, members)
+        return copies
+
+    def propose(self, members: Members, copies: list[torch.Tensor]) -> None:
+        """Take what the base has added to copies of the weights as the change; the weights themselves stand still."""
+        torch._foreach_sub_(copies, members)
+        self.before.update(zip(members, members, strict=True))
+        self.change.update(zip(members, copies, strict=True))
+        self.rewound.update(members)
+
     def _room(self, role: str, weights: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return tensors of the weights' shapes in memory of this update; those of a change are at least float32."""
         dtype = weights[0].dtype if role == "before" else torch.promote_types(weights[0].dtype, torch.float32)
@@ -179,15 +211,17 @@ class Update:
     def rewind_weights(self, members: Members) -> None:
         """Give the parameters their weights from before the update; `change` holds what is to be added."""
         for p in members:
-            self.change_of(p)
-            local(p).copy_(self.before[p])
-            self.rewound.add(p)
+            if p not in self.rewound:
+                self.change_of(p)
+                local(p).copy_(self.before[p])
+                self.rewound.add(p)
 
     def apply_change(self, members: Members) -> None:
         """Set the parameters to the weights before plus the change, rounded once."""
+        if members:
+            torch._foreach_add_([local(p) for p in members], [self.change[p] for p in members])
         for p in members:
             weights, change = local(p), self.change[p]
-            weights.add_(change)
             self.rewound.discard(p)
             self.applied[p] = change._version, weights._version
 
@@ -278,8 +312,12 @@ class Evaluation:
 
     def _with_gradients(self) -> Any:
         assert self._closure is not None
-        with torch.enable_grad():
-            return self._closure()
+        try:
+            with torch.enable_grad():
+                return self._closure()
+        finally:
+            if self.update is not None:
+                self.update.gradients_changed()
 
     def _parameter_versions(self) -> list[int]:
         return [p._version for group in self.run.param_groups for p in group["params"]]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState, is_
 from metaopt.engine.shards import (
     all_local,
     dense,
+    dot_over_shards,
     is_sharded,
     like_parameter,
     local,
@@ -224,10 +226,12 @@ class GroupView(Group):
                 continue
             parameter.grad = like_parameter(parameter, gradient)
             self._update.lent.append(parameter)
+        self._update.gradients_changed()
 
     def clear_grads(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
+        self._update.gradients_changed()
 
     def set_params(self, tensors: list[torch.Tensor]) -> None:
         torch._foreach_copy_(self.params, tensors)
@@ -257,6 +261,9 @@ class GroupView(Group):
 
     def means(self, tensors: list[torch.Tensor], *, rows: bool = False) -> list[torch.Tensor]:
         return [mean_over_shards(t, p, rows=rows) for t, p in zip(tensors, self.parameters, strict=True)]
+
+    def dots(self, a: list[torch.Tensor], b: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [dot_over_shards(x, y, p) for x, y, p in zip(a, b, self.parameters, strict=True)]
 
     def random_like(self, tensors: Any, distribution: Literal["normal", "uniform"] = "normal") -> Any:
         if isinstance(tensors, torch.Tensor):
@@ -522,9 +529,9 @@ def gradient_norm(
         for chain in chains:
             update.apply_scale(chain)
         factor = None
-    gradients = [
-        dense(g) if g.is_sparse else g for group in groups for p in group["params"] if (g := p.grad) is not None
-    ]
+    gradients = [g for group in groups for g in update.gather(group)[1]]
+    if any(map(attrgetter("is_sparse"), gradients)):
+        gradients = list(map(dense, gradients))
     total = total_norm(gradients, norm_type)
     return total if factor is None else total * factor.abs().to(total.device)
 

@@ -16,26 +16,19 @@ class Hyperball(Wrapper):
     known_as = ("MuonH", "AdamH", "HyperBallAdamW", "MuonHyperball", "hyperball optimization")
 
     def on_update(self, group: Group) -> None:
-        squares, mixed, lengths = _products(group)
+        weights, updates = group.params, group.update
+        squares, mixed, lengths = (
+            torch.stack(group.dots(*pair)) for pair in ((weights, weights), (weights, updates), (updates, updates))
+        )
         cosines = mixed / squares.sqrt() / lengths.sqrt()
         # R / |w + lr R N(u)|, from two sides and their angle: the sum of so many squares is less exact in 32 bits
         shrinks = (1 + 2 * group.base_lr * cosines + group.base_lr**2).clamp(min=1e-12).rsqrt()
         turning = cosines.isfinite()
         scales = torch.where(turning, shrinks * group.base_lr * (squares / lengths).sqrt(), 1.0).unbind()
         shifts = torch.where(turning, shrinks - 1, 0.0).unbind()
-        for u, w, scale, shift in zip(group.update, group.params, scales, shifts, strict=True):
+        for u, w, scale, shift in zip(updates, weights, scales, shifts, strict=True):
             if w.dim() > 1:
                 u.mul_(scale).addcmul_(w, shift)
-
-
-def _products(group: Group) -> list[torch.Tensor]:
-    """Return the means of |w|^2, of w u and of |u|^2 for each tensor, in the update's dtype."""
-    found = [_inner(w.to(u.dtype).flatten(), u.flatten()) for w, u in zip(group.params, group.update, strict=True)]
-    return [torch.stack(group.means(list(each))).real for each in zip(*found, strict=True)]
-
-
-def _inner(w: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.vdot(w, w), torch.vdot(w, u), torch.vdot(u, u)
 
 
 @hookimpl

@@ -2,7 +2,7 @@
 
 import torch
 
-from metaopt import Example, Group, Groups, Wrapper, hookimpl
+from metaopt import Example, Groups, Wrapper, hookimpl
 
 
 class Orthograd(Wrapper):
@@ -21,7 +21,8 @@ class Orthograd(Wrapper):
             wide = torch.promote_types(own[0].dtype, torch.float32)
             weights, gradients = ([t.to(wide) for t in each] for each in (_components(group.params), own))
             sizes = group.norms(gradients)
-            torch._foreach_addcmul_(gradients, weights, [-s for s in _shares(group, weights, gradients)])
+            pairs = zip(group.dots(weights, gradients), group.dots(weights, weights), strict=True)
+            torch._foreach_addcmul_(gradients, weights, [-(along / (square + 1e-30)) for along, square in pairs])
             left = group.norms(gradients)
             torch._foreach_mul_(gradients, [_stretch(s, n).to(wide) for s, n in zip(sizes, left, strict=True)])
             if own[0].dtype != wide:
@@ -31,14 +32,6 @@ class Orthograd(Wrapper):
 def _components(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Return the tensors, complex ones as two real numbers each: views of the same memory."""
     return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
-
-
-def _shares(group: Group, weights: list[torch.Tensor], gradients: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return w g / w w of each tensor: means over one number of elements are as good as sums."""
-    flat = [(w.flatten(), g.flatten()) for w, g in zip(weights, gradients, strict=True)]
-    along = group.means([torch.dot(w, g) for w, g in flat])
-    squares = group.means([torch.dot(w, w) for w, _ in flat])
-    return [(a / (s + 1e-30)).to(w.dtype) for a, s, w in zip(along, squares, weights, strict=True)]
 
 
 def _stretch(size: torch.Tensor, left: torch.Tensor) -> torch.Tensor:

@@ -18,11 +18,12 @@ class UpdateFloor(Wrapper):
     rows: bool = hyper(False, doc="hold it for each index of the first dimension; a vector is one row")
 
     def on_update(self, group: Group) -> None:
+        norms = group.norms(group.update, rows=group.rows), group.norms(group.params, rows=group.rows)
+        if not group.rows:  # one number of each tensor: all in one
+            norms = tuple([torch.stack(n)] for n in norms)
         share = group.floor * group.base_lr
-        lengths = group.norms(group.update, rows=group.rows)
-        floors = [size * share for size in group.norms(group.params, rows=group.rows)]
-        factors = [torch.where((n > 0) & (n < f), f / n, 1.0) for n, f in zip(lengths, floors, strict=True)]
-        torch._foreach_mul_(group.update, factors)
+        factors = [torch.where((u > 0) & (u < w * share), w * share / u, 1.0) for u, w in zip(*norms, strict=True)]
+        torch._foreach_mul_(group.update, factors if group.rows else factors[0].unbind())
 
 
 @hookimpl
