@@ -273,8 +273,8 @@ class Groups(_Log):
         """Yield the groups with every parameter that has this wrapper's state, with or without a gradient now."""
 
     @abstractmethod
-    def scale(self, factor: torch.Tensor) -> None:
-        """Multiply all gradients by a 0-dim factor, lazily: a fused base does it in its own pass."""
+    def scale(self, factor: torch.Tensor | float) -> None:
+        """Multiply all gradients by a number or a 0-dim factor, lazily: a fused base does it in its own pass."""
 
     @property
     @abstractmethod

@@ -41,9 +41,12 @@ ELEMENTWISE = frozenset(
 )
 
 
-# torch's own bases whose fused kernel can be called without their step (see fused), and where these steps are written
-FUSED_BY_TORCH = (Adam, AdamW, SGD)
-FUSED_MODULES = ("torch.optim.adam", "torch.optim.sgd")
+# what torch's own bases keep for each parameter, in the order in which their fused kernels take it (see fused)
+FUSED_STATE: dict[type, tuple[str, ...]] = {
+    Adam: ("exp_avg", "exp_avg_sq", "step"),
+    AdamW: ("exp_avg", "exp_avg_sq", "step"),
+    SGD: ("momentum_buffer",),
+}
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,9 @@ class Chain:
         # the stack's own step calls the hooks
         self._traced_step = without_step_hooks(type(self.base).step)
         self._step = without_grad_mode(self._traced_step)
-        self.is_direct = type(self.base) in FUSED_BY_TORCH and inspect.unwrap(self._traced_step).__module__ in FUSED_MODULES
+        # a class whose step somebody has replaced steps by it
+        as_torch_wrote_it = inspect.unwrap(self._traced_step).__module__ in ("torch.optim.adam", "torch.optim.sgd")
+        self.fused_state = FUSED_STATE.get(type(self.base)) if as_torch_wrote_it else None
         closure = inspect.signature(self._traced_step).parameters.get("closure")
         self.needs_closure = closure is not None and closure.default is inspect.Parameter.empty
         # group entries that the base's constructor takes; others were added by wrappers or by user code

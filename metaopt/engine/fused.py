@@ -14,12 +14,6 @@ import torch
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState
 from metaopt.engine.shards import PLAIN
 
-# what a base keeps for each parameter, in the order of the kernel's arguments
-KEPT: dict[type, tuple[str, ...]] = {
-    torch.optim.Adam: ("exp_avg", "exp_avg_sq", "step"),
-    torch.optim.AdamW: ("exp_avg", "exp_avg_sq", "step"),
-    torch.optim.SGD: ("momentum_buffer",),
-}
 # settings under which torch does more than call the kernel
 CAREFUL = ("amsgrad", "capturable", "differentiable")
 
@@ -34,15 +28,25 @@ class FusedLists:
         self._members = list(members)
         self._states = states
         self._kept: list[Tensors] = [list(map(itemgetter(key), states)) for key in keys]
+        # the same members were updated twice
+        self._is_settled = False
+        # the counts of all members, of which `state[p]["step"]` are views
+        self._counts: torch.Tensor | None = None
 
     def are_valid(self, chain: Chain, group: ParamGroup, members: Tensors) -> bool:
         """Return whether a group with these members has the state that the lists hold."""
-        return (
-            _keys(chain, group) == self._keys
-            and _same(members, self._members)
-            and _same(list(map(chain.base.state.get, members)) if self._keys else [], self._states)
-            and all(_same([s.get(key) for s in self._states], kept) for key, kept in zip(self._keys, self._kept, strict=True))
-        )
+        if _keys(chain, group) != self._keys or not _same(members, self._members):
+            return False
+        if not self._keys:
+            return True
+        if not _same(list(map(chain.base.state.get, members)), self._states):
+            return False
+        try:
+            held = [list(map(itemgetter(key), self._states)) for key in self._keys]
+        except KeyError:
+            return False
+        self._is_settled = all(map(_same, held, self._kept))
+        return self._is_settled
 
     def are_uniform(self, dtype: torch.dtype) -> bool:
         """Return whether the state can be handed to the kernel as it is; torch would sort it by dtype and device."""
@@ -60,15 +64,31 @@ class FusedLists:
         part: slice = slice(None),
     ) -> None:
         """Update `params` and the state: the members in `part`, or copies of them that are to be moved instead."""
+        if "step" in self._keys:
+            self._count(part)
         kernel = _adam if "step" in self._keys else _sgd
         kernel(group, params, gradients, [kept[part] for kept in self._kept], scale)
+
+    def _count(self, part: slice) -> None:
+        """Add 1 to the counts of some members: one call for all of them, however many tensors they are."""
+        if not self._is_settled:
+            torch._foreach_add_(self._kept[-1][part], 1)
+            return
+        if self._counts is None:
+            self._counts = torch.stack(self._kept[-1])
+            self._kept[-1] = list(self._counts.unbind())
+            for state, count in zip(self._states, self._kept[-1], strict=True):
+                state["step"] = count
+        self._counts[part].add_(1)
 
 
 def lists_for(
     known: dict[int, FusedLists], chain: Chain, group: ParamGroup, members: Tensors, gradients: Tensors
 ) -> FusedLists | None:
     """Return the lists for an update of a group; None: the base has to step itself, at least this time."""
-    if not (chain.is_direct and members) or not group.get("fused") or any(map(group.get, CAREFUL)) or "found_inf" in vars(chain.base):
+    if chain.fused_state is None or not members or not group.get("fused") or any(map(group.get, CAREFUL)):
+        return None
+    if "found_inf" in vars(chain.base):  # of a GradScaler: torch reads it
         return None
     if any(isinstance(number, torch.Tensor) for number in (group["lr"], *group.get("betas", ()))):
         return None
@@ -105,7 +125,7 @@ def _gathered(chain: Chain, group: ParamGroup, members: Tensors) -> FusedLists |
 
 def _keys(chain: Chain, group: ParamGroup) -> tuple[str, ...]:
     # SGD keeps nothing without momentum
-    return KEPT[type(chain.base)] if group.get("momentum", True) else ()
+    return chain.fused_state if chain.fused_state and group.get("momentum", True) else ()
 
 
 def _same(found: Sequence[Any], kept: Sequence[Any]) -> bool:
@@ -116,7 +136,6 @@ def _adam(group: ParamGroup, params: Tensors, gradients: Tensors, kept: list[Ten
     averages, squares, steps = kept
     kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
     beta1, beta2 = group["betas"]
-    torch._foreach_add_(steps, 1)
     kernel(
         params,
         gradients,

@@ -197,7 +197,7 @@ def step_bases(update: Update, closure: tuple[Closure, ...], keywords: dict[str,
 
 def _step_directly(update: Update, chain: Chain) -> bool:
     """Update all groups of a base by torch's fused kernel, without its `step()`; return False where that cannot be."""
-    if not chain.is_direct:
+    if chain.fused_state is None:
         return False
     found = []
     for group in chain.groups_in(update.run.param_groups):

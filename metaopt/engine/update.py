@@ -61,7 +61,7 @@ class Update:
         # why a wrapper wants no update
         self.skip_reason: str | None = None
         # by chain: the factor that gradients still wait for
-        self.scale: dict[Chain, torch.Tensor] = {}
+        self.scale: dict[Chain, torch.Tensor | float] = {}
         # wrappers' state of parameters at their first update, until the base has begun them
         self.initial: dict[torch.Tensor, ParamState] = {}
         # wrappers' entries taken out of `state[p]` while the base begins
@@ -115,10 +115,11 @@ class Update:
 
     # ---- the factor that gradients wait for
 
-    def add_scale(self, chain: Chain, factor: torch.Tensor) -> None:
-        """Have the gradients of a chain multiplied by a factor before anyone uses them."""
-        waiting = self.scale.get(chain)
-        self.scale[chain] = factor if waiting is None else waiting * factor
+    def add_scale(self, chain: Chain, factor: torch.Tensor | float) -> None:
+        """Have the gradients of a chain multiplied by a factor before anyone uses them; the number 1 costs nothing."""
+        if isinstance(factor, torch.Tensor) or factor != 1.0:
+            waiting = self.scale.get(chain)
+            self.scale[chain] = factor if waiting is None else _as_tensor(waiting) * factor
 
     def apply_scale(self, chain: Chain) -> None:
         """Multiply a chain's gradients by the factor that they wait for, once."""
@@ -130,7 +131,7 @@ class Update:
             for p, gradient in zip(*self.gather(group), strict=True):
                 gradients.setdefault((p.device, gradient.dtype), []).append(dense(local(gradient)))
         for (device, _), tensors in gradients.items():
-            torch._foreach_mul_(tensors, factor.to(device))
+            torch._foreach_mul_(tensors, _as_tensor(factor).to(device))
 
     def fold_scale(self, chain: Chain) -> None:
         """Hand a chain's factor to the base's fused kernel if it can take it; otherwise multiply now.
@@ -150,7 +151,7 @@ class Update:
             self.apply_scale(chain)
             return
         # the kernel divides by it in its own pass
-        chain.base.grad_scale = self.scale.pop(chain).reciprocal().to(torch.float32)  # type: ignore[attr-defined]
+        chain.base.grad_scale = _as_tensor(self.scale.pop(chain)).reciprocal().to(torch.float32)  # type: ignore[attr-defined]
 
     # ---- the change of the weights
 
@@ -321,6 +322,10 @@ class Evaluation:
 
     def _parameter_versions(self) -> list[int]:
         return [p._version for group in self.run.param_groups for p in group["params"]]
+
+
+def _as_tensor(factor: torch.Tensor | float) -> torch.Tensor:
+    return factor if isinstance(factor, torch.Tensor) else torch.tensor(factor, dtype=torch.float32)
 
 
 def _alike(members: Members) -> list[Members]:

@@ -378,7 +378,7 @@ class GroupsView(Groups):
     def mean_over_replicas(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         return mean_over_replicas(tensors)
 
-    def scale(self, factor: torch.Tensor) -> None:
+    def scale(self, factor: torch.Tensor | float) -> None:
         for chain in self._chains:
             self._update.add_scale(chain, factor)
 
@@ -533,7 +533,9 @@ def gradient_norm(
     if any(map(attrgetter("is_sparse"), gradients)):
         gradients = list(map(dense, gradients))
     total = total_norm(gradients, norm_type)
-    return total if factor is None else total * factor.abs().to(total.device)
+    if factor is None:
+        return total
+    return total * (factor.abs().to(total.device) if isinstance(factor, torch.Tensor) else abs(factor))
 
 
 def push(history: torch.Tensor, value: torch.Tensor) -> None:

@@ -17,8 +17,12 @@ class ClipGradValue(Wrapper):
         for group in groups:
             # a complex number has two components
             components = [torch.view_as_real(g) if g.is_complex() else g for g in group.grads]
-            torch._foreach_clamp_min_(components, -group.clip_value)
-            torch._foreach_clamp_max_(components, group.clip_value)
+            if components[0].is_cpu:  # one pass over memory, not two
+                for component in components:
+                    component.clamp_(-group.clip_value, group.clip_value)
+            else:
+                torch._foreach_clamp_min_(components, -group.clip_value)
+                torch._foreach_clamp_max_(components, group.clip_value)
 
 
 @hookimpl

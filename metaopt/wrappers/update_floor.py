@@ -18,12 +18,17 @@ class UpdateFloor(Wrapper):
     rows: bool = hyper(False, doc="hold it for each index of the first dimension; a vector is one row")
 
     def on_update(self, group: Group) -> None:
-        norms = group.norms(group.update, rows=group.rows), group.norms(group.params, rows=group.rows)
-        if not group.rows:  # one number of each tensor: all in one
-            norms = tuple([torch.stack(n)] for n in norms)
         share = group.floor * group.base_lr
-        factors = [torch.where((u > 0) & (u < w * share), w * share / u, 1.0) for u, w in zip(*norms, strict=True)]
-        torch._foreach_mul_(group.update, factors if group.rows else factors[0].unbind())
+        lengths, sizes = (group.norms(each, rows=group.rows) for each in (group.update, group.params))
+        if group.rows:
+            factors = [_factor(u, w * share) for u, w in zip(lengths, sizes, strict=True)]
+        else:  # one number of each tensor: all of them at once
+            factors = list(_factor(torch.stack(lengths), torch.stack(sizes) * share).unbind())
+        torch._foreach_mul_(group.update, factors)
+
+
+def _factor(lengths: torch.Tensor, floors: torch.Tensor) -> torch.Tensor:
+    return torch.where((lengths > 0) & (lengths < floors), floors / lengths, 1.0)
 
 
 @hookimpl
