@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from metaopt.engine.chain import RUN_FLAGS, Chain, ParamGroup
-from metaopt.engine.torch_internals import without_step_hooks
 from metaopt.stack import Stack
+from metaopt.torch_internals import without_step_hooks
 from metaopt.wrapper import Wrapper
 
 STEPS = 12

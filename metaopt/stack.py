@@ -16,7 +16,12 @@ from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.run import Run
 from metaopt.engine.step import record, step
 from metaopt.engine.structure import Structure, fights, validate
-from metaopt.engine.torch_internals import (
+from metaopt.errors import StepError
+from metaopt.left_out import LeftOut
+from metaopt.lr_reporter import ReadOnlyLRScheduler
+from metaopt.metrics import Metrics
+from metaopt.schedule import Schedule
+from metaopt.torch_internals import (
     HOOKS,
     call_without_grad,
     only_class_hooks,
@@ -27,11 +32,6 @@ from metaopt.engine.torch_internals import (
     watch_step,
     with_step_hooks,
 )
-from metaopt.errors import StepError
-from metaopt.left_out import LeftOut
-from metaopt.lr_reporter import ReadOnlyLRScheduler
-from metaopt.metrics import Metrics
-from metaopt.schedule import Schedule
 from metaopt.warnings_of_misuse import warn_of_bare_step, warn_of_fight
 from metaopt.wrapper import Closure, Wrapper
 

@@ -32,14 +32,15 @@ BOTTOM: dict[str, set[str]] = {
     "kinds": {"errors", "schedule", "wrapper"},
     "lr_reporter": set(),
     "warnings_of_misuse": {"errors", "wrapper"},
+    "torch_internals": set(),
 }
 # what a stack is made of works without pluggy and without any registered part
 BELOW_ENGINE = {
     *("errors", "hyperparameters", "schedule", "scheduled_values", "wrapper", "metrics", "left_out", "module_buffers"),
+    "torch_internals",
 }
 # the modules of the engine, the lowest first: each imports only from those above it here
 ENGINE = (
-    "torch_internals",
     "shards",
     "chain",
     "fused",

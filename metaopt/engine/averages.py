@@ -8,11 +8,11 @@ import torch
 
 from metaopt.engine.run import AVERAGE_SHOWN, TEMPLATE, Run
 from metaopt.engine.shards import is_sharded, local
-from metaopt.engine.torch_internals import Versions, keep_versions, reshard_fsdp_modules
 from metaopt.engine.update import Update
 from metaopt.engine.views import GroupView, updated, views_of
 from metaopt.errors import ParameterError, StepError, did_you_mean
 from metaopt.module_buffers import KeptBuffers
+from metaopt.torch_internals import Versions, keep_versions, reshard_fsdp_modules
 
 # elements exchanged at a time, so that the temporary tensor stays small
 BLOCK = 1 << 20

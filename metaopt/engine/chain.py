@@ -14,13 +14,13 @@ from torch.optim import SGD, Adagrad, Adam, AdamW
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from metaopt.engine.shards import is_sharded
-from metaopt.engine.torch_internals import (
+from metaopt.schedule import Schedule
+from metaopt.torch_internals import (
     optimizer_parts,
     restored_optimizer,
     without_grad_mode,
     without_step_hooks,
 )
-from metaopt.schedule import Schedule
 from metaopt.wrapper import Closure, Scalar, Slot, Wrapper
 
 ParamGroup = dict[str, Any]

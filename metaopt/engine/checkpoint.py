@@ -14,9 +14,9 @@ from metaopt.engine import averages
 from metaopt.engine.chain import PLACEHOLDER, RUN_FLAGS, Chain, ParamGroup, ParamState
 from metaopt.engine.param_state import placed, remove_placeholders
 from metaopt.engine.run import AVERAGE_SHOWN, TEMPLATE, UPDATES, Run
-from metaopt.engine.torch_internals import only_class_hooks
 from metaopt.errors import CheckpointError, HyperparameterError, StepError, did_you_mean
 from metaopt.scheduled_values import LR_FACTOR
+from metaopt.torch_internals import only_class_hooks
 from metaopt.wrapper import Wrapper
 
 

@@ -12,12 +12,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from metaopt.engine.chain import Chain, ParamGroup, ParamState, number_of
 from metaopt.engine.fused import FusedLists
 from metaopt.engine.structure import Structure
-from metaopt.engine.torch_internals import called_by_zero_redundancy_optimizer
 from metaopt.errors import HyperparameterError, ParameterError, StepError, did_you_mean
 from metaopt.left_out import LeftOut
 from metaopt.metrics import Metrics
 from metaopt.schedule import Schedule
 from metaopt.scheduled_values import LR_FACTOR, ScheduledValues
+from metaopt.torch_internals import called_by_zero_redundancy_optimizer
 from metaopt.wrapper import Scalar, Wrapper
 
 # group entries of the engine: the count of updates is the run's, the same in every group
