@@ -6,6 +6,7 @@ from dataclasses import replace as changed
 
 from metaopt.engine.chain import RUN_FLAGS, ParamGroup
 from metaopt.registry import registry
+from metaopt.schedule import Schedule
 from metaopt.spec import Part, Pipeline
 from metaopt.stack import Stack
 
@@ -49,7 +50,7 @@ def _live(part: Part, groups: list[ParamGroup], stack: Stack) -> Part:
     if part.is_partition:
         return changed(part, arguments={**part.arguments, "parts": _live_parts(part.arguments["parts"], stack)})
     prefix = "" if part.kind == "optimizer" else f"{part.label or part.name.rpartition('.')[2]}."
-    group, schedules = groups[0], stack.schedules_of(groups[0])
+    group, schedules = groups[0], _shared_schedules(groups, stack)
     given = dict(part.arguments)
     for name, hyperparameter in part.hyperparameters.items():
         key = prefix + name
@@ -57,12 +58,23 @@ def _live(part: Part, groups: list[ParamGroup], stack: Stack) -> Part:
             given[name] = schedules[key]
         elif key in group and name not in RUN_FLAGS:
             value = group[key]
-            # what differs between groups, and what a group scales, belongs to the groups
-            if not _same(groups, key) or (name == "lr" and not prefix and group["metaopt.lr_scale"] != 1.0):
+            # what differs between groups, and what a group scales or schedules, belongs to the groups
+            scheduled = any(key in stack.schedules_of(other) for other in groups)
+            if (
+                scheduled
+                or not _same(groups, key)
+                or (name == "lr" and not prefix and group["metaopt.lr_scale"] != 1.0)
+            ):
                 continue
             if name in given or value != hyperparameter.default:
                 given[name] = value
     return changed(part, arguments=given)
+
+
+def _shared_schedules(groups: list[ParamGroup], stack: Stack) -> dict[str, Schedule]:
+    """Return the schedules that drive all groups alike; a group may have its own."""
+    first, *others = map(stack.schedules_of, groups)
+    return {key: schedule for key, schedule in first.items() if all(o.get(key) == schedule for o in others)}
 
 
 def _live_parts(parts: Mapping[str, Pipeline], stack: Stack) -> dict[str, Pipeline]:

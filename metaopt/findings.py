@@ -169,7 +169,9 @@ def _rates(optimizer: Optimizer, bound: list[str], elsewhere: list[str]) -> Iter
             f"a {scheduler} drives another optimizer over the same parameters and has no effect on this one",
             "make the scheduler from this optimizer, after building or wrapping it",
         )
-    scheduled = isinstance(optimizer, Stack) and "lr" in optimizer.schedules
+    scheduled = isinstance(optimizer, Stack) and any(
+        "lr" in optimizer.schedules_of(entry) for entry in optimizer.param_groups
+    )
     if scheduled and bound:
         yield Finding(
             "two-drivers",

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from metaopt.engine.run import NO_DECAY, TIED
 from metaopt.errors import ParameterError, did_you_mean
+from metaopt.group_entries import TIED, mark_no_decay
 from metaopt.layers import layers_by_patterns, layers_in_order
 from metaopt.left_out import LeftOut
 
@@ -170,8 +170,9 @@ def _split_by_decay(name: str, members: list[_Member], settings: Group, no_decay
 
 
 def _group(name: str, members: list[_Member], settings: Group) -> Group:
-    spared = {NO_DECAY: True} if settings.get("weight_decay") == 0 else {}
-    return {**_members(members), "name": name, **settings, **spared}
+    group = {**_members(members), "name": name, **settings}
+    mark_no_decay(group)
+    return group
 
 
 def _members(members: Iterable[_Member]) -> Group:
@@ -214,6 +215,7 @@ def _named_apart(item: Any, position: int | None) -> Group:
     if not isinstance(item, dict) or "params" not in item:
         raise ParameterError(f"{where}: a group is a dict with the key 'params', not {item!r:.60}")
     group = dict(item)
+    mark_no_decay(group)
     members = [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])
     if members and all(isinstance(member, tuple) for member in members):
         group["param_names"] = [name for name, _ in members]

@@ -7,9 +7,9 @@ import torch
 
 from metaopt.engine.chain import RUN_FLAGS, Chain, has_fused_kernel
 from metaopt.engine.multi_base import MultiBase, Partitioner
-from metaopt.engine.run import NO_DECAY, TIED
 from metaopt.engine.structure import validate_labels
 from metaopt.errors import HyperparameterError, ParameterError, SpecError, did_you_mean
+from metaopt.group_entries import NO_DECAY, TIED, take_value
 from metaopt.grouping import Group, same_tensor
 from metaopt.registry import registry
 from metaopt.schedule import Schedule
@@ -66,7 +66,7 @@ def make_base(
 
     `around` are the wrappers that may adapt its class; `exact` leaves the choice of kernel to torch.
     """
-    _check_groups(groups, base, schedules)
+    _check_groups(groups, base, schedules, total_steps)
     given = dict(base.arguments)
     for name, hyperparameter in base.hyperparameters.items():
         if hyperparameter.required and name not in given:
@@ -152,20 +152,22 @@ def _assigned(groups: list[Group], partitioner: Partitioner, where: str) -> dict
     return assigned
 
 
-def _check_groups(groups: list[Group], base: Part, schedules: Mapping[str, Schedule]) -> None:
+def _check_groups(groups: list[Group], base: Part, schedules: Mapping[str, Schedule], total_steps: int | None) -> None:
     hyperparameters = base.hyperparameters
     for position, group in enumerate(groups):
         where = f"group {group.get('name', position)}"
         if group.get(NO_DECAY) and "weight_decay" not in hyperparameters:
             del group["weight_decay"]  # such a base decays nothing anyway
-        for key, value in group.items():
-            if key in schedules:
-                raise HyperparameterError(
-                    f"{where} sets {key}={value!r}, but the stack has a schedule for it: "
-                    f"use lr_scale in the group to scale the learning rate, or drop one of the two"
-                )
+        for key in list(group):
             if key in hyperparameters:
-                group[key] = hyperparameters[key].validate(value, where=f"{where}, {base.name}")
+                take_value(
+                    group,
+                    key,
+                    hyperparameters[key],
+                    where=f"{where}, {base.name}",
+                    shared=schedules.get(key),
+                    total_steps=total_steps,
+                )
             elif "." not in key and key not in GROUP_KEYS:
                 raise HyperparameterError(
                     f"{where}: no part of this stack has {key!r}.{did_you_mean(key, hyperparameters)}"

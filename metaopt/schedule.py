@@ -16,6 +16,8 @@ Curve = Callable[[float], float]
 
 # no run has more updates, and no float counts further one by one
 LONGEST = 2**53
+# points at which a scheduled value is held against the bounds of its hyperparameter
+SAMPLES = 1000
 
 
 class Schedule(ABC):
@@ -188,3 +190,18 @@ def validate_value(hyperparameter: Hyperparameter, value: Any, where: str) -> An
             f"floats does; give it a plain value"
         )
     return found
+
+
+def validate_values(schedule: Schedule, hyperparameter: Hyperparameter, where: str, total_steps: int | None) -> None:
+    """Hold what a schedule gives against declared bounds; a value on an open bound passes: warm-ups begin there."""
+    if not hyperparameter.bounds():
+        return
+    curve: Callable[[float], Any] = schedule.curve(total_steps, total_steps)
+    end = total_steps or schedule.length(total_steps, total_steps) or 10 * SAMPLES
+    for t in sorted({round(end * i / SAMPLES) for i in range(SAMPLES + 1)}):
+        value = curve(t)
+        if not all(map(hyperparameter.within_closed_bounds, value if isinstance(value, tuple) else (value,))):
+            raise HyperparameterError(
+                f"{where}: the schedule {schedule!r} gives {hyperparameter.name}={value!r:.12} after {t} updates, but "
+                f"{hyperparameter.name} must be {hyperparameter.bounds()}"
+            )

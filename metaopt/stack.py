@@ -16,7 +16,7 @@ from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.run import Run
 from metaopt.engine.step import record, step
 from metaopt.engine.structure import Structure, fights, validate
-from metaopt.errors import StepError
+from metaopt.errors import HyperparameterError, ParameterError, StepError, did_you_mean
 from metaopt.left_out import LeftOut
 from metaopt.lr_reporter import ReadOnlyLRScheduler
 from metaopt.metrics import Metrics
@@ -36,7 +36,7 @@ from metaopt.warnings_of_misuse import warn_of_bare_step, warn_of_fight
 from metaopt.wrapper import Closure, Wrapper
 
 # what a copy of a run cannot find out again
-_REMEMBERED = ("constructor_state", "constructor_chains", "built_with_lr", "has_zero_shard")
+_REMEMBERED = ("constructor_state", "constructor_chains", "built_with_lr", "has_zero_shard", "own_schedules")
 
 
 class Stack(torch.optim.Optimizer):
@@ -166,7 +166,7 @@ class Stack(torch.optim.Optimizer):
 
     def schedules_of(self, group: ParamGroup) -> dict[str, Schedule]:
         """Return the schedules that drive a group's entries, by key."""
-        return self._run.structure.schedules_of(group)
+        return self._run.schedules_of(group)
 
     def scheduler(self) -> LRScheduler:
         """Return a torch scheduler that only reports, for clients that would otherwise make one of their own."""
@@ -308,6 +308,28 @@ class Stack(torch.optim.Optimizer):
         self._run.begin_schedules()
         self._run.invalidate()
 
+    def scale_lr(self, factor: float, group: str | None = None) -> None:
+        """Multiply the learning rate by a factor, in the middle of a run: of all groups, or of those called `group`.
+
+        A schedule goes on times the factor, which is in the checkpoint. Most torch schedulers compute their rates anew:
+        change the scheduler instead. Raises HyperparameterError, ParameterError.
+        """
+        if isinstance(factor, bool) or not isinstance(factor, Real) or not 0.0 < float(factor) < float("inf"):
+            raise HyperparameterError(f"scale_lr(): the factor must be a number > 0, got {factor!r:.60}")
+        self._run.adopt_groups()
+        groups = self.param_groups
+        chosen = [i for i, own in enumerate(groups) if group is None or own.get("name") == group]
+        if not chosen:
+            names = [str(own["name"]) for own in groups if "name" in own]
+            raise ParameterError(
+                f"scale_lr(): no group is called {group!r}.{did_you_mean(str(group), names)} "
+                f"The groups are called: {', '.join(names) or 'nothing'}"
+            )
+        if any(groups[i].get("lr") is None for i in chosen):
+            raise HyperparameterError(f"scale_lr(): {type(self.base).__name__} has no learning rate to scale")
+        for i in chosen:
+            self._run.scheduled[i].scale_rate(groups[i], float(factor))
+
     # ---- groups, checkpoints, copies
 
     def add_param_group(self, param_group: ParamGroup) -> None:
@@ -318,6 +340,7 @@ class Stack(torch.optim.Optimizer):
         """Return everything that matters to the next update, in torch's form; the live state does not change."""
         base = self._run.base
         self._run.adopt_groups()
+        self._run.adopt_rates()
         self._run.await_copies()
         for pre_hook in user_hooks(self._optimizer_state_dict_pre_hooks, base):
             pre_hook(self)

@@ -24,6 +24,7 @@ BOTTOM: dict[str, set[str]] = {
     "reading": {"errors"},
     "schedule": {"errors", "hyperparameters"},
     "scheduled_values": {"errors", "schedule"},
+    "group_entries": {"errors", "hyperparameters", "schedule"},
     "metrics": {"errors"},
     "module_buffers": set(),
     "wrapper": {"errors", "hyperparameters", "schedule"},
@@ -36,8 +37,8 @@ BOTTOM: dict[str, set[str]] = {
 }
 # what a stack is made of works without pluggy and without any registered part
 BELOW_ENGINE = {
-    *("errors", "hyperparameters", "schedule", "scheduled_values", "wrapper", "metrics", "left_out", "module_buffers"),
-    "torch_internals",
+    *("errors", "hyperparameters", "schedule", "wrapper", "metrics"),
+    *("group_entries", "left_out", "module_buffers", "scheduled_values", "torch_internals"),
 }
 # the modules of the engine, the lowest first: each imports only from those above it here
 ENGINE = (

@@ -161,6 +161,7 @@ def test_another_name_and_a_part_reset_change_nothing_or_everything() -> None:
 
 def test_a_rate_that_somebody_else_has_set_is_a_conflict() -> None:
     _, opt = build("cosine(0.1)", "patience=0", total_steps=10)
+    torch.optim.lr_scheduler.StepLR(opt, 1)
     opt.record(val_loss=1.0)
     opt.param_groups[0]["lr"] = 3.0
     with pytest.raises(metaopt.ScheduleConflict):

@@ -13,7 +13,7 @@ import torch
 from metaopt.engine import averages
 from metaopt.engine.chain import PLACEHOLDER, RUN_FLAGS, Chain, ParamGroup, ParamState
 from metaopt.engine.param_state import placed, remove_placeholders
-from metaopt.engine.run import AVERAGE_SHOWN, TEMPLATE, UPDATES, Run
+from metaopt.engine.run import AVERAGE_SHOWN, OWN_SCHEDULES, TEMPLATE, UPDATES, Run
 from metaopt.errors import CheckpointError, HyperparameterError, StepError, did_you_mean
 from metaopt.scheduled_values import LR_FACTOR
 from metaopt.torch_internals import only_class_hooks
@@ -268,7 +268,7 @@ def _merged_groups(run: Run, saved: list[ParamGroup], report: LoadReport) -> lis
     dropped = tuple(f"{label}." for label in report.dropped)
     merged = []
     for saved_group, group in zip(saved, run.param_groups, strict=True):
-        chain, scheduled = run.structure.chain_of(group), run.structure.schedules_of(group)
+        chain, scheduled = run.structure.chain_of(group), run.schedules_of(group)
         kept = {k: v for k, v in saved_group.items() if not _belongs(k, dropped)}
         for key, initial in chain.counters.items():
             kept.setdefault(key, initial)
@@ -285,7 +285,7 @@ def _merged_groups(run: Run, saved: list[ParamGroup], report: LoadReport) -> lis
                 kept[key] = group[key]
             else:
                 kept[key] = _validated(wrapper, name, kept[key])
-        for key in RUN_FLAGS:
+        for key in (*RUN_FLAGS, OWN_SCHEDULES):
             if key in group:
                 kept[key] = group[key]
             else:

@@ -2,8 +2,7 @@
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from numbers import Real
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +11,23 @@ from torch.utils.weak import WeakIdKeyDictionary
 from metaopt.engine.chain import Chain, ParamGroup, ParamState, number_of
 from metaopt.engine.fused import FusedLists
 from metaopt.engine.structure import Structure
-from metaopt.errors import HyperparameterError, ParameterError, StepError, did_you_mean
+from metaopt.errors import HyperparameterError, StepError, did_you_mean
+from metaopt.group_entries import (
+    NO_DECAY,
+    OWN_VALUES,
+    TIED,
+    is_decay,
+    lr_scale_of,
+    mark_no_decay,
+    name_like_others,
+    take_value,
+    with_list,
+)
+from metaopt.hyperparameters import from_signature
 from metaopt.left_out import LeftOut
 from metaopt.metrics import Metrics
-from metaopt.schedule import Schedule
-from metaopt.scheduled_values import LR_FACTOR, ScheduledValues
+from metaopt.schedule import Schedule, as_schedule
+from metaopt.scheduled_values import ScheduledValues
 from metaopt.torch_internals import called_by_zero_redundancy_optimizer
 from metaopt.wrapper import Scalar, Wrapper
 
@@ -27,10 +38,8 @@ AVERAGE_SHOWN = "metaopt.swapped"
 # "", or the state holds only placeholders (see param_state): "asked" and the group entries that the base adds, if a
 # client wants to see the keys; "made" in a checkpoint from before the base's first update
 TEMPLATE = "metaopt.template"
-# nothing in the stack decays this group; taken out when the group is completed
-NO_DECAY = "metaopt.no_decay"
-# the other names of tied parameters, for parts that choose by name; taken out when the group is completed
-TIED = "metaopt.tied"
+# where in `Run.own_schedules` those of this group are; a group that follows the stack's schedules has no such entry
+OWN_SCHEDULES = "metaopt.own_schedules"
 
 
 class Run:
@@ -42,6 +51,8 @@ class Run:
         self.metrics = metrics
         self.scheduled: list[ScheduledValues] = []
         self.has_schedules = False
+        # by group (see OWN_SCHEDULES): schedules by key, None for a constant beside a schedule of the stack
+        self.own_schedules: list[dict[str, Schedule | None]] = []
         # what the base's constructor made of parameters that it has not updated yet
         self.constructor_state: dict[torch.Tensor, ParamState] = {}
         # the names of chains whose base makes state in its constructor
@@ -55,7 +66,7 @@ class Run:
         self.has_zero_shard = called_by_zero_redundancy_optimizer()
         # None: the base works its rate out itself
         rates = [group.get("lr", 0.0) for group in self.param_groups]
-        self.built_with_lr = any(rate is None or float(rate) != 0.0 for rate in rates)
+        self.built_with_lr = any(rate is None or isinstance(rate, Schedule) or float(rate) != 0.0 for rate in rates)
         # parameters of the model that no group holds, while they may begin to train
         self.left_out: LeftOut | None = None
         # what the stack was built over, if that was a module; not held, because a model may be large
@@ -131,6 +142,19 @@ class Run:
 
     # ---- schedules
 
+    def schedules_of(self, group: ParamGroup) -> dict[str, Schedule]:
+        """Return the schedules that drive a group's entries, by key: its own, and the stack's for what it leaves."""
+        shared = self.structure.schedules_of(group)
+        if OWN_SCHEDULES not in group:
+            return shared
+        if group[OWN_SCHEDULES] >= len(self.own_schedules):
+            raise HyperparameterError(
+                f"group {group.get('name', '')} had schedules of its own, which a checkpoint does not hold: give them "
+                f"again, by add_param_group before the checkpoint is loaded"
+            )
+        every: dict[str, Schedule | None] = {**shared, **self.own_schedules[group[OWN_SCHEDULES]]}
+        return {key: schedule for key, schedule in every.items() if schedule is not None}
+
     def write_schedules(self) -> None:
         """Set every scheduled value for the update that comes next."""
         for scheduled, group in zip(self.scheduled, self.param_groups, strict=True):
@@ -138,10 +162,8 @@ class Run:
 
     def begin_schedules(self) -> None:
         """Follow the schedules of all groups from the present count on."""
-        structure = self.structure
-        self.scheduled = [
-            ScheduledValues(structure.schedules_of(group), structure.total_steps) for group in self.param_groups
-        ]
+        run = self.structure.total_steps
+        self.scheduled = [ScheduledValues(self.schedules_of(group), run) for group in self.param_groups]
         self.has_schedules = any(scheduled.schedules for scheduled in self.scheduled)
         self._adopted = self.param_groups, len(self.param_groups)
         self.write_schedules()
@@ -158,17 +180,21 @@ class Run:
         if not old or new == old:
             return
         if "lr" in scheduled.schedules:
-            group[LR_FACTOR] = group.get(LR_FACTOR, 1.0) * (new / old)
-            scheduled.write(group)
+            scheduled.scale_rate(group, new / old)
         elif isinstance(current, torch.Tensor):
             current.fill_(new)
         else:
             group["lr"] = new
 
+    def adopt_rates(self) -> None:
+        """Let rates that were set by hand under a schedule be factors of it, before anything else reads them."""
+        for scheduled, group in zip(self.scheduled, self.param_groups, strict=False):
+            scheduled.adopt_rate(group)
+
     def lr_set_by_client(self, position: int) -> bool:
         """Return whether user code changed a group's learning rate since a schedule wrote it or the run was made."""
         group = self.param_groups[position]
-        if "lr" in self.structure.schedules_of(group):
+        if "lr" in self.schedules_of(group):
             return not self.scheduled[position].are_unchanged(group)
         return self.built_with_lr
 
@@ -177,7 +203,8 @@ class Run:
     def complete_groups(self) -> None:
         """Validate and complete the groups that the base was built with."""
         for position, group in enumerate(self.param_groups):
-            self.validate_group(group, position, built=True)
+            # what it holds of the base's may be defaults: what the user gave was read before
+            self.validate_group(group, position, {key for key in group if "." in key})
             self.complete_group(group)
         self.know_members()
         self.begin_schedules()
@@ -187,6 +214,8 @@ class Run:
         groups, (adopted, number) = self.param_groups, self._adopted
         if groups is adopted and len(groups) == number:
             return
+        if groups is adopted:
+            self.adopt_rates()
         new = any(UPDATES not in group for group in groups)
         count = next((group[UPDATES] for group in groups if UPDATES in group), 0)
         for position, group in enumerate(groups):
@@ -194,7 +223,9 @@ class Run:
                 continue
             if self.structure.multi_base is not None:
                 group["metaopt.part"] = self.structure.multi_base.chain_for(group).name
-            self.validate_group(group, position, built=True)
+            shared, defaults = self.structure.schedules_of(group), self.structure.chain_of(group).base.defaults
+            given = {k for k in group if "." in k or (k in shared and group[k] != defaults.get(k))}
+            self.validate_group(group, position, given)
             group[UPDATES] = count
             self.complete_group(group)
         self._part_scalars()
@@ -206,11 +237,13 @@ class Run:
 
     def add_group(self, param_group: ParamGroup) -> None:
         """Add a group to the base and complete it; nothing changes if it is refused."""
-        group = _with_list(param_group)
+        group = with_list(param_group)
+        self.adopt_rates()
         if self.structure.multi_base is not None:
             group["metaopt.part"] = self.structure.multi_base.chain_for(group).name
-        self.validate_group(group, len(self.param_groups))
-        _name_like_others(group, self.param_groups)
+        mark_no_decay(group)
+        self.validate_group(group, len(self.param_groups), group.keys())
+        name_like_others(group, self.param_groups)
         before = set(self.state)
         self.base.add_param_group(group)
         for p in [p for p in self.state if p not in before]:
@@ -237,11 +270,8 @@ class Run:
             for p in group["params"]:
                 self._known[p] = True
 
-    def validate_group(self, group: ParamGroup, position: int, *, built: bool = False) -> None:
-        """Raise HyperparameterError for an entry that no part has, that is out of bounds or that has a schedule.
-
-        A group that the base has `built` holds the base's defaults already: those are not settings of the user.
-        """
+    def validate_group(self, group: ParamGroup, position: int, given: Collection[str]) -> None:
+        """Raise HyperparameterError for an entry that no part has, or that is out of bounds; read what was `given`."""
         where = f"group {group.get('name', position)}"
         chain = self.structure.chain_of(group)
         schedules, known = self.structure.schedules_of(group), chain.hyperparameters
@@ -250,28 +280,31 @@ class Run:
                 f"{where}: differentiable=True: {chain.ordered[0].label} changes tensors in place and cannot be "
                 f"differentiated through; leave one of the two out"
             )
-        for key in schedules.keys() & (known.keys() if group.get(NO_DECAY) else set()):
-            if known[key][1] == "weight_decay" and key not in group:
-                raise HyperparameterError(
-                    f"{where} is to have no decay, but the stack has a schedule for {key}: drop one of the two"
-                )
-        for key, value in group.items():
-            if key in schedules and not (built and key not in known):
-                raise HyperparameterError(
-                    f"{where} sets {key}={value!r}, but the stack has a schedule for it: "
-                    f"use lr_scale in the group to scale the learning rate, or drop one of the two"
-                )
-            if isinstance(value, Schedule):
-                raise HyperparameterError(
-                    f"{where}: {key} has a schedule of its own: schedules belong to the whole stack"
-                )
+        if chain.base.defaults.get("weight_decay"):
+            mark_no_decay(group)
+        for key in known if group.get(NO_DECAY) else ():
+            if is_decay(known[key][0].hyperparameters[known[key][1]]):
+                group.setdefault(key, 0.0)
+                given = {*given, key}
+        settings: dict[str, Any] = {"total_steps": self.structure.total_steps}
+        if self.param_groups and UPDATES in self.param_groups[0]:
+            settings["updates"] = self.updates
+        for key, value in list(group.items()):
             if key in known:
                 wrapper, name = known[key]
-                group[key] = wrapper.hyperparameters[name].validate(value, where=f"{where}, {wrapper.label}")
-                if not wrapper.hyperparameters[name].per_group:
+                own = wrapper.hyperparameters[name]
+                if key in given:
+                    place = f"{where}, {wrapper.label}"
+                    take_value(group, key, own, where=place, shared=schedules.get(key), **settings)
+                if not own.per_group:
                     self._validate_shared(group, key, wrapper, name, where)
             elif "." in key and not key.startswith("metaopt."):
                 raise HyperparameterError(f"{where}: no part of this stack has {key!r}.{did_you_mean(key, known)}")
+            elif key in chain.base.defaults and (
+                (key in given and key in schedules) or isinstance(as_schedule(value), Schedule)
+            ):
+                declared = from_signature(type(chain.base)).get(key)
+                take_value(group, key, declared, where=where, shared=schedules.get(key), **settings)
 
     def _validate_shared(self, group: ParamGroup, key: str, wrapper: Wrapper, name: str, where: str) -> None:
         # before the first group is complete the wrapper's own value is what the others will get
@@ -289,24 +322,26 @@ class Run:
         group.setdefault("metaopt.total_steps", self.structure.total_steps)
         group.setdefault(AVERAGE_SHOWN, "")
         group.setdefault(TEMPLATE, "")
-        scale = _lr_scale(group.pop("lr_scale", 1.0), group)
+        if OWN_VALUES in group:
+            self.own_schedules.append(group.pop(OWN_VALUES))
+            group[OWN_SCHEDULES] = len(self.own_schedules) - 1
+        scale = lr_scale_of(group)
         if "metaopt.lr_scale" not in group:
             group["metaopt.lr_scale"] = scale
-            if scale != 1.0 and "lr" not in self.structure.schedules_of(group):
+            if scale != 1.0 and "lr" not in self.schedules_of(group):
                 if group.get("lr") is None:
                     raise HyperparameterError(
                         f"lr_scale={scale:g}: {type(self.base).__name__} works its learning rate out itself, so that "
                         f"there is nothing to scale; give it an lr, or leave lr_scale out"
                     )
                 group["lr"] = group["lr"] * scale
-        without_decay = group.pop(NO_DECAY, False)
+        group.pop(NO_DECAY, None)
         group.pop(TIED, None)
         # the state of a part without hyperparameters is known as that part's by this entry
         group["metaopt.labels"] = ",".join(chain.labelled)
         for key, (wrapper, name) in chain.hyperparameters.items():
             value = getattr(wrapper, name)
-            zero = (without_decay and name == "weight_decay") or isinstance(value, Schedule)
-            group.setdefault(key, 0.0 if zero else value)
+            group.setdefault(key, 0.0 if isinstance(value, Schedule) else value)
         for key, initial in chain.counters.items():
             # a group that comes later joins the others' count
             group.setdefault(key, next((g[key] for g in self.param_groups if key in g), initial))
@@ -342,29 +377,3 @@ class Run:
 def _new_scalar(scalar: Scalar, wrapper: Wrapper, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     size = () if scalar.size is None else (number_of(scalar.size, vars(wrapper)),)
     return torch.full(size, scalar.initial, dtype=dtype, device=device)
-
-
-def _lr_scale(value: Any, group: ParamGroup) -> float:
-    number = not isinstance(value, bool) and isinstance(value, Real | torch.Tensor)
-    if not number or not 0.0 <= float(value) < float("inf"):
-        where = f"group {group['name']}" if "name" in group else "a group"
-        raise HyperparameterError(f"{where} sets lr_scale={value!r:.60}: it multiplies the rate, give a number >= 0")
-    return float(value)
-
-
-def _with_list(group: ParamGroup) -> ParamGroup:
-    """Return a copy of a group with its parameters, which may come from a generator, in a list."""
-    if not isinstance(group, dict) or "params" not in group:
-        raise ParameterError(f"add_param_group: a group is a dict with the key 'params', not {group!r:.60}")
-    members = group["params"]
-    if isinstance(members, set):  # torch refuses sets, because they are unordered
-        return dict(group)
-    return {**group, "params": [members] if isinstance(members, torch.Tensor) else list(members)}
-
-
-def _name_like_others(group: ParamGroup, others: Sequence[ParamGroup]) -> None:
-    """Name a new group's parameters if existing groups have names; torch requires all or none."""
-    unnamed = "param_names" not in group and not any(isinstance(member, tuple) for member in group["params"])
-    if unnamed and any("param_names" in other for other in others):
-        called = group.get("name", f"group {len(others)}")
-        group["param_names"] = [f"{called}.{position}" for position in range(len(group["params"]))]

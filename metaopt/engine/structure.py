@@ -8,13 +8,11 @@ import torch
 
 from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.multi_base import MultiBase
-from metaopt.errors import HyperparameterError, SpecError
-from metaopt.schedule import Schedule
+from metaopt.errors import SpecError
+from metaopt.schedule import Schedule, validate_values
 from metaopt.wrapper import BEFORE_BASE, Wrapper
 
 LABEL = re.compile(r"[a-z_][a-z0-9_]*")
-# points at which a scheduled value is held against the bounds of its hyperparameter, when a stack is made
-SAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -223,21 +221,11 @@ def _validate_resets(chain: Chain, groups: Sequence[ParamGroup]) -> None:
 
 
 def _validate_schedules(schedules: Mapping[str, Schedule], chain: Chain, total_steps: int | None) -> None:
-    """Hold scheduled values against the declared bounds; a value on an open bound passes: warm-ups begin there."""
     for key, schedule in schedules.items():
         if key not in chain.hyperparameters:
             continue
         wrapper, name = chain.hyperparameters[key]
-        hyperparameter = wrapper.hyperparameters[name]
-        curve = schedule.curve(total_steps, total_steps)
-        end = total_steps or schedule.length(total_steps, total_steps) or 10 * SAMPLES
-        for t in sorted({round(end * i / SAMPLES) for i in range(SAMPLES + 1)}):
-            value = curve(t)
-            if not all(map(hyperparameter.within_closed_bounds, value if isinstance(value, tuple) else (value,))):
-                raise HyperparameterError(
-                    f"{wrapper.label}: the schedule {schedule!r} gives {name}={value!r:.12} after {t} updates, but "
-                    f"{name} must be {hyperparameter.bounds()}"
-                )
+        validate_values(schedule, wrapper.hyperparameters[name], wrapper.label, total_steps)
 
 
 def validate_labels(wrappers: Iterable[Wrapper]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from clients.training import assert_same, batch, loss_of, small_model, train, weights
 from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
@@ -192,3 +192,26 @@ def test_fabric_trains_as_a_loop_of_one_s_own() -> None:
     train(twin, stack_over(twin), 0, 7)
     assert_same(weights(model), weights(twin))
     assert opt.updates == 7
+
+
+class HeadFirst(Program):
+    """A program whose head is trained first; a callback adds the backbone later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = self.model[0]
+
+    def configure_optimizers(self) -> metaopt.Stack:
+        return metaopt.build(self.model[2], "adamw(lr=warmup(0.01, 4)) | lookahead(k=2)")
+
+
+@pytest.mark.filterwarnings("ignore:lr was set by hand:metaopt.MetaoptWarning")  # as this callback does at every epoch
+def test_a_callback_that_adds_the_backbone_gives_it_a_proportion_of_the_schedule(tmp_path: Path) -> None:
+    program = HeadFirst()
+    before = weights(program.backbone)
+    callback = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)
+    trainer = fit(program, tmp_path, -1, max_epochs=3, limit_train_batches=3, callbacks=[callback])
+    (opt,) = trainer.optimizers
+    # a tenth of 0.0075, the rate at epoch 1, and at epoch 2 twice that, beside 0.01
+    assert [group["lr"] for group in opt.param_groups] == [0.01, pytest.approx(0.0015)]
+    assert not torch.equal(before[0], program.backbone.weight)
