@@ -1,12 +1,13 @@
 """Text <-> stack: parts, pipelines of parts, and the one line of text that both can be written as."""
 
 import ast
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from inspect import isroutine
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -21,6 +22,26 @@ from metaopt.syntax import Source
 from metaopt.wrapper import Wrapper
 
 
+class _Signature:
+    """The signature of a part: what an interactive shell completes and shows."""
+
+    def __get__(self, own: Any, kind: type) -> inspect.Signature:
+        if own is None:
+            raise AttributeError("__signature__")
+        found: list[inspect.Parameter] = []
+        for h in own.hyperparameters.values():
+            # python has no required argument behind one that may be left out; the default is then called "required"
+            behind = any(other.default is not inspect.Parameter.empty for other in found)
+            default = inspect.Parameter.empty if h.required and not behind else h.default
+            annotation = inspect.Parameter.empty if h.type is None else h.type
+            known = inspect.Parameter.POSITIONAL_OR_KEYWORD
+            found.append(inspect.Parameter(h.name, known, default=default, annotation=annotation))
+        if own.kind == "wrapper":
+            label = inspect.Parameter("label", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=str | None)
+            found.append(label)
+        return inspect.Signature(found)
+
+
 @dataclass(frozen=True)
 class Part:
     """One part of a pipeline: a registered (or given) class with the arguments that it will get. Knows `|`."""
@@ -31,6 +52,10 @@ class Part:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     label: str | None = None
     registered: bool = True
+    __signature__: ClassVar[_Signature] = _Signature()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "__doc__", inspect.getdoc(self.target))  # of the part, for help() and editors
 
     @property
     def hyperparameters(self) -> dict[str, Hyperparameter]:
@@ -45,8 +70,9 @@ class Part:
         """Whether the part deals the parameters out to pipelines of its own."""
         return isinstance(self.target, type) and issubclass(self.target, Partitioner)
 
-    def __call__(self, *args: Any, label: str | None = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the part with these hyperparameters; a schedule, logger or problem is made at once."""
+        label = kwargs.pop("label", None)
         if self.kind in ("schedule", "logger", "problem"):
             if label is not None:
                 raise SpecError(f"{self.name}: a {self.kind} takes no label")

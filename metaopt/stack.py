@@ -38,6 +38,9 @@ from metaopt.wrapper import Closure, Wrapper
 # what a copy of a run cannot find out again
 _REMEMBERED = ("constructor_state", "constructor_chains", "built_with_lr", "has_zero_shard", "own_schedules")
 
+# what explanations, checks and benchmarks ask of a stack; hidden from completion
+_FOR_TOOLS = ("chain_of", "chains", "description", "needs_closure", "schedules_of")
+
 
 class Stack(torch.optim.Optimizer):
     """A base optimizer with wrappers around it: one `step()`, one `state_dict()`.
@@ -404,6 +407,11 @@ class Stack(torch.optim.Optimizer):
                 warn_of_bare_step(stack.base, stack.wrappers)
 
         watch_step(self._run.base, seen)
+
+    def __dir__(self) -> list[str]:
+        """Return what a user needs, for completion: not what the engine and torch keep on optimizers for themselves."""
+        hidden = {"OptimizerPreHook", "OptimizerPostHook", "profile_hook_step", *_FOR_TOOLS}
+        return [name for name in super().__dir__() if name not in hidden and (name[:1] != "_" or name[:2] == "__")]
 
     def __repr__(self) -> str:
         groups = super().__repr__().partition("(")[2]

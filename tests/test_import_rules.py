@@ -56,7 +56,17 @@ ENGINE = (
     "step",
 )
 EXPLAINING = {"explaining", "explanation", "findings", "orthogonal", "practice", "probing", "sizes", "batch_size"}
-BUILDING = {"building", "configured", "spec_data", "making", "describing", "grouping", "layers", "run_description"}
+BUILDING = {
+    "building",
+    "configured",
+    "stubs",
+    "spec_data",
+    "making",
+    "describing",
+    "grouping",
+    "layers",
+    "run_description",
+}
 TOP = {"lab", "cli", "testing"}
 MODULES = {f.stem for f in ROOT.glob("*.py")} - {"__init__", "__main__"}
 BELOW_SPEC = {*BOTTOM, "engine", "stack", "compiled_step"} - {"problem"}
@@ -67,6 +77,7 @@ ALLOWED: dict[str, set[str]] = {
     "spec": BELOW_SPEC | {"spec_data"},
     "ensembling": BELOW_ENGINE | {"engine", "reading", "stack"},
     **dict.fromkeys(BUILDING, BELOW_SPEC | {"spec"} | BUILDING),
+    "stubs": BELOW_SPEC | {"spec", "metaopt"},
     **dict.fromkeys(EXPLAINING, BELOW_SPEC | {"spec"} | BUILDING | EXPLAINING),
 }
 ANYTHING = {*MODULES, "metaopt", "engine", *BUILT_IN}
@@ -153,15 +164,6 @@ def test_importing_metaopt_loads_nothing_heavy(statement: str) -> None:
 def test_no_module_bears_a_public_or_a_registered_name() -> None:
     modules = {p.stem for p in ROOT.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()} - {"__init__"}
     assert modules & (set(metaopt._HOMES) | set(registry.names())) == set()
-
-
-def test_an_editor_completes_every_part_that_is_written_here() -> None:
-    tree = ast.parse((ROOT / "__init__.py").read_text())
-    known = {node.target.id for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)}  # type: ignore[union-attr]
-    kinds = ("optimizer", "wrapper", "schedule")
-    entries = [entry for kind in kinds for entry in registry.entries(kind) if entry.origin == "metaopt"]
-    assert {entry.name for entry in entries if entry.target.__module__.startswith("metaopt.")} <= known
-    assert known <= {entry.name for entry in entries}
 
 
 def test_no_registered_name_is_a_public_one() -> None:
