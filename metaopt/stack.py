@@ -2,10 +2,10 @@
 
 import weakref
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from metaopt.compiled_step import CompiledStep
 from metaopt.engine import averages, checkpoint, param_state
 from metaopt.engine.chain import Chain, ParamGroup
+from metaopt.engine.load_report import Choice, LoadReport, changed_choice
 from metaopt.engine.run import Run
 from metaopt.engine.step import record, step
 from metaopt.engine.structure import Structure, fights, validate
@@ -63,7 +64,8 @@ class Stack(torch.optim.Optimizer):
         model: torch.nn.Module | None = None,
     ) -> None:
         self.description = description
-        self.load_report: checkpoint.LoadReport | None = None
+        self.load_report: LoadReport | None = None
+        self._choice = Choice()
         structure = Structure(base, wrappers, schedules or {}, total_steps, fused_by_default)
         self._run = Run(structure, base, metrics or Metrics())
         self._run.left_out = left_out
@@ -143,8 +145,13 @@ class Stack(torch.optim.Optimizer):
 
     @property
     def updates(self) -> int:
-        """How many updates were made; skipped steps do not count."""
+        """How many updates were made; skipped steps do not count. Schedules follow a count that is set."""
         return self._run.updates
+
+    @updates.setter
+    def updates(self, number: int) -> None:
+        self._run.adopt_groups()
+        self._run.count_from(number)
 
     @property
     def skipped(self) -> str | None:
@@ -355,22 +362,49 @@ class Stack(torch.optim.Optimizer):
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        *,
+        keep: Literal["live", "saved"] | None = None,
+        extend: bool | None = None,
+        names: Iterable[Any] | None = None,
+    ) -> None:
         """Load a stack's or a bare base's checkpoint, whole or not at all; `load_report` says what came of it.
 
-        Raises CheckpointError, before anything changes, for another base, other groups, shapes or total steps.
+        Scheduled values follow this stack's schedules at the loaded count. Constants are the checkpoint's, with one
+        warning that lists those that differ; `keep="saved"` takes them without it, `keep="live"` keeps this stack's.
+        `extend=True` allows a checkpoint of a run with other `total_steps`. Parameters are matched by name; `names`
+        gives those of a checkpoint that has none, in its order: `names=model.named_parameters()`. What is not given
+        is as `resume_with` said. Raises CheckpointError, before anything changes, for another base or other shapes,
+        for parameters that cannot be matched, and for other total steps if schedules depend on them.
         """
-        base = self._run.base
+        base, choice = self._run.base, changed_choice(self._choice, keep, extend, names)
         self._run.adopt_groups()
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for pre_hook in user_hooks(self._optimizer_load_state_dict_pre_hooks, base):
             state_dict = pre_hook(self, state_dict) or state_dict
-        self.load_report = checkpoint.load(self._run, state_dict)
+        self.load_report = checkpoint.load(self._run, state_dict, choice)
         self._run.begin_schedules()
         self._run.invalidate()
         for hook in user_hooks(self._optimizer_load_state_dict_post_hooks, base):
             hook(self)
-        self.load_report.warn()
+        self.load_report.warn(choice)
+
+    def resume_with(
+        self,
+        *,
+        keep: Literal["live", "saved"] | None = None,
+        extend: bool | None = None,
+        names: Iterable[Any] | None = None,
+    ) -> "Stack":
+        """Choose how `load_state_dict` loads if a client calls it, as trainers do; return the stack.
+
+        `return metaopt.build(model, spec, total_steps=2000).resume_with(extend=True)`. The arguments are those of
+        `load_state_dict`. Raises CheckpointError for a `keep` that does not exist.
+        """
+        self._choice = changed_choice(self._choice, keep, extend, names)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         structure = self._run.structure

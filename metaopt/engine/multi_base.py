@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from metaopt.engine.chain import Chain, ParamGroup
-from metaopt.errors import CheckpointError, ParameterError, did_you_mean
+from metaopt.errors import ParameterError, did_you_mean
 
 
 class Partitioner(ABC):
@@ -99,12 +99,6 @@ class MultiBase(torch.optim.Optimizer):
         """Let each base load what belongs to it, group by group in the order of the live groups."""
         self.assign_groups()
         parts = [group["metaopt.part"] for group in self.param_groups]
-        for part, saved in zip(parts, state_dict["param_groups"], strict=True):
-            if saved.get("metaopt.part", part) != part:
-                raise CheckpointError(
-                    f"the checkpoint's part {saved['metaopt.part']!r} stands where this stack has {part!r}: "
-                    f"build the stack with the same parts in the same order"
-                )
         state: defaultdict[torch.Tensor, Any] = defaultdict(dict)
         loaded = {}
         for chain in self.chains:

@@ -3,6 +3,8 @@
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
+from numbers import Real
+from operator import index
 from typing import Any
 
 import torch
@@ -40,6 +42,8 @@ AVERAGE_SHOWN = "metaopt.swapped"
 TEMPLATE = "metaopt.template"
 # where in `Run.own_schedules` those of this group are; a group that follows the stack's schedules has no such entry
 OWN_SCHEDULES = "metaopt.own_schedules"
+# of the entries of a checkpoint; 1 is everything before the entry itself (docs/upgrading.md)
+FORMAT_KEY, FORMAT = "metaopt.format", 2
 
 
 class Run:
@@ -191,6 +195,14 @@ class Run:
         for scheduled, group in zip(self.scheduled, self.param_groups, strict=False):
             scheduled.adopt_rate(group)
 
+    def count_from(self, updates: int) -> None:
+        """Set the count of updates; schedules follow. Raises StepError for what is not a count."""
+        if isinstance(updates, bool) or not hasattr(updates, "__index__") or index(updates) < 0:
+            raise StepError(f"updates must be an integer from 0 up, got {updates!r:.60}")
+        for group in self.param_groups:
+            group[UPDATES] = index(updates)
+        self.write_schedules()
+
     def lr_set_by_client(self, position: int) -> bool:
         """Return whether user code changed a group's learning rate since a schedule wrote it or the run was made."""
         group = self.param_groups[position]
@@ -319,6 +331,7 @@ class Run:
         """Give a group the entries that wrappers and engine keep in it, and apply its `lr_scale` once."""
         chain = self.structure.chain_of(group)
         group.setdefault(UPDATES, 0)
+        group[FORMAT_KEY] = FORMAT
         group.setdefault("metaopt.total_steps", self.structure.total_steps)
         group.setdefault(AVERAGE_SHOWN, "")
         group.setdefault(TEMPLATE, "")

@@ -46,7 +46,6 @@ def replaced(key: str, value: Any, group: int = 0) -> Damage:
 DAMAGES: dict[str, Damage] = {
     "no state": without("state"),
     "no groups": without("param_groups"),
-    "a group too few": lambda state: state["param_groups"].pop(),
     "a group too many": lambda state: state["param_groups"].append(copy.deepcopy(state["param_groups"][0])),
     "a parameter too few": lambda state: state["param_groups"][1]["params"].pop(),
     "no list of parameters": group_without("params"),

@@ -181,7 +181,8 @@ def test_constants_come_from_the_checkpoint_and_how_to_run_from_the_live_stack()
     train(model, opt, range(2))
     twin = small_model()
     other = metaopt.wrap(torch.optim.AdamW(twin.parameters(), foreach=True), "lookahead(k=3)")
-    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    with pytest.warns(UserWarning, match=r"from the checkpoint: betas=\(0.8, 0.9\) \(this stack: \(0.9, 0.999\)\)"):
+        other.load_state_dict(copy.deepcopy(opt.state_dict()))
     (entry,) = other.param_groups
     assert (entry["lr"], entry["betas"], entry["lookahead.k"], entry["lookahead.alpha"]) == (0.03, (0.8, 0.9), 7, 0.8)
     assert (entry["foreach"], entry["fused"]) == (True, None)
@@ -194,7 +195,8 @@ def test_scheduled_values_are_those_of_the_live_schedule_at_the_loaded_count() -
     train(model, opt, range(7))
     twin = small_model()
     other = metaopt.build(twin.named_parameters(), "sgd(lr=cosine(0.4))", total_steps=20)
-    other.load_state_dict(opt.state_dict())
+    with pytest.warns(UserWarning, match="from this stack's schedule after 7 updates: lr="):
+        other.load_state_dict(opt.state_dict())
     assert other.param_groups[0]["lr"] == pytest.approx(4 * opt.param_groups[0]["lr"])
     train(twin, other, range(7, 9))
 

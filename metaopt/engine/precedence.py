@@ -1,0 +1,241 @@
+"""Whose values are in force after a load: the checkpoint's, this stack's or its schedules'.
+
+The rule, for each hyperparameter of each group: a scheduled value follows this stack's schedule at the loaded count;
+what decides which state there is stays this stack's; every other value is the checkpoint's, or this stack's with
+keep="live". If the groups are others than the checkpoint's, that holds for values that all groups share; what a group
+sets for itself is this stack's.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+
+from metaopt.engine.chain import RUN_FLAGS, ParamGroup
+from metaopt.engine.load_report import Choice, Difference, LoadReport
+from metaopt.engine.matching import Matched
+from metaopt.engine.run import AVERAGE_SHOWN, FORMAT, FORMAT_KEY, OWN_SCHEDULES, TEMPLATE, UPDATES, Run
+from metaopt.errors import CheckpointError, HyperparameterError
+from metaopt.schedule import ScheduledValues
+from metaopt.wrapper import Wrapper
+
+LR_SCALE = "metaopt.lr_scale"
+# under these names an optimizer without a count of ours counts its updates, in state[p] or in a group
+COUNTS = ("step", "k")
+
+
+def count_of(
+    run: Run, groups: list[ParamGroup], state: Mapping[Any, Any]
+) -> tuple[int, Literal["checkpoint", "base", "nowhere"]]:
+    """Return how many updates were made, and who says so; "nowhere" is 0."""
+    own = [group[UPDATES] for group in groups if UPDATES in group]
+    if own:
+        return own[0], "checkpoint"
+    held = [param_state for param_state in state.values() if isinstance(param_state, Mapping)]
+    # a parameter whose first gradient came later has fewer
+    counted = [_count(param_state.get("step")) for param_state in held]
+    settings = {name for chain in run.structure.chains for name in chain.constructor_names}
+    counted += [_count(group[key]) for group in groups for key in COUNTS if key in group and key not in settings]
+    known = [count for count in counted if count is not None]
+    return (max(known), "base") if known else (0, "nowhere")
+
+
+def _count(value: Any) -> int | None:
+    if isinstance(value, torch.Tensor):
+        value = value.item() if value.numel() == 1 else None
+    number = not isinstance(value, bool) and isinstance(value, int | float)
+    return round(value) if number and 0 <= value < float("inf") else None
+
+
+def merged_groups(run: Run, found: Matched, choice: Choice, report: LoadReport) -> list[ParamGroup]:
+    """Return the groups to load, with the values that are to be in force; the report gets what differs."""
+    merged = []
+    dropped = tuple(f"{label}." for label in report.dropped)
+    for position, group in enumerate(run.param_groups):
+        merge = _Merge(run, found, position, choice, report)
+        saved = {k: v for k, v in merge.saved().items() if not belongs(k, dropped)}
+        kept = merge.settings(saved)
+        for key, initial in merge.chain.counters.items():
+            kept.setdefault(key, next((g[key] for g in found.groups if key in g), initial))
+        for key, (_, scalar) in merge.chain.scalars.items():
+            if scalar.per == "run":
+                kept[key] = merge.saved_groups_of_chain()[0].get(key)
+            _keep_scalar(kept, key, group[key], scalar.initial)
+        for key in (*RUN_FLAGS, OWN_SCHEDULES):
+            if key in group:
+                kept[key] = group[key]
+            else:
+                kept.pop(key, None)
+        for key in ("name", "param_names", "metaopt.part"):
+            if key in group:
+                kept[key] = group[key]
+        if "metaopt.part" not in group:
+            kept.pop("metaopt.part", None)
+        first = found.groups[0]
+        kept |= {
+            "params": found.ids[position],
+            UPDATES: report.updates,
+            AVERAGE_SHOWN: first.get(AVERAGE_SHOWN, ""),
+            TEMPLATE: kept.get(TEMPLATE, first.get(TEMPLATE, "")),
+            FORMAT_KEY: FORMAT,
+            "metaopt.total_steps": group["metaopt.total_steps"],
+            "metaopt.labels": group["metaopt.labels"],
+        }
+        merge.report_schedules(saved, kept)
+        merged.append(kept)
+    return merged
+
+
+class _Merge:
+    """One live group and what the checkpoint has for it."""
+
+    def __init__(self, run: Run, found: Matched, position: int, choice: Choice, report: LoadReport) -> None:
+        self.run, self.found, self.choice, self.report = run, found, choice, report
+        self.group = run.param_groups[position]
+        self.chain = run.structure.chain_of(self.group)
+        self.schedules = run.schedules_of(self.group)
+        self.is_same_group = found.is_same_group(position)
+        self.sources = [found.groups[source] for source in found.sources[position]]
+        own = self.chain.constructor_names & self.group.keys()
+        # what a user sets; everything else in a group is state
+        self.keys = ((own | {"lr"}) & self.group.keys()) - RUN_FLAGS | self.chain.hyperparameters.keys()
+
+    def saved(self) -> ParamGroup:
+        """Return what the checkpoint has for the group: its own group, or what the groups that it comes from share."""
+        if self.is_same_group:
+            return dict(self.sources[0])
+        settings = self.keys | {LR_SCALE}
+        kept = {k: v for k, v in self.chain.base.defaults.items() if k not in settings and k not in RUN_FLAGS}
+        for key in {k for group in self.sources for k in group} - settings:
+            values = [group[key] for group in self.sources if key in group]
+            if all(same(value, values[0]) for value in values):
+                kept[key] = values[0]
+            elif key in self.chain.scalars:
+                self.report.fresh += [key] if key not in self.report.fresh else []
+            elif key in self.chain.base.defaults:
+                raise CheckpointError(
+                    f"the checkpoint's groups have different {key}, which is state of "
+                    f"{type(self.chain.base).__name__}: the parameters of such groups cannot be put into one"
+                )
+        for key in settings:
+            ours = [g[key] for g in self.chain.groups_in(self.run.param_groups) if key in g]
+            theirs = [g[key] for g in self.saved_groups_of_chain() if key in g]
+            if theirs and all(same(a, side[0]) for side in (ours, theirs) for a in side):
+                kept[key] = theirs[0]
+        return kept
+
+    def saved_groups_of_chain(self) -> list[ParamGroup]:
+        part = self.group.get("metaopt.part")
+        return [group for group in self.found.groups if part is None or group.get("metaopt.part", part) == part]
+
+    def settings(self, saved: ParamGroup) -> ParamGroup:
+        """Return the saved entries with the hyperparameters that are to be in force."""
+        kept = dict(saved)
+        for key in sorted(self.keys):
+            kept[key] = self._value(key, saved)
+        self._scale(kept, saved)
+        return kept
+
+    def _value(self, key: str, saved: ParamGroup) -> Any:
+        live = self.group[key]
+        wrapper, name = self.chain.hyperparameters.get(key, (None, key))
+        # a scheduled value is computed anew; a warm-up may begin at a value that a constant must not have
+        if key in self.schedules or (wrapper is not None and wrapper.label in self.report.fresh):
+            return live
+        if key not in saved:  # an older version of the base, or groups that were taken apart
+            for value in [group[key] for group in self.sources if key in group]:
+                if not same(value, live):
+                    self._report(key, value, live, "stack")
+            return live
+        value = saved[key] if wrapper is None else _validated(wrapper, name, saved[key])
+        differs = not same(_as_set(saved, key, value), _as_set(self.group, key, live))
+        if wrapper is not None and wrapper.hyperparameters[name].defines_state:
+            if differs:
+                self._report(key, value, live, "stack")
+            return live
+        if _is_cycled(saved, key):
+            return value
+        # a torch scheduler goes on from the rate that it left
+        own = self.choice.keep == "live" and not (key == "lr" and "initial_lr" in self.group and "initial_lr" in saved)
+        if differs:
+            ours, theirs = _as_set(self.group, key, live), _as_set(saved, key, value)
+            self._report(key, theirs, ours, "stack" if own else "checkpoint")
+        return live if own else value
+
+    def _scale(self, kept: ParamGroup, saved: ParamGroup) -> None:
+        """Decide on the group's factor of the rate, which goes with the rate."""
+        live = self.group[LR_SCALE]
+        if LR_SCALE not in saved:
+            # the checkpoint of a bare optimizer: its rate holds the factor already, a schedule's does not
+            kept[LR_SCALE] = live if "lr" in self.schedules or kept.get("lr") is self.group.get("lr") else 1.0
+            return
+        own = self.choice.keep == "live"
+        kept[LR_SCALE] = live if own else saved[LR_SCALE]
+        if not same(live, saved[LR_SCALE]):
+            self._report("lr_scale", saved[LR_SCALE], live, "stack" if own else "checkpoint")
+
+    def report_schedules(self, saved: ParamGroup, kept: ParamGroup) -> None:
+        """Report scheduled values that are not those with which the checkpoint would have gone on."""
+        values = ScheduledValues(self.schedules, self.run.structure.total_steps)
+        for key in self.schedules:
+            label = key.partition(".")[0]
+            theirs = [saved[key]] if key in saved else [group[key] for group in self.sources if key in group]
+            if not theirs or (key in self.chain.hyperparameters and label in self.report.fresh):
+                continue
+            value = values.value(key, kept[UPDATES], kept)
+            if not any(same(value, other) for other in theirs):
+                self._report(key, theirs[0], value, "schedule")
+
+    def _report(self, key: str, saved: Any, live: Any, taken: Any) -> None:
+        self.report.add(Difference(key, saved, live, taken))
+
+
+def _as_set(group: ParamGroup, key: str, value: Any) -> Any:
+    """Return what a rate was before a torch scheduler drove it."""
+    return group.get("initial_lr", value) if key == "lr" else value
+
+
+def _is_cycled(saved: ParamGroup, key: str) -> bool:
+    """Return whether torch's OneCycleLR or CyclicLR drives the momentum."""
+    return key in ("momentum", "betas") and "max_momentum" in saved
+
+
+def same(a: Any, b: Any) -> bool:
+    """Return whether two values of a hyperparameter are the same; a tensor has fewer digits than a number."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        a, b = (x.detach().double().cpu() if isinstance(x, torch.Tensor) else x for x in (a, b))
+        try:
+            a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
+            # a history is filled with NaN at first
+            return a.shape == b.shape and torch.allclose(a, b, rtol=1e-6, atol=0.0, equal_nan=True)
+        except (TypeError, ValueError, RuntimeError):
+            return False
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return a == b or abs(a - b) <= 1e-9 * abs(a)
+    return bool(a == b)
+
+
+def belongs(key: Any, prefixes: tuple[str, ...]) -> bool:
+    """Return whether a key belongs to one of some labels."""
+    return isinstance(key, str) and key.startswith(prefixes) if prefixes else False
+
+
+def _keep_scalar(kept: ParamGroup, key: str, live: torch.Tensor, initial: float) -> None:
+    """Take a scalar from the checkpoint in the live one's dtype; a part that starts fresh begins with a new one."""
+    saved = kept.get(key)
+    if saved is None:
+        kept[key] = torch.full_like(live, initial)
+    elif not isinstance(saved, torch.Tensor) or saved.shape != live.shape:
+        shape = tuple(saved.shape) if isinstance(saved, torch.Tensor) else type(saved).__name__
+        raise CheckpointError(f"the checkpoint's {key} is {shape}, expected a tensor of shape {tuple(live.shape)}")
+    else:
+        kept[key] = saved.detach().to(device=live.device, dtype=live.dtype, copy=True)
+
+
+def _validated(wrapper: Wrapper, name: str, value: Any) -> Any:
+    try:
+        return wrapper.hyperparameters[name].validate(value, where=f"the checkpoint's {wrapper.label}")
+    except HyperparameterError as error:
+        raise CheckpointError(str(error)) from error
