@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from metaopt import findings
+from metaopt.engine.precedence import INTERVALS, count_of
 from metaopt.errors import CheckpointError, ParameterError, SpecError
 from metaopt.explanation import Explanation, Row
 from metaopt.reading import read_saved
@@ -85,9 +86,10 @@ def explain_checkpoint(path: str | Path) -> Explanation:
     entries, state = saved["param_groups"], saved["state"]
     rows = tuple(_saved_row(number, entry, state) for number, entry in enumerate(entries))
     first = entries[0] if entries else {}
+    updates, counted = count_of(entries, state, INTERVALS)
     return Explanation(
         optimizer=f"checkpoint {path}",
-        updates=first.get("metaopt.updates", _saved_step(state)),
+        updates=None if counted == "nowhere" else updates,
         total_steps=first.get("metaopt.total_steps"),
         rows=rows,
         findings=tuple(findings.in_entries(entries)),
@@ -129,12 +131,6 @@ def _elements(held: Mapping[str, Any]) -> int:
     return max((value.numel() for value in held.values() if isinstance(value, torch.Tensor)), default=0)
 
 
-def _saved_step(state: Mapping[Any, Any]) -> int | None:
-    steps = (held.get("step") for held in state.values() if isinstance(held, Mapping))
-    step = next((step for step in steps if step is not None), None)
-    return None if step is None else int(step)
-
-
 def _text(stack: Stack) -> str:
     if stack.description is None:
         return f"Stack over {type(stack.base).__name__}"
@@ -148,7 +144,8 @@ def _count(optimizer: torch.optim.Optimizer) -> int | None:
     """Return how many updates were done; None where a plain optimizer does not count them."""
     if isinstance(optimizer, Stack):
         return optimizer.updates
-    return _saved_step(optimizer.state) if optimizer.state else 0
+    count, counted = count_of(optimizer.param_groups, optimizer.state, INTERVALS)
+    return None if counted == "nowhere" and optimizer.state else count
 
 
 def _order(stack: Stack | None, optimizer: torch.optim.Optimizer, entry: dict[str, Any]) -> tuple[str, ...]:

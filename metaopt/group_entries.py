@@ -98,3 +98,11 @@ def name_like_others(group: ParamGroup, others: Sequence[ParamGroup]) -> None:
     if unnamed and any("param_names" in other for other in others):
         called = group.get("name", f"group {len(others)}")
         group["param_names"] = [f"{called}.{position}" for position in range(len(group["params"]))]
+
+
+def rate_of(group: dict[str, Any]) -> float | None:
+    """Return the learning rate of a group as a number, what it was before a torch scheduler; None if it has none."""
+    rate = group.get("initial_lr", group.get("lr"))
+    if isinstance(rate, torch.Tensor):
+        return None if rate.is_meta else float(rate)
+    return float(rate) if isinstance(rate, Real) else None

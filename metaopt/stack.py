@@ -391,19 +391,13 @@ class Stack(torch.optim.Optimizer):
             hook(self)
         self.load_report.warn(choice)
 
-    def resume_with(
-        self,
-        *,
-        keep: Literal["live", "saved"] | None = None,
-        extend: bool | None = None,
-        names: Iterable[Any] | None = None,
-    ) -> "Stack":
+    def resume_with(self, *, keep: Literal["live", "saved"] | None = None, extend: bool | None = None) -> "Stack":
         """Choose how `load_state_dict` loads if a client calls it, as trainers do; return the stack.
 
         `return metaopt.build(model, spec, total_steps=2000).resume_with(extend=True)`. The arguments are those of
         `load_state_dict`. Raises CheckpointError for a `keep` that does not exist.
         """
-        self._choice = changed_choice(self._choice, keep, extend, names)
+        self._choice = changed_choice(self._choice, keep, extend, None)
         return self
 
     def __getstate__(self) -> dict[str, Any]:

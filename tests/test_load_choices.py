@@ -127,7 +127,7 @@ def test_a_rate_that_a_torch_scheduler_drives_is_no_difference_and_goes_on() -> 
         late.load_state_dict(saved[1])
         assert again.param_groups[0]["lr"] == opt.param_groups[0]["lr"] != 0.01
     _, other, late = driven(0.02)
-    with pytest.warns(UserWarning, match=r"lr=0.01 \(this stack: 0.02\)"):
+    with pytest.warns(UserWarning, match=r"lr=0.00\d+ \(this stack: 0.02\)"):
         other.load_state_dict(saved[0])
 
 
@@ -297,3 +297,51 @@ def test_the_checkpoint_carries_the_version_of_its_format_and_a_later_one_is_ref
     del saved["param_groups"][0]["metaopt.format"]
     opt.load_state_dict(saved)
     assert opt.param_groups[0]["metaopt.format"] == 2
+
+
+# ---- what is no other setting
+
+
+def test_a_rate_that_was_lowered_in_the_run_is_no_other_setting() -> None:
+    model, opt = stack_of("adamw(lr=0.01) | ema(0.9)")
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(opt, patience=0)
+    train(model, opt, range(3), after=lambda: scheduler.step(1.0))
+    assert opt.param_groups[0]["lr"] < 0.01
+    _, again = stack_of("adamw(lr=0.01) | ema(0.9)")
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert again.param_groups[0]["lr"] == opt.param_groups[0]["lr"]
+    _, later = stack_of("adamw(lr=0.01) | ema(0.9)")
+    later.load_state_dict(copy.deepcopy(again.state_dict()), keep="live")
+    assert later.param_groups[0]["lr"] == 0.01
+
+
+def test_a_rate_that_was_set_by_hand_before_the_load_is_reported() -> None:
+    saved = saved_after("adamw(lr=0.01) | ema(0.9)", 3)
+    _, opt = stack_of("adamw(lr=0.01) | ema(0.9)")
+    opt.param_groups[0]["lr"] = 0.001
+    with pytest.warns(UserWarning, match=r"lr=0.01 \(this stack: 0.001\)"):
+        opt.load_state_dict(copy.deepcopy(saved))
+    opt.param_groups[0]["lr"] = 0.001
+    opt.load_state_dict(saved, keep="live")
+    assert opt.param_groups[0]["lr"] == 0.001
+
+
+def test_the_other_setting_is_told_at_every_resume_until_the_choice_is_made() -> None:
+    saved = saved_after("adamw(lr=0.01) | ema(0.9)", 3)
+    for _ in range(2):
+        _, opt = stack_of("adamw(lr=0.001) | ema(0.9)")
+        with pytest.warns(UserWarning, match=r"lr=0.01 \(this stack: 0.001\)"):
+            opt.load_state_dict(saved)
+        saved = copy.deepcopy(opt.state_dict())
+    opt.load_state_dict(saved, keep="saved")
+    _, other = stack_of("adamw(lr=0.001) | ema(0.9)")
+    other.load_state_dict(saved, keep="live")
+    _, again = stack_of("adamw(lr=0.001) | ema(0.9)")
+    again.load_state_dict(copy.deepcopy(other.state_dict()))
+    assert again.param_groups[0]["lr"] == 0.001
+
+
+def test_a_rate_left_by_a_schedule_is_told_where_there_is_no_schedule_any_more() -> None:
+    _, opt = stack_of("adamw(lr=0.01) | ema(0.9)")
+    with pytest.warns(UserWarning, match=r"lr=0.005 \(this stack: 0.01\)"):
+        opt.load_state_dict(saved_after("adamw(lr=cosine(0.01)) | ema(0.9)", 10, 20))

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
+from enum import StrEnum
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -29,6 +30,13 @@ SECONDS_BETWEEN_LINES = 10.0
 NARROWEST = 20
 
 Progress = Callable[[int, int], None]
+
+
+class Keep(StrEnum):
+    """Whose constants are in force when a checkpoint is loaded: the checkpoint's, or those of the live stack."""
+
+    saved = "saved"
+    live = "live"
 
 
 class Interrupted(Exception):

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from metaopt.cli import Interrupted, Plugins, progress_of
+from metaopt.cli import Interrupted, Keep, Plugins, progress_of
+from metaopt.errors import CheckpointError
 
 
 def register(app: typer.Typer) -> None:
@@ -23,6 +24,10 @@ def train(
     log: Annotated[Path | None, typer.Option(help="Directory of the run: its log and its checkpoints.")] = None,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --log.")] = False,
+    keep: Annotated[
+        Keep | None, typer.Option(help="With --resume and another --stack: whose constants are in force.")
+    ] = None,
+    extend: Annotated[bool, typer.Option("--extend", help="With --resume: allow other --steps.")] = False,
     plugin: Plugins = [],  # noqa: B006  typer reads the default, nothing changes it
 ) -> None:
     """Train a problem with a stack and print its evaluation on validation data."""
@@ -30,6 +35,8 @@ def train(
     from metaopt.lab.named import problem_named
     from metaopt.lab.train import train as run
 
+    if (keep or extend) and not resume:
+        raise CheckpointError("--keep and --extend say how a run is continued: give --resume as well")
     chosen = problem_named(problem)
     length = steps or chosen.default_steps
     done = 0
@@ -53,10 +60,15 @@ def train(
                 log=log,
                 checkpoint_every=checkpoint_every,
                 resume=resume,
+                keep=None if keep is None else keep.value,
+                extend=extend,
                 progress=progress,
             )
         except KeyboardInterrupt:
             raise Interrupted(_kept(done, log)) from None
+    report = result.stack.load_report
+    if report is not None and (keep or extend):
+        print(f"resumed; {report}", file=sys.stderr)
     values = ", ".join(f"{name} {value:.6g}" for name, value in result.evaluation.items())
     print(f"{result.stack.updates} updates: validation {values} ({result.weights} weights)")
     if log is not None:

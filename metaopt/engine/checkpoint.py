@@ -24,7 +24,7 @@ from metaopt.torch_internals import only_class_hooks
 def load(run: Run, state_dict: dict[str, Any], choice: Choice = Choice()) -> LoadReport:  # noqa: B008  it is frozen
     """Load into the base through its own `load_state_dict`, then restore what belongs to wrappers, uncast."""
     validate_form(state_dict)
-    found = matched(run, state_dict, choice.names)
+    found = matched(run.param_groups, state_dict, choice.names)
     report = _report(run, found)
     validate_fit(run, found, choice, report.updates)
     groups = merged_groups(run, found, choice, report)
@@ -74,7 +74,8 @@ def _without_bytes(value: Any) -> Any:
 def _report(run: Run, found: Matched) -> LoadReport:
     saved = list(dict.fromkeys(label for group in found.groups for label in _saved_labels(group)))
     own = run.structure.labels()
-    updates, counted = count_of(run, found.groups, found.state)
+    settings = {name for chain in run.structure.chains for name in chain.constructor_names}
+    updates, counted = count_of(found.groups, found.state, settings)
     total, length = found.groups[0].get("metaopt.total_steps"), run.structure.total_steps
     return LoadReport(
         taken=["base", *(label for label in own if label in saved)],

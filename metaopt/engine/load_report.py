@@ -97,8 +97,8 @@ class LoadReport:
             ("taken", self.taken),
             ("started fresh", self.fresh),
             ("dropped", self.dropped),
-            ("parameters without saved state, which start fresh", _first(self.new)),
-            ("parameters that this stack does not have", _first(self.gone)),
+            ("parameters without saved state, which start fresh", shown_first(self.new)),
+            ("parameters that this stack does not have", shown_first(self.gone)),
             ("from the checkpoint", by("checkpoint")),
             ("kept as this stack has it", by("stack")),
             (f"from this stack's schedule after {self.updates} updates", by("schedule")),
@@ -128,7 +128,8 @@ class LoadReport:
         return choice.keep is not None or (difference.taken == "schedule" and self.lengths is not None)
 
 
-def _first(names: Sequence[str]) -> list[str]:
+def shown_first(names: Sequence[str]) -> list[str]:
+    """Return the first names, and how many more there are."""
     more = len(names) - SHOWN
     return [*names[:SHOWN], f"{more} more"] if more > 0 else list(names)
 

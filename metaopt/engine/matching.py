@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from metaopt.engine.chain import ParamGroup
-from metaopt.engine.run import Run
 from metaopt.errors import CheckpointError
 
 # what DDP, torch.compile, FSDP, activation checkpointing and peft put into the names of a model's parameters
@@ -42,22 +41,23 @@ class Matched:
         return self.ids == [list(group["params"]) for group in self.groups]
 
 
-def matched(run: Run, state_dict: Mapping[str, Any], names: Sequence[str] | None) -> Matched:
+def matched(live_groups: list[ParamGroup], state_dict: Mapping[str, Any], names: Sequence[str] | None) -> Matched:
     """Return which saved parameter is which live one. Raises CheckpointError if that cannot be known."""
     groups = copy.deepcopy(list(state_dict["param_groups"]))
     state = state_dict["state"]
-    saved, live = _saved_names(groups, names), _live_names(run)
+    saved, live = _saved_names(groups, names), _live_names(live_groups)
     if names is not None and live is None:
         raise CheckpointError(
             "names= was given, but the parameters of this stack have no names to find them by: "
             "build the stack over the model or model.named_parameters()"
         )
     if saved is None or live is None:
-        return _by_position(run, groups, state, saved, live)
-    partners = _partners([n for part in live for n in part], [n for part in saved for n in part])
+        return _by_position(live_groups, groups, state, saved, live)
+    every, every_saved = [n for part in live for n in part], [n for part in saved for n in part]
+    partners = _partners(every, every_saved)
     if not partners:
         raise CheckpointError(
-            f"no parameter of the checkpoint ({saved[0][0]}, ...) has a name of this stack's ({live[0][0]}, ...): it "
+            f"no parameter of the checkpoint ({every_saved[0]}, ...) has a name of this stack's ({every[0]}, ...): it "
             f"belongs to another model; if the parameters were only renamed, load_state_dict(..., names=[...]) gives "
             f"the checkpoint's new names in its order"
         )
@@ -83,12 +83,12 @@ def matched(run: Run, state_dict: Mapping[str, Any], names: Sequence[str] | None
                 new.append(name)
         sources.append(sorted(found))
     used = set(partners.values())
-    gone = [name for part in saved for name in part if name not in used]
+    gone = [name for name in every_saved if name not in used]
     return Matched(groups, _belonging(state, groups, ids), ids, sources, "names", new, gone)
 
 
-def _by_position(run: Run, groups: list[ParamGroup], state: Any, saved: Any, live: Any) -> Matched:
-    sizes, own = [[len(g["params"]) for g in side] for side in (groups, run.param_groups)]
+def _by_position(live_groups: list[ParamGroup], groups: list[ParamGroup], state: Any, saved: Any, live: Any) -> Matched:
+    sizes, own = [[len(g["params"]) for g in side] for side in (groups, live_groups)]
     if sizes != own:
         lacking = "this stack has none" if live is None else "the checkpoint has none"
         raise CheckpointError(
@@ -120,9 +120,9 @@ def _saved_names(groups: list[ParamGroup], given: Sequence[str] | None) -> list[
     return found if _are_complete(found, sizes) else None
 
 
-def _live_names(run: Run) -> list[list[str]] | None:
-    found = [list(group.get("param_names") or ()) for group in run.param_groups]
-    return found if _are_complete(found, [len(group["params"]) for group in run.param_groups]) else None
+def _live_names(groups: list[ParamGroup]) -> list[list[str]] | None:
+    found = [list(group.get("param_names") or ()) for group in groups]
+    return found if _are_complete(found, [len(group["params"]) for group in groups]) else None
 
 
 def _are_complete(found: list[list[str]], sizes: list[int]) -> bool:

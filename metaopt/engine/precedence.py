@@ -6,7 +6,7 @@ keep="live". If the groups are others than the checkpoint's, that holds for valu
 sets for itself is this stack's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,27 +14,28 @@ import torch
 from metaopt.engine.chain import RUN_FLAGS, ParamGroup
 from metaopt.engine.load_report import Choice, Difference, LoadReport
 from metaopt.engine.matching import Matched
-from metaopt.engine.run import AVERAGE_SHOWN, FORMAT, FORMAT_KEY, OWN_SCHEDULES, TEMPLATE, UPDATES, Run
+from metaopt.engine.run import AVERAGE_SHOWN, BUILT_LR, FORMAT, FORMAT_KEY, OWN_SCHEDULES, TEMPLATE, UPDATES, Run
 from metaopt.errors import CheckpointError, HyperparameterError
-from metaopt.schedule import ScheduledValues
+from metaopt.scheduled_values import ScheduledValues
 from metaopt.wrapper import Wrapper
 
 LR_SCALE = "metaopt.lr_scale"
 # under these names an optimizer without a count of ours counts its updates, in state[p] or in a group
 COUNTS = ("step", "k")
+# some keep an interval under one of them: without the optimizer's class nothing tells which it is
+INTERVALS = frozenset({"k"})
 
 
 def count_of(
-    run: Run, groups: list[ParamGroup], state: Mapping[Any, Any]
+    groups: list[ParamGroup], state: Mapping[Any, Any], settings: Collection[str]
 ) -> tuple[int, Literal["checkpoint", "base", "nowhere"]]:
-    """Return how many updates were made, and who says so; "nowhere" is 0."""
+    """Return how many updates were made, and who says so; "nowhere" is 0. `settings` are entries that never count."""
     own = [group[UPDATES] for group in groups if UPDATES in group]
     if own:
         return own[0], "checkpoint"
     held = [param_state for param_state in state.values() if isinstance(param_state, Mapping)]
     # a parameter whose first gradient came later has fewer
     counted = [_count(param_state.get("step")) for param_state in held]
-    settings = {name for chain in run.structure.chains for name in chain.constructor_names}
     counted += [_count(group[key]) for group in groups for key in COUNTS if key in group and key not in settings]
     known = [count for count in counted if count is not None]
     return (max(known), "base") if known else (0, "nowhere")
@@ -148,7 +149,7 @@ class _Merge:
                     self._report(key, value, live, "stack")
             return live
         value = saved[key] if wrapper is None else _validated(wrapper, name, saved[key])
-        differs = not same(_as_set(saved, key, value), _as_set(self.group, key, live))
+        differs = _rates_differ(self.group, saved) if key == "lr" else not same(value, live)
         if wrapper is not None and wrapper.hyperparameters[name].defines_state:
             if differs:
                 self._report(key, value, live, "stack")
@@ -158,16 +159,17 @@ class _Merge:
         # a torch scheduler goes on from the rate that it left
         own = self.choice.keep == "live" and not (key == "lr" and "initial_lr" in self.group and "initial_lr" in saved)
         if differs:
-            ours, theirs = _as_set(self.group, key, live), _as_set(saved, key, value)
-            self._report(key, theirs, ours, "stack" if own else "checkpoint")
+            self._report(key, value, live, "stack" if own else "checkpoint")
         return live if own else value
 
     def _scale(self, kept: ParamGroup, saved: ParamGroup) -> None:
-        """Decide on the group's factor of the rate, which goes with the rate."""
+        """Decide on the group's factor of the rate, and the rate that it was built with, which go with the rate."""
         live = self.group[LR_SCALE]
+        own_rate = "lr" in self.schedules or kept.get("lr") is self.group.get("lr")
+        kept[BUILT_LR] = self.group[BUILT_LR] if own_rate else _as_built(saved)
         if LR_SCALE not in saved:
             # the checkpoint of a bare optimizer: its rate holds the factor already, a schedule's does not
-            kept[LR_SCALE] = live if "lr" in self.schedules or kept.get("lr") is self.group.get("lr") else 1.0
+            kept[LR_SCALE] = live if own_rate else 1.0
             return
         own = self.choice.keep == "live"
         kept[LR_SCALE] = live if own else saved[LR_SCALE]
@@ -190,9 +192,21 @@ class _Merge:
         self.report.add(Difference(key, saved, live, taken))
 
 
-def _as_set(group: ParamGroup, key: str, value: Any) -> Any:
-    """Return what a rate was before a torch scheduler drove it."""
-    return group.get("initial_lr", value) if key == "lr" else value
+def _rates_differ(group: ParamGroup, saved: ParamGroup) -> bool:
+    """Return whether the rates were built apart, or user code has set this stack's since.
+
+    A rate that was built alike and changed in the run, by a torch scheduler or by hand, is no other setting.
+    """
+    if not same(_as_built(saved), _as_built(group)):
+        return not same(saved["lr"], group["lr"])
+    is_driven = "initial_lr" in group
+    return not is_driven and not same(group["lr"], _as_built(group)) and not same(group["lr"], saved["lr"])
+
+
+def _as_built(group: ParamGroup) -> Any:
+    """Return the rate that a group was built with; of a bare optimizer's what it was before a torch scheduler."""
+    built = group.get(BUILT_LR, group.get("initial_lr"))
+    return group.get("lr") if built is None else built
 
 
 def _is_cycled(saved: ParamGroup, key: str) -> bool:

@@ -3,7 +3,6 @@
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from numbers import Real
 from operator import index
 from typing import Any
 
@@ -22,6 +21,7 @@ from metaopt.group_entries import (
     lr_scale_of,
     mark_no_decay,
     name_like_others,
+    rate_of,
     take_value,
     with_list,
 )
@@ -42,6 +42,8 @@ AVERAGE_SHOWN = "metaopt.swapped"
 TEMPLATE = "metaopt.template"
 # where in `Run.own_schedules` those of this group are; a group that follows the stack's schedules has no such entry
 OWN_SCHEDULES = "metaopt.own_schedules"
+# the rate that a group was built with: what a client sets later is no other setting; None under a schedule
+BUILT_LR = "metaopt.built_lr"
 # of the entries of a checkpoint; 1 is everything before the entry itself (docs/upgrading.md)
 FORMAT_KEY, FORMAT = "metaopt.format", 2
 
@@ -348,6 +350,7 @@ class Run:
                         f"there is nothing to scale; give it an lr, or leave lr_scale out"
                     )
                 group["lr"] = group["lr"] * scale
+        group.setdefault(BUILT_LR, None if "lr" in self.schedules_of(group) else rate_of(group))
         group.pop(NO_DECAY, None)
         group.pop(TIED, None)
         # the state of a part without hyperparameters is known as that part's by this entry

@@ -1,11 +1,12 @@
 """One training run with checkpoints; a run that was killed goes on bit for bit."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -44,12 +45,15 @@ def train(
     log: Path | None = None,
     checkpoint_every: int = 100,
     resume: bool | Path = False,
+    keep: Literal["live", "saved"] | None = None,
+    extend: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Result:
     """Train for `steps` calls of `step()`; checkpoints lie in `log/checkpoints`.
 
-    `resume` continues the newest of them, or the one named. Raises MetaoptError, for a loss that is not finite and a
-    full disk or memory too: the last checkpoint stays.
+    `resume` continues the newest of them, or the one named. The spec may be another one if `keep` says whose values are
+    in force, and `steps` may be others with `extend`. Raises MetaoptError, for a loss that is not finite and a full
+    disk or memory too: the last checkpoint stays.
     """
     device = usable_device(device)
     folder = None if log is None else log / "checkpoints"
@@ -62,7 +66,12 @@ def train(
         run = {"problem": repr((type(problem).__name__, problem.given)), "spec": str(opt.spec), "seed": seed}
         run |= {"steps": steps, "data": problem.data_hash()}
         torch.manual_seed(seed)
-        first = _resume(resume, folder, run, model, opt, device) if resume else 0
+        if resume:
+            opt.resume_with(keep=keep, extend=extend)
+            changeable = {*(["spec"] if keep else []), *(["steps"] if extend else [])}
+            first = _resume(resume, folder, run, changeable, model, opt, device)
+        else:
+            first = 0
         if not resume and folder is not None and checkpoint.found(folder):
             raise CheckpointError(f"{folder} holds a run already: give --resume to continue it, or another --log")
         with _closed(opt):
@@ -135,7 +144,13 @@ def _content(run: dict[str, Any], step: int, model: torch.nn.Module, opt: Stack)
 
 
 def _resume(
-    resume: bool | Path, folder: Path | None, run: dict[str, Any], model: torch.nn.Module, opt: Stack, device: str
+    resume: bool | Path,
+    folder: Path | None,
+    run: dict[str, Any],
+    changeable: set[str],
+    model: torch.nn.Module,
+    opt: Stack,
+    device: str,
 ) -> int:
     if folder is None:
         raise CheckpointError("--resume needs --log: the directory of the run that is continued")
@@ -148,11 +163,23 @@ def _resume(
             f"{paths[0]} was not written by `metaopt train`: expected the entries {', '.join(sorted(CONTENT))}"
         )
     for key, value in run.items():
-        if (there := content["run"].get(key)) != value:
-            raise CheckpointError(f"{paths[0]} is of another run: {key} is {there!r} there, {value!r} here")
+        if (there := content["run"].get(key)) != value and key not in changeable:
+            way = {
+                "spec": "; --keep live takes the new one, --keep saved the old values",
+                "steps": "; --extend allows it",
+            }
+            raise CheckpointError(
+                f"{paths[0]} is of another run: {key} is {there!r} there, {value!r} here{way.get(key, '')}"
+            )
     model.load_state_dict(content["model"])
-    opt.load_state_dict(content["stack"])
+    with warnings.catch_warnings():
+        if changeable:  # the load report says it, in a line of the command
+            warnings.simplefilter("ignore", UserWarning)
+        opt.load_state_dict(content["stack"])
     torch.set_rng_state(content["random"]["cpu"])
     if device.startswith("cuda") and "cuda" in content["random"]:
         torch.cuda.set_rng_state(content["random"]["cuda"])
-    return int(content["step"])
+    step = int(content["step"])
+    if step > run["steps"]:
+        raise CheckpointError(f"{paths[0]} has made {step} steps already: give --steps {step} or more")
+    return step
