@@ -346,7 +346,23 @@ def test_the_groups_rates_bear_the_groups_names(tmp_path):
     model(torch.ones(1, 2)).sum().backward()
     stack.step()
     rates = {tag: value for tag, value in stack.metrics().items() if "learning_rate" in tag}
-    assert rates == {"train/learning_rate/body": pytest.approx(0.1), "train/learning_rate/1": pytest.approx(0.5)}
+    assert rates == {
+        "train/learning_rate/group body": pytest.approx(0.1),
+        "train/learning_rate/group 1": pytest.approx(0.5),
+    }
+
+
+def test_groups_of_one_name_have_rates_of_their_own_in_the_log():
+    model = torch.nn.Linear(2, 1)
+    groups = [{"params": [p], "name": "decay", "lr": lr} for p, lr in zip(model.parameters(), (0.1, 0.5), strict=True)]
+    stack = metaopt.build(groups, "sgd", log_every=1)
+    model(torch.ones(1, 2)).sum().backward()
+    stack.step()
+    rates = {tag: value for tag, value in stack.metrics().items() if "learning_rate" in tag}
+    assert rates == {
+        "train/learning_rate/group decay 0": pytest.approx(0.1),
+        "train/learning_rate/group decay 1": pytest.approx(0.5),
+    }
 
 
 def test_what_happens_every_k_updates_is_seen_whatever_log_every_is(tmp_path):

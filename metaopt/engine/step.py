@@ -401,7 +401,10 @@ def _measure(update: Update, loss: Any) -> None:
 
 
 def rate_tags(groups: list[ParamGroup]) -> list[str]:
-    """Return the tag of every group's learning rate, in the groups' order."""
+    """Return the tag of every group's learning rate, in the groups' order; groups of one name get their positions."""
     if len(groups) == 1:
         return ["train/learning_rate"]
-    return [f"train/learning_rate/{group.get('name', position)}" for position, group in enumerate(groups)]
+    names = [str(group.get("name", position)) for position, group in enumerate(groups)]
+    named = [name if names.count(name) == 1 else f"{name} {position}" for position, name in enumerate(names)]
+    # "group": the rate of a group called "decay" must not read as a decay of the rate
+    return [f"train/learning_rate/group {name}" for name in named]

@@ -13,7 +13,7 @@ from metaopt.testing.comparing import same
 from metaopt.testing.outcome import CheckFailed, check
 from metaopt.testing.subject import Subject
 
-TAGS = ("train/loss", "train/learning_rate/no decay", "a part/größe")
+TAGS = ("train/loss", "train/learning_rate/group no_decay", "a part/größe")
 
 
 class LoggerSubject(Subject):
