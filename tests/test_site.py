@@ -4,7 +4,7 @@ import re
 
 import pytest
 from documents import ROOT
-from site_pages import formula, links, pages, parts, plot
+from site_pages import architecture, formula, links, pages, parts, plot
 
 import metaopt
 import metaopt.testing
@@ -36,6 +36,7 @@ def test_every_part_says_what_it_does_and_what_it_takes(entry):
         assert all(h.doc or meanings(entry.target).get(h.name) for h in taken.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lookahead", "muon", "cosine", "jsonl", "xor"])
 def test_a_page_has_a_rule_a_use_and_a_picture(name):
     page = parts.page(registry.find(name))
@@ -65,6 +66,11 @@ def test_the_command_line_page_has_every_command():
         ("m <- b1 m + g^2", "<p><i>m</i> ← <i>b</i><sub>1</sub> <i>m</i> + <i>g</i><sup>2</sup></p>"),
         ("slow <- slow - alpha g; w <- slow", "<p>slow ← slow − α <i>g</i></p>\n<p><i>w</i> ← slow</p>"),
         ("u <- u / max(1, weight_decay)", "<p><i>u</i> ← <i>u</i> / max(1, <code>weight_decay</code>)</p>"),
+        (
+            "w <- w - lr w, then Adam's: v <- 1e-6 v",
+            "<p><i>w</i> ← <i>w</i> − lr <i>w</i>, then Adam's:</p>\n<p><i>v</i> ← 1e-6 <i>v</i></p>",
+        ),
+        ("sum <- 0 at every `step()`", "<p>sum ← 0 at every <code>step()</code></p>"),
         ("x_0 <- s^(t - 1)", "<p><i>x</i><sub>0</sub> ← <i>s</i><sup><i>t</i> − 1</sup></p>"),
     ],
 )
@@ -102,3 +108,13 @@ def test_dead_links_and_what_is_loaded_from_elsewhere_are_found(tmp_path):
         "index.html links to a/b.html#gone, which has no such anchor",
         "index.html links to c.html, which does not exist",
     ]
+
+
+def test_the_architecture_is_drawn_without_a_script():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    drawn = architecture.with_drawings(page)
+    assert "```mermaid" not in drawn and drawn.count("<rect") == len(architecture.read(page).labels) > 15
+    graph = architecture.read("flowchart TD\n  a[one]\n  b[two]\n  c[three]\n  a --> b\n  b --> c\n  a --> c\n")
+    assert architecture.layers(graph) == {"a": 0, "b": 1, "c": 2}
+    with pytest.raises(ValueError, match="in a circle"):
+        architecture.layers(architecture.read("  a[one]\n  b[two]\n  a --> b\n  b --> a\n"))

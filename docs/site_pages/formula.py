@@ -13,7 +13,6 @@ PAPER = re.compile(
     r"(?P<arxiv>arXiv:(?P<number>\d{4}\.\d{4,5}))|(?P<doi>doi:(?P<doi_name>10\.\S+?))(?=[.,;:)]*(?:\s|$))"
     r"|(?P<site>\b(?:[\w-]+\.)+(?:org|io|net)/[\w/.-]*\w)"
 )
-_SPLIT = re.compile(r";\s+")
 
 
 def papers(text: str) -> list[tuple[str, str]]:
@@ -32,7 +31,7 @@ def papers(text: str) -> list[tuple[str, str]]:
 def without_papers(text: str) -> str:
     """Return a text without its citations and what they leave behind."""
     text = PAPER.sub("", text)
-    text = re.sub(r"\(\s*(,\s*)*\)", "", text)
+    text = re.sub(r"(?<!\w)\(\s*(,\s*)*\)", "", text)
     return re.sub(r"[\s,;:.]+$", "", re.sub(r"\s+([,.;)])", r"\1", " ".join(text.split())))
 
 
@@ -48,12 +47,12 @@ def typeset(text: str, names: frozenset[str] = frozenset()) -> str:
 
 
 def _statements(text: str) -> list[str]:
-    """Split at semicolons and before the words that begin a new statement, outside parentheses."""
+    """Split at semicolons and behind colons, outside parentheses."""
     found, depth, begin = [], 0, 0
     for place, sign in enumerate(text):
         depth += (sign == "(") - (sign == ")")
-        if sign == ";" and depth == 0:
-            found.append(text[begin:place].strip())
+        if depth == 0 and (sign == ";" or text.startswith(": ", place)):
+            found.append(text[begin : place + (sign == ":")].strip())
             begin = place + 1
     return [part for part in (*found, text[begin:].strip()) if part]
 
@@ -72,7 +71,7 @@ def _line(text: str, names: frozenset[str]) -> str:
 
 
 def _words(text: str, names: frozenset[str]) -> str:
-    return re.sub(r"`[^`]*`|[A-Za-z_]\w*", lambda match: _word(match[0], names), text)
+    return re.sub(r"`[^`]*`|(?<!['\w])[A-Za-z_]\w*", lambda match: _word(match[0], names), text)
 
 
 def _word(word: str, names: frozenset[str]) -> str:

@@ -12,7 +12,6 @@ import metaopt
 from metaopt.docstrings import links, meanings
 from metaopt.registry import Entry, registry
 from metaopt.spec import part
-from metaopt.testing import cases
 from site_pages import formula, pictures, runs
 
 KINDS = {
@@ -59,7 +58,9 @@ def page(entry: Entry) -> str:
     body = [f"# {entry.name}", _kind(entry), *_rule(words, frozenset(hyperparameters))]
     if cited or (entry.kind == "optimizer" and links(entry.target)):
         named = [f"[{name}]({address})" for name, address in cited]
-        named += [f"<{address}>" for address in links(entry.target)] if entry.kind == "optimizer" else []
+        known = {address for _, address in cited}
+        others = links(entry.target) if entry.kind == "optimizer" else []
+        named += [f"<{address}>" for address in others if address not in known]
         body.append(f"**Paper:** {', '.join(named)}")
     body += _use(entry)
     if hyperparameters:
@@ -101,26 +102,28 @@ def _rule(words: list[str], names: frozenset[str]) -> list[str]:
 
 
 def _use(entry: Entry) -> list[str]:
-    case = cases(entry.name)[0]
-    if entry.kind in ("optimizer", "wrapper"):
-        return ["## Use", f'```py\nopt = metaopt.build(model, "{pictures.spec_of(entry)}", total_steps=1000)\n```']
-    if entry.kind == "schedule":
-        text = pictures.schedule_text(entry)
-        return ["## Use", f'```py\nopt = metaopt.build(model, "sgd(lr={text})", total_steps=1000)\n```']
     if entry.kind == "problem":
-        return ["## Use", f"```sh\nmetaopt train --problem {case.name} --stack 'adamw(lr=1e-2)'\n```"]
-    return []
+        return ["## Use", f"```sh\nmetaopt train --problem {entry.name} --stack 'adamw(lr=1e-2)'\n```"]
+    if entry.kind == "logger":
+        return []
+    text = f"sgd(lr={pictures.schedule_text(entry)})" if entry.kind == "schedule" else pictures.spec_of(entry)
+    return ["## Use", f'```py\nopt = metaopt.build(\n    model,\n    "{text}",\n    total_steps=1000,\n)\n```']
 
 
 def _table(hyperparameters: Any, told: dict[str, str]) -> str:
-    rows = ["| name | default | allowed | meaning |", "|---|---|---|---|"]
+    bounded = any(h.bounds() for h in hyperparameters.values())
+    allowed = ("allowed",) if bounded else ()
+    rows = [_row("name", "default", *allowed, "meaning"), "|---" * (3 + bounded) + "|"]
     for h in hyperparameters.values():
         default = "required" if h.required else f"`{h.default!r}`"
         others = f" (elsewhere {', '.join(f'`{name}`' for name in h.known_as)})" if h.known_as else ""
         meaning = f"{h.doc or told.get(h.name, '')}{others}"
-        cells = (f"`{h.name}`", default, h.bounds(), meaning)
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        rows.append(_row(f"`{h.name}`", default, *((h.bounds(),) if bounded else ()), meaning))
     return "\n".join(rows)
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 # ---- what acts in a stack
@@ -237,8 +240,8 @@ def _index() -> str:
 
 def summary(entry: Entry) -> str:
     """Return what a part does, in one line."""
-    paragraphs = _paragraphs(entry)
-    text = formula.without_papers(" ".join(paragraphs[-1 if entry.kind == "optimizer" else 0].split()))
+    text = entry.description if entry.kind == "optimizer" else " ".join(_paragraphs(entry)[0].split())
+    text = formula.without_papers(text)
     if formula.is_formula(text):
         names = frozenset(part(entry.name).hyperparameters)
         return (
