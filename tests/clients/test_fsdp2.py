@@ -162,3 +162,22 @@ def test_parts_on_gradients_and_updates_are_the_same_over_shards() -> None:
         "adamw(lr=1.0) | mechanic(s_init=0.01)",
     ):
         assert_sharded_as_unsharded(spec, 8)
+
+
+@on_two_ranks
+def test_averages_over_shards_are_those_of_the_whole() -> None:
+    for spec in (
+        "sgd(lr=0.05, momentum=0.9) | schedule_free(momentum=0.9)",
+        "adamw(lr=0.05) | gpa",
+        "adamw(lr=0.05) | ema_nesterov(gamma=0.8)",
+        "adamw(lr=0.05) | tail_average(start=2, every=2)",
+        "adamw(lr=0.05) | lawa(k=2, n=3)",
+        "adamw(lr=0.05) | ema(0.8)",
+    ):
+        model, opt, twin, plain = pair(spec)
+        for first, last in ((0, 5), (5, 9)):
+            train(model, opt, first, last)
+            train(twin, plain, first, last)
+            with opt.averaged(), plain.averaged():
+                torch.testing.assert_close(weights(model), weights(twin), msg=lambda text, s=spec: f"{s}: {text}")
+        torch.testing.assert_close(weights(model), weights(twin), msg=lambda text, s=spec: f"{s}: {text}")
