@@ -18,6 +18,8 @@ from metaopt.engine.shards import PLAIN
 CAREFUL = ("amsgrad", "capturable", "differentiable")
 
 Tensors = list[torch.Tensor]
+# all members of a group
+ALL = slice(None)
 
 
 class FusedLists:
@@ -61,7 +63,7 @@ class FusedLists:
         params: Tensors,
         gradients: Tensors,
         scale: torch.Tensor | None,
-        part: slice = slice(None),
+        part: slice = ALL,
     ) -> None:
         """Update `params` and the state: the members in `part`, or copies of them that are to be moved instead."""
         if "step" in self._keys:
@@ -79,7 +81,7 @@ class FusedLists:
             self._kept[-1] = list(self._counts.unbind())
             for state, count in zip(self._states, self._kept[-1], strict=True):
                 state["step"] = count
-        self._counts[part].add_(1)
+        (self._counts if part == ALL else self._counts[part]).add_(1)
 
 
 def lists_for(

@@ -1,0 +1,205 @@
+"""torch's fused kernels called over kept lists: the numbers of torch's own step, whatever happens between two updates."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from small_runs import fill_gradients, small_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import metaopt
+from metaopt.lab.shapes import shapes_of
+
+KINDS = {
+    "adamw": "adamw(lr=0.01, weight_decay=0.1)",
+    "adam": "adam(lr=0.01, weight_decay=0.1, maximize=True)",
+    "amsgrad": "adam(lr=0.01, amsgrad=True)",
+    "momentum": "sgd(lr=0.01, momentum=0.9, nesterov=True)",
+    "sgd": "sgd(lr=0.01, weight_decay=0.1)",
+}
+Pair = tuple[torch.nn.Module, Any]
+
+
+def entries(opt: Any) -> list[dict[str, Any]]:
+    return [opt.state[p] for group in opt.param_groups for p in group["params"] if p in opt.state]
+
+
+def other_rate(model: torch.nn.Module, opt: Any) -> None:
+    opt.param_groups[0]["lr"] = 0.002
+
+
+def other_moments(model: torch.nn.Module, opt: Any) -> None:
+    for entry in entries(opt):
+        for key in entry:
+            if key != "step":
+                entry[key] = entry[key] * 0.5 if entry[key] is not None else None
+
+
+def other_count(model: torch.nn.Module, opt: Any) -> None:
+    for entry in entries(opt):
+        if "step" in entry:
+            entry["step"] = torch.tensor(100.0)
+
+
+def other_entry(model: torch.nn.Module, opt: Any) -> None:
+    for p, entry in list(opt.state.items()):
+        opt.state[p] = {key: copy.deepcopy(value) for key, value in entry.items()}
+
+
+def loaded(model: torch.nn.Module, opt: Any) -> None:
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+
+def wide(model: torch.nn.Module, opt: Any) -> None:
+    model.double()
+    loaded(model, opt)  # torch casts the state to the parameters' dtype
+
+
+def other_group(model: torch.nn.Module, opt: Any) -> None:
+    first = opt.param_groups[0]
+    last = first["params"].pop()
+    opt.param_groups.append({**first, "params": [last], "lr": 0.003})
+
+
+def no_momentum(model: torch.nn.Module, opt: Any) -> None:
+    if "momentum" in opt.param_groups[0]:
+        opt.param_groups[0].update(momentum=0.0, nesterov=False)
+
+
+def slow_path(model: torch.nn.Module, opt: Any) -> None:
+    opt.param_groups[0].update(fused=False, foreach=False)
+
+
+def frozen(model: torch.nn.Module, opt: Any) -> None:
+    next(model.parameters()).requires_grad_(requires_grad=False)
+
+
+def nothing(model: torch.nn.Module, opt: Any) -> None:
+    """Leave everything as it is."""
+
+
+CHANGES = [
+    nothing,
+    other_rate,
+    other_moments,
+    other_count,
+    other_entry,
+    loaded,
+    wide,
+    other_group,
+    no_momentum,
+    slow_path,
+    frozen,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("kind", KINDS)
+def test_updates_are_torch_s_bit_for_bit_whatever_a_client_changes(
+    kind: str, change: Callable[[torch.nn.Module, Any], None]
+) -> None:
+    model, twin = small_model(), small_model()
+    opt = metaopt.build(model, KINDS[kind], total_steps=30)
+    base = type(opt.base)
+    settings = {k: v for k, v in opt.base.defaults.items() if k != "decoupled_weight_decay"}
+    plain = base(twin.parameters(), **settings)
+    for step in range(12):
+        if step in (4, 8):
+            change(model, opt)
+            change(twin, plain)
+        fill_gradients(model, step)
+        fill_gradients(twin, step)
+        if step % 5 == 3:
+            for m in (model, twin):
+                m[0].weight.grad = None
+        opt.step()
+        plain.step()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(p, q), step
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        for key, value in plain.state.get(q, {}).items():
+            assert value is None or torch.equal(opt.state[p][key], value), key
+
+
+def test_a_step_that_somebody_puts_in_place_of_torch_s_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Any] = []
+    own = torch.optim.SGD.step
+
+    def counted(self: Any, closure: Any = None) -> Any:
+        called.append(self)
+        return own(self, closure)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", counted)
+    model = small_model()
+    opt = metaopt.build(model, "sgd(lr=0.1)")
+    for step in range(3):
+        fill_gradients(model, step)
+        opt.step()
+    assert len(called) == 3
+
+
+def test_a_copy_and_a_checkpoint_do_not_share_counts_with_the_run() -> None:
+    model = small_model()
+    opt = metaopt.build(model, "adamw(lr=0.01)")
+    for step in range(4):
+        fill_gradients(model, step)
+        opt.step()
+    saved, other = copy.deepcopy(opt.state_dict()), copy.deepcopy(opt)
+    fill_gradients(model, 4)
+    opt.step()
+    assert {float(entry["step"]) for entry in saved["state"].values()} == {4.0}
+    assert {float(entry["step"]) for entry in entries(other)} == {4.0}
+    assert {float(entry["step"]) for entry in entries(opt)} == {5.0}
+
+
+class Calls(TorchDispatchMode):
+    """Counts what is called of torch."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("spec", "most"),
+    [
+        ("adamw", 2),  # the kernel, and one addition to all counts
+        ("sgd(lr=0.1, momentum=0.9)", 1),
+        ("adamw | lookahead(k=1)", 4),
+        ("clip_grad_norm(1e6) | adamw | lookahead(k=5)", 6),
+    ],
+)
+def test_the_calls_of_an_update_do_not_grow_with_the_number_of_tensors(spec: str, most: int) -> None:
+    for number in (3, 30):
+        params = [torch.nn.Parameter(torch.ones(4)) for _ in range(number)]
+        opt = metaopt.build(params, spec)
+        for p in params:
+            p.grad = torch.ones(4)
+        for _ in range(3):
+            opt.step()
+        with Calls() as calls:
+            opt.step()
+        assert calls.number <= most, number
+
+
+def test_parts_on_the_update_are_the_same_over_copies_that_the_kernel_moves() -> None:
+    # without `fused` the weights are copied, moved and set back
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator) * 0.02) for _, s in shapes_of("tiny")]
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    spec = "adamw(lr=0.01, weight_decay=0.1, {}) | update_floor | cautious | cautious_decay"
+    opt, plain = (
+        metaopt.build(tensors, spec.format(how))
+        for tensors, how in ((params, "fused=True"), (twins, "foreach=False, fused=False"))
+    )
+    for _ in range(6):
+        for p, q in zip(params, twins, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        opt.step()
+        plain.step()
+    torch.testing.assert_close(params, twins, rtol=1e-5, atol=1e-7)
