@@ -11,24 +11,21 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from metaopt.engine.chain import Chain, ParamGroup, ParamState, number_of
 from metaopt.engine.fused import FusedLists
-from metaopt.engine.structure import Structure
-from metaopt.errors import HyperparameterError, StepError, did_you_mean
+from metaopt.engine.structure import Structure, validate_group
+from metaopt.errors import HyperparameterError, StepError
 from metaopt.group_entries import (
     NO_DECAY,
     OWN_VALUES,
     TIED,
-    is_decay,
     lr_scale_of,
     mark_no_decay,
     name_like_others,
     rate_of,
-    take_value,
     with_list,
 )
-from metaopt.hyperparameters import from_signature
 from metaopt.left_out import LeftOut
 from metaopt.metrics import Metrics
-from metaopt.schedule import Schedule, as_schedule
+from metaopt.schedule import Schedule
 from metaopt.scheduled_values import ScheduledValues
 from metaopt.torch_internals import called_by_zero_redundancy_optimizer
 from metaopt.wrapper import Scalar, Wrapper
@@ -285,49 +282,10 @@ class Run:
                 self._known[p] = True
 
     def validate_group(self, group: ParamGroup, position: int, given: Collection[str]) -> None:
-        """Raise HyperparameterError for an entry that no part has, or that is out of bounds; read what was `given`."""
-        where = f"group {group.get('name', position)}"
-        chain = self.structure.chain_of(group)
-        schedules, known = self.structure.schedules_of(group), chain.hyperparameters
-        if group.get("differentiable") and chain.ordered:
-            raise HyperparameterError(
-                f"{where}: differentiable=True: {chain.ordered[0].label} changes tensors in place and cannot be "
-                f"differentiated through; leave one of the two out"
-            )
-        if chain.base.defaults.get("weight_decay"):
-            mark_no_decay(group)
-        for key in known if group.get(NO_DECAY) else ():
-            if is_decay(known[key][0].hyperparameters[known[key][1]]):
-                group.setdefault(key, 0.0)
-                given = {*given, key}
-        settings: dict[str, Any] = {"total_steps": self.structure.total_steps}
-        if self.param_groups and UPDATES in self.param_groups[0]:
-            settings["updates"] = self.updates
-        for key, value in list(group.items()):
-            if key in known:
-                wrapper, name = known[key]
-                own = wrapper.hyperparameters[name]
-                if key in given:
-                    place = f"{where}, {wrapper.label}"
-                    take_value(group, key, own, where=place, shared=schedules.get(key), **settings)
-                if not own.per_group:
-                    self._validate_shared(group, key, wrapper, name, where)
-            elif "." in key and not key.startswith("metaopt."):
-                raise HyperparameterError(f"{where}: no part of this stack has {key!r}.{did_you_mean(key, known)}")
-            elif key in chain.base.defaults and (
-                (key in given and key in schedules) or isinstance(as_schedule(value), Schedule)
-            ):
-                declared = from_signature(type(chain.base)).get(key)
-                take_value(group, key, declared, where=where, shared=schedules.get(key), **settings)
-
-    def _validate_shared(self, group: ParamGroup, key: str, wrapper: Wrapper, name: str, where: str) -> None:
-        # before the first group is complete the wrapper's own value is what the others will get
-        others = [g.get(key, getattr(wrapper, name)) for g in self.param_groups if g is not group] or [group[key]]
-        if any(other != group[key] for other in others):
-            raise HyperparameterError(
-                f"{where} sets {key}={group[key]!r}, but {wrapper.label} acts on all groups at once, where it is "
-                f"{others[0]!r}: give it in the stack, for all"
-            )
+        """Raise HyperparameterError for a group that cannot join the others; read what the user has `given`."""
+        begun = self.param_groups and UPDATES in self.param_groups[0]
+        others = [other for other in self.param_groups if other is not group]
+        validate_group(self.structure, group, position, given, others, self.updates if begun else None)
 
     def complete_group(self, group: ParamGroup) -> None:
         """Give a group the entries that wrappers and engine keep in it, and apply its `lr_scale` once."""

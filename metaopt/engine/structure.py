@@ -1,15 +1,17 @@
 """What follows from the parts of a stack and never changes: its chains, who acts when, and what is refused."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.multi_base import MultiBase
-from metaopt.errors import SpecError
-from metaopt.schedule import Schedule, validate_values
+from metaopt.errors import HyperparameterError, SpecError, did_you_mean
+from metaopt.group_entries import NO_DECAY, is_decay, mark_no_decay, take_value
+from metaopt.hyperparameters import from_signature
+from metaopt.schedule import Schedule, as_schedule, validate_values
 from metaopt.wrapper import BEFORE_BASE, Wrapper
 
 LABEL = re.compile(r"[a-z_][a-z0-9_]*")
@@ -226,6 +228,66 @@ def _validate_schedules(schedules: Mapping[str, Schedule], chain: Chain, total_s
             continue
         wrapper, name = chain.hyperparameters[key]
         validate_values(schedule, wrapper.hyperparameters[name], wrapper.label, total_steps)
+
+
+def validate_group(
+    structure: Structure,
+    group: ParamGroup,
+    position: int,
+    given: Collection[str],
+    others: Sequence[ParamGroup],
+    updates: int | None,
+) -> None:
+    """Raise HyperparameterError for an entry that no part has, or that is out of bounds.
+
+    `given` are the entries that the user has set, not the base's defaults; they are read here (see `take_value`).
+    `others` are the groups of the run, `updates` is the count of a run that has begun.
+    """
+    where = f"group {group.get('name', position)}"
+    chain = structure.chain_of(group)
+    schedules, known = structure.schedules_of(group), chain.hyperparameters
+    if group.get("differentiable") and chain.ordered:
+        raise HyperparameterError(
+            f"{where}: differentiable=True: {chain.ordered[0].label} changes tensors in place and cannot be "
+            f"differentiated through; leave one of the two out"
+        )
+    if chain.base.defaults.get("weight_decay"):
+        mark_no_decay(group)
+    for key in known if group.get(NO_DECAY) else ():
+        if is_decay(known[key][0].hyperparameters[known[key][1]]):
+            group.setdefault(key, 0.0)
+            given = {*given, key}
+    for key, value in list(group.items()):
+        place, declared = where, None
+        if key in known:
+            wrapper, name = known[key]
+            place, declared = f"{where}, {wrapper.label}", wrapper.hyperparameters[name]
+            is_set = key in given
+        elif "." in key and not key.startswith("metaopt."):
+            raise HyperparameterError(f"{where}: no part of this stack has {key!r}.{did_you_mean(key, known)}")
+        else:
+            # the base validates its constants itself
+            is_set = key in chain.base.defaults and (
+                (key in given and key in schedules) or isinstance(as_schedule(value), Schedule)
+            )
+            declared = from_signature(type(chain.base)).get(key) if is_set else None
+        if is_set:
+            shared, run = schedules.get(key), structure.total_steps
+            take_value(group, key, declared, where=place, shared=shared, total_steps=run, updates=updates)
+        if key in known and declared is not None and not declared.per_group:
+            _validate_shared(group, key, *known[key], where, others)
+
+
+def _validate_shared(
+    group: ParamGroup, key: str, wrapper: Wrapper, name: str, where: str, others: Sequence[ParamGroup]
+) -> None:
+    # before the first group is complete the wrapper's own value is what the others will get
+    values = [other.get(key, getattr(wrapper, name)) for other in others] or [group[key]]
+    if any(value != group[key] for value in values):
+        raise HyperparameterError(
+            f"{where} sets {key}={group[key]!r}, but {wrapper.label} acts on all groups at once, where it is "
+            f"{values[0]!r}: give it in the stack, for all"
+        )
 
 
 def validate_labels(wrappers: Iterable[Wrapper]) -> None:
