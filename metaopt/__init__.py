@@ -34,6 +34,7 @@ _HOMES = {
     "scalar": "wrapper",
     "history": "wrapper",
     "Partitioner": "engine.multi_base",
+    "Sequencer": "engine.multi_base",
     "Schedule": "schedule",
     "Logger": "metrics",
     "Problem": "problem",

@@ -10,6 +10,7 @@ from metaopt.building import build as build
 from metaopt.building import wrap as wrap
 from metaopt.configured import Optimizer as Optimizer
 from metaopt.engine.multi_base import Partitioner as Partitioner
+from metaopt.engine.multi_base import Sequencer as Sequencer
 from metaopt.ensembling import ensemble as ensemble
 from metaopt.ensembling import save_snapshots as save_snapshots
 from metaopt.errors import CheckpointError as CheckpointError
@@ -320,6 +321,12 @@ class _SparseAdam(_Part):
         """
 
 sparse_adam: _SparseAdam
+
+class _Switch(_Part):
+    def __call__(self, *args: Any, **kwargs: Any) -> _Part:
+        """switch(a, n, b, m, ..., z): a is the base for n updates, b for m more, ..., z to the end. arXiv:1712.07628"""
+
+switch: _Switch
 
 class _Accumulate(_Part):
     def __call__(self, steps: int, *, label: str | None = None) -> _Part:

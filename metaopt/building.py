@@ -16,6 +16,7 @@ from metaopt.registry import registry
 from metaopt.run_description import describe_run
 from metaopt.spec import as_pipeline
 from metaopt.stack import Stack
+from metaopt.staging import Stages
 
 
 def build(
@@ -50,10 +51,14 @@ def stack_arguments(
     base_part, wrappers = arrange(pipeline)
     _check_total_steps(total_steps)
     groups = as_groups(model_or_params)
-    schedules = scheduled(None, wrappers)
+    schedules, stages = scheduled(None, wrappers), None
     if base_part.is_partition:
         base: torch.optim.Optimizer = make_partition(groups, base_part, wrappers, total_steps, exact)
         fused = False
+    elif base_part.is_sequence:
+        stages = Stages(base_part, wrappers, total_steps, exact)
+        base, fused = stages.begin(groups)
+        wrappers, schedules = stages.stages[0].wrappers, stages.stages[0].schedules
     else:
         schedules = scheduled(base_part, wrappers)
         base, fused = make_base(groups, base_part, schedules, total_steps, around=wrappers, exact=exact)
@@ -68,6 +73,7 @@ def stack_arguments(
         "fused_by_default": fused,
         "left_out": find_left_out(model_or_params),
         "model": model,
+        "stages": stages,
     }
 
 

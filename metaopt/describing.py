@@ -45,8 +45,13 @@ def _same(groups: list[ParamGroup], key: str) -> bool:
 def _live(part: Part, groups: list[ParamGroup], stack: Stack) -> Part:
     """Return a part with the values that all groups hold, otherwise with those that it was written with.
 
-    Each pipeline of a partition gets the values of its own groups.
+    Each pipeline of a partition gets the values of its own groups; of several bases in turn, the one that is on does.
     """
+    if part.is_sequence:
+        members = part.arguments["members"]
+        on = part.target(*members).stages[groups[0].get("metaopt.stage", 0)]
+        live = Pipeline(tuple(_live(p, groups, stack) for p in on))
+        return changed(part, arguments={"members": tuple(live if member is on else member for member in members)})
     if part.is_partition:
         return changed(part, arguments={**part.arguments, "parts": _live_parts(part.arguments["parts"], stack)})
     prefix = "" if part.kind == "optimizer" else f"{part.label or part.name.rpartition('.')[2]}."
@@ -55,7 +60,7 @@ def _live(part: Part, groups: list[ParamGroup], stack: Stack) -> Part:
     for name, hyperparameter in part.hyperparameters.items():
         key = prefix + name
         if key in schedules:
-            given[name] = schedules[key]
+            given.setdefault(name, schedules[key])
         elif key in group and name not in RUN_FLAGS:
             value = group[key]
             # what differs between groups, and what a group scales or schedules, belongs to the groups

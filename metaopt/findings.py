@@ -205,7 +205,7 @@ def default_rate(optimizer: Optimizer) -> float | None:
 def _chose_rate(stack: Stack) -> bool:
     """Tell whether the pipeline that the stack was built from gives the base a learning rate."""
     pipeline = () if stack.description is None else stack.description.pipeline
-    return any(part.kind == "optimizer" and "lr" in part.arguments for part in pipeline)
+    return any(part.kind == "optimizer" and ("lr" in part.arguments or part.is_sequence) for part in pipeline)
 
 
 def _cycles(stack: Stack) -> Iterator[Finding]:

@@ -106,8 +106,11 @@ def make_partition(
     for part, members in _assigned(groups, partitioner, partition.name).items():
         pipeline: Pipeline = partitioner.parts[part]
         base_part, wrappers = arrange(pipeline)
-        if base_part.is_partition:
-            raise SpecError(f"{partition.name}: the part {part!r} is a {base_part.name} itself: write all parts in one")
+        if base_part.is_partition or base_part.is_sequence:
+            raise SpecError(
+                f"{partition.name}: the part {part!r} needs a plain base, {base_part.name} is made of others: "
+                f"write all parts in one"
+            )
         own = scheduled(base_part, wrappers)
         base, fused = make_base(members, base_part, own, total_steps, around=(*outer, *wrappers), exact=exact)
         for entry in base.param_groups:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from metaopt import wrapper as wrapper_module
-from metaopt.engine.multi_base import Partitioner
+from metaopt.engine.multi_base import Partitioner, Sequencer
 from metaopt.errors import HyperparameterError, MetaoptError, SpecError, with_article
 from metaopt.hyperparameters import Hyperparameter, bind, from_signature, plain
 from metaopt.kinds import check_kind
@@ -62,6 +62,8 @@ class Part:
         """What the part can be given, by name."""
         own = getattr(self.target, "hyperparameters", None)
         # an optimizer's first argument are the parameters
+        if self.is_sequence:
+            return {"members": Hyperparameter("members", doc="bases, with the length of each but the last behind it")}
         takes_parameters = self.kind == "optimizer" and not self.is_partition
         return dict(own) if isinstance(own, Mapping) else from_signature(self.target, skip_first=takes_parameters)
 
@@ -69,6 +71,11 @@ class Part:
     def is_partition(self) -> bool:
         """Whether the part deals the parameters out to pipelines of its own."""
         return isinstance(self.target, type) and issubclass(self.target, Partitioner)
+
+    @property
+    def is_sequence(self) -> bool:
+        """Whether the part has several pipelines as the base, one after the other."""
+        return isinstance(self.target, type) and issubclass(self.target, Sequencer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the part with these hyperparameters; a schedule, logger or problem is made at once."""
@@ -81,6 +88,8 @@ class Part:
             raise SpecError(f"{self.name}: label must be text, got {label!r:.60}")
         if label is not None and self.kind == "optimizer":
             raise SpecError(f"{self.name}: the base takes no label: its entries keep their bare names")
+        if self.is_sequence:
+            return self._sequence(args, kwargs)
         given = dict(self.arguments)
         given.update(bind(self.hyperparameters, self.name, args, kwargs))
         for name, value in given.items():
@@ -89,6 +98,16 @@ class Part:
         if self.is_partition and isinstance(given.get("parts"), Mapping):
             given["parts"] = {str(part): as_pipeline(pipeline) for part, pipeline in given["parts"].items()}
         return changed(self, arguments=given, label=label or self.label)
+
+    def _sequence(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "Part":
+        if kwargs:
+            raise SpecError(f"{self.name} takes no names, only bases and numbers in order, got {', '.join(kwargs)}")
+        members = tuple(m if isinstance(plain(m), int | float) else as_pipeline(m) for m in map(plain, args))
+        sequencer = self.target(*members)
+        for stage in sequencer.stages:
+            if not isinstance(stage, Pipeline):
+                raise SpecError(f"{self.name}: expected a base such as adamw(lr=1e-3), got {stage!r}")
+        return changed(self, arguments={"members": members})
 
     def build_wrapper(self) -> Wrapper:
         """Return the wrapper object of a wrapper part."""
@@ -108,6 +127,8 @@ class Part:
         if not self.registered:
             raise SpecError(f"{self.name} is not registered and has no text: register it with metaopt.register")
         shown = []
+        if self.is_sequence:
+            return f"{self.name}({', '.join(map(str, self.arguments.get('members', ())))})"
         for name, value in self.arguments.items():
             default = self.hyperparameters[name].default
             # 0 == 0.0 == False: a default is left out only where it is of the same type
@@ -122,6 +143,8 @@ class Part:
         return f"{self.name}({', '.join(shown)})" if shown else self.name
 
     def __repr__(self) -> str:
+        if self.is_sequence:
+            return f"{self.name}({', '.join(map(repr, self.arguments.get('members', ())))})"
         arguments = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
         return f"{self.name}({arguments})"
 
@@ -299,6 +322,8 @@ def _called(node: ast.Call, source: Source) -> Any:
 
 
 def _argument(node: ast.expr, called: Part, source: Source) -> Any:
+    if called.is_sequence:
+        return _value_or_pipeline(node, source)
     value = (_value_or_parts if called.is_partition else _value)(node, source)
     with source.pointing_at(node):
         _refuse_parts(value, called.name)
@@ -324,6 +349,14 @@ def _check_alone(called: Part, name: str, value: Any) -> None:
         validate_value(known[name], value, called.name)
     elif known and name != "label":
         bind(known, called.name, (), {name: value})
+
+
+def _value_or_pipeline(node: ast.expr, source: Source) -> Any:
+    """Read a pipeline or a number, which a part with several bases in turn takes."""
+    if isinstance(node, ast.BinOp):
+        return _pipeline(node, source)
+    value = _value(node, source)
+    return as_pipeline(value) if isinstance(value, Part) else value
 
 
 def _value_or_parts(node: ast.expr, source: Source) -> Any:

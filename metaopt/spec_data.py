@@ -69,6 +69,10 @@ def _part(name: Any, arguments: Any) -> Part:
             raise SpecError(f"{name} takes a dict of pipelines by pattern, got {arguments!r:.60}")
         made: Part = found({str(pattern): as_pipeline(pipeline) for pattern, pipeline in arguments.items()})
         return made
+    if found.is_sequence:
+        if not isinstance(arguments, Sequence) or isinstance(arguments, str):
+            raise SpecError(f"{name} takes a list of pipelines and numbers in turn, got {arguments!r:.60}")
+        return found(*arguments)  # type: ignore[no-any-return]
     if found.kind not in ("optimizer", "wrapper"):
         as_pipeline(found)  # says what a pipeline is made of
     part_made: Part = _called(found, arguments)

@@ -37,7 +37,14 @@ from metaopt.warnings_of_misuse import warn_of_bare_step, warn_of_fight
 from metaopt.wrapper import Closure, Wrapper
 
 # what a copy of a run cannot find out again
-_REMEMBERED = ("constructor_state", "constructor_chains", "built_with_lr", "has_zero_shard", "own_schedules")
+_REMEMBERED = (
+    "constructor_state",
+    "constructor_chains",
+    "built_with_lr",
+    "has_zero_shard",
+    "own_schedules",
+    "stages",
+)
 
 # what explanations, checks and benchmarks ask of a stack; hidden from completion
 _FOR_TOOLS = ("chain_of", "chains", "description", "needs_closure", "schedules_of")
@@ -62,6 +69,7 @@ class Stack(torch.optim.Optimizer):
         fused_by_default: bool = False,
         left_out: LeftOut | None = None,
         model: torch.nn.Module | None = None,
+        stages: Any = None,
     ) -> None:
         self.description = description
         self.load_report: LoadReport | None = None
@@ -69,6 +77,7 @@ class Stack(torch.optim.Optimizer):
         structure = Structure(base, wrappers, schedules or {}, total_steps, fused_by_default)
         self._run = Run(structure, base, metrics or Metrics())
         self._run.left_out = left_out
+        self._run.stages = stages
         self._run.model = None if model is None else weakref.ref(model)
         self._compiled_step = CompiledStep()
         validate(structure, base.param_groups)
@@ -384,10 +393,17 @@ class Stack(torch.optim.Optimizer):
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for pre_hook in user_hooks(self._optimizer_load_state_dict_pre_hooks, base):
             state_dict = pre_hook(self, state_dict) or state_dict
-        self.load_report = checkpoint.load(self._run, state_dict, choice)
+        stages = self._run.stages
+        undo = None if stages is None else stages.prepare_load(self._run, state_dict)
+        try:
+            self.load_report = checkpoint.load(self._run, state_dict, choice)
+        except BaseException:
+            if undo is not None:
+                undo()
+            raise
         self._run.begin_schedules()
         self._run.invalidate()
-        for hook in user_hooks(self._optimizer_load_state_dict_post_hooks, base):
+        for hook in user_hooks(self._optimizer_load_state_dict_post_hooks, self._run.base):
             hook(self)
         self.load_report.warn(choice)
 

@@ -54,7 +54,8 @@ def _part(entry: Entry) -> str:
     """Return the class of one part, whose call knows the hyperparameters, and the part itself."""
     kind = "_" + "".join(word.capitalize() for word in entry.name.split("_"))
     try:
-        declared = list(part(entry.name).hyperparameters.values())
+        found = part(entry.name)
+        declared = [] if found.is_sequence else list(found.hyperparameters.values())
     except (MetaoptError, TypeError, ValueError):  # a plugin's class whose signature cannot be read
         declared = []
         open_ended = True

@@ -66,9 +66,16 @@ class Lane:
     before: list[Rule]
     base: Rule
     behind: list[Rule]
+    # the bases that follow, by the number of updates after which each begins
+    later: dict[int, Rule] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return " | ".join(map(str, [*self.before, self.base, *self.behind]))
+        base, done = [str(self.base)], 0
+        for begin, follower in self.later.items():
+            base += [str(begin - done), str(follower)]
+            done = begin
+        text = f"switch({', '.join(base)})" if self.later else base[0]
+        return " | ".join([*map(str, self.before), text, *map(str, self.behind)])
 
 
 @dataclass
@@ -160,6 +167,7 @@ class PlainStack:
                 self._act(rule, [h for h in self.held if h.lane == name], previous, own)
         for rule in self.behind:
             self._act(rule, self.held, previous, grads)
+        self._change_base()
 
     def record(self, value: float) -> None:
         """Lower the rates that a plateau drives if the value has not improved for too long."""
@@ -176,6 +184,20 @@ class PlainStack:
                     for h in self.held if scope is not None else [h for h in self.held if h.lane in lanes]:
                         lower = max(h.lr * rule.given["factor"], rule.given["min_lr"])
                         h.lr = lower if h.lr - lower > 1e-8 else h.lr
+
+    def _change_base(self) -> None:
+        """Put the next base in the place of the one that is on: it begins anew, and what is kept of moments too."""
+        for n, lane in self.lanes.items():
+            follower = lane.later.pop(self.updates, None)
+            if follower is None:
+                continue
+            lane.base = follower
+            for h in (h for h in self.held if h.lane == n):
+                h.base.clear()
+                h.lr = follower.given["lr"]
+                for label, key in [*h.state]:
+                    if self.rules[label].name == "lookahead" and key in ("buffer", "m", "v", "sum"):
+                        del h.state[label, key]
 
     def reset_moments(self) -> None:
         for h in self.held:

@@ -61,6 +61,7 @@ ENGINE = (
 )
 EXPLAINING = {"explaining", "explanation", "findings", "orthogonal", "practice", "probing", "sizes", "batch_size"}
 BUILDING = {
+    "staging",
     "building",
     "configured",
     "stubs",

@@ -89,7 +89,8 @@ class Trial:
         if any(rule.name == "mechanic" for lane in lanes.values() for rule in lane.behind) and self.parted:
             behind = [rule for rule in behind if rule.name not in SIZING]
         if not self.parted:
-            lanes["*"] = Lane([], lanes["*"].base, [])
+            later = {choice([2, 3, 6]): choice(BASES), 7: choice(BASES)} if choice([0, 0, 1]) else {}
+            lanes["*"] = Lane([], lanes["*"].base, [], later)
         middle = f"partition({{{', '.join(f'{n!r}: {lane}' for n, lane in lanes.items())}}})" if self.parted else None
         self.spec = " | ".join([*map(str, before), middle or str(lanes["*"]), *map(str, behind)])
         self.rules = PlainStack(before, lanes, behind)

@@ -29,6 +29,23 @@ class Partitioner(ABC):
         """Return the name of the part that updates this parameter, or None if there is none."""
 
 
+class Sequencer(ABC):
+    """Has one pipeline after the other as the base of a stack: an optimizer made of others, one of which is on.
+
+    A subclass is registered as an optimizer. `stages` are the pipelines in order; its constructor takes pipelines and
+    numbers by position.
+    """
+
+    stages: tuple[Any, ...]
+
+    @abstractmethod
+    def begins(self, run: int | None) -> list[int]:
+        """Return after how many updates each stage begins, in a run of `run` updates if that is known; the first is 0.
+
+        Raises SpecError.
+        """
+
+
 class MultiBase(torch.optim.Optimizer):
     """Several bases as one: each updates the groups that carry its name under `metaopt.part`."""
 

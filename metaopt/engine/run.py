@@ -72,6 +72,8 @@ class Run:
         self.built_with_lr = any(rate is None or isinstance(rate, Schedule) or float(rate) != 0.0 for rate in rates)
         # parameters of the model that no group holds, while they may begin to train
         self.left_out: LeftOut | None = None
+        # what changes the base in the middle of the run, if anything does
+        self.stages: Any = None
         # what the stack was built over, if that was a module; not held, because a model may be large
         self.model: weakref.ref[torch.nn.Module] | None = None
         # tensors in main memory are being written to from an accelerator
@@ -159,7 +161,9 @@ class Run:
         return {key: schedule for key, schedule in every.items() if schedule is not None}
 
     def write_schedules(self) -> None:
-        """Set every scheduled value for the update that comes next."""
+        """Set every scheduled value for the update that comes next, which may be the first one of another base."""
+        if self.stages is not None:
+            self.stages.follow(self)
         for scheduled, group in zip(self.scheduled, self.param_groups, strict=True):
             scheduled.write(group)
 
@@ -167,7 +171,7 @@ class Run:
         """Follow the schedules of all groups from the present count on."""
         run = self.structure.total_steps
         self.scheduled = [ScheduledValues(self.schedules_of(group), run) for group in self.param_groups]
-        self.has_schedules = any(scheduled.schedules for scheduled in self.scheduled)
+        self.has_schedules = self.stages is not None or any(scheduled.schedules for scheduled in self.scheduled)
         self._adopted = self.param_groups, len(self.param_groups)
         self.write_schedules()
 

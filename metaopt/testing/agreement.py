@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from metaopt.engine.chain import RUN_FLAGS
-from metaopt.engine.multi_base import Partitioner
+from metaopt.engine.multi_base import Partitioner, Sequencer
 from metaopt.errors import MetaoptError
 from metaopt.stack import Stack
 from metaopt.testing.comparing import same
@@ -38,7 +38,7 @@ def bare_optimizer(subject: StackSubject, parameters: Sequence[torch.Tensor], li
 @check("optimizer", presumes=(REPEATS,))
 def is_the_bare_class_bit_for_bit(subject: StackSubject) -> None:
     """A stack of the optimizer alone trains exactly like the class outside of metaopt."""
-    if _is_partition(subject):
+    if _is_made_of_others(subject):
         raise NotApplicable("it is made of other optimizers")
     model = subject.model()
     bare = bare_optimizer(subject, list(model.parameters()), subject.pair()[1])
@@ -120,8 +120,8 @@ def _resumes_unrounded(subject: StackSubject, model: Halves, opt: Stack, dtype: 
         )
 
 
-def _is_partition(subject: StackSubject) -> bool:
-    return inspect.isclass(subject.entry.target) and issubclass(subject.entry.target, Partitioner)
+def _is_made_of_others(subject: StackSubject) -> bool:
+    return inspect.isclass(subject.entry.target) and issubclass(subject.entry.target, Partitioner | Sequencer)
 
 
 def _base_can(subject: StackSubject, dtype: torch.dtype) -> bool:
@@ -136,7 +136,7 @@ def _trains(subject: StackSubject, dtype: torch.dtype) -> bool:
     model = subject.model(dtype)
     opt: Any = None
     try:
-        if _is_partition(subject):
+        if _is_made_of_others(subject):
             model, opt = subject.pair(dtype)
         elif subject.entry.kind == "optimizer":
             opt = bare_optimizer(subject, list(model.parameters()), subject.pair(dtype)[1])
