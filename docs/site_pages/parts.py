@@ -201,7 +201,10 @@ def _logger_sections(entry: Entry) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / ("run.jsonl" if entry.name == "jsonl" else "run")
         stack = metaopt.build(
-            model, "clip_grad_norm(1.0) | adamw(lr=0.01) | lookahead", log=entry.target(place), log_every=5
+            model,
+            "clip_grad_norm(1.0) | adamw(lr=0.01, weight_decay=0.0) | lookahead",
+            log=entry.target(place),
+            log_every=5,
         )
         for inputs, targets in zip(range(10), runs.Regression().batches(), strict=False):
             inputs, targets = targets
