@@ -9,7 +9,7 @@ import torch
 
 from metaopt.engine.chain import PLACEHOLDER, RUN_FLAGS, Chain, ParamGroup
 from metaopt.engine.multi_base import Sequencer
-from metaopt.engine.run import OWN_SCHEDULES, Run
+from metaopt.engine.run import BUILT_LR, OWN_SCHEDULES, Run
 from metaopt.engine.structure import Structure, validate
 from metaopt.errors import HyperparameterError, SpecError
 from metaopt.group_entries import NO_DECAY, OWN_VALUES, is_decay
@@ -245,5 +245,6 @@ def _refill(group: ParamGroup, made: ParamGroup, old: Chain, gone: set[str]) -> 
     kept = set(_own_keys(old, group))
     for key in [k for k in group if (k in old.base.defaults and k not in kept) or str(k).split(".")[0] in gone]:
         del group[key]
-    group.pop(LR_FACTOR, None)
+    for key in (LR_FACTOR, BUILT_LR):
+        group.pop(key, None)
     group.update({key: value for key, value in made.items() if key not in ("params", "param_names", "name")})

@@ -144,6 +144,18 @@ def test_a_checkpoint_that_is_refused_changes_nothing(at: int) -> None:
     assert same(params, twin[0])
 
 
+def test_a_rate_that_a_plateau_has_lowered_after_the_change_is_resumed_without_a_warning() -> None:
+    params, twins = weights(), weights()
+    spec = f"{SWITCH} | plateau('loss', patience=0, factor=0.5)"
+    opt, other = metaopt.build(params, spec), metaopt.build(twins, spec)
+    for number in range(6):
+        step(params, opt, number)
+    opt.record(loss=1.0)
+    opt.record(loss=1.0)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert other.param_groups[0]["lr"] == opt.param_groups[0]["lr"] == 0.05
+
+
 def test_a_bare_checkpoint_of_the_first_base_loads() -> None:
     params, twins = weights(), weights()
     bare = torch.optim.AdamW(twins, lr=1e-2)
