@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from metaopt import findings
-from metaopt.engine.precedence import INTERVALS, count_of
+from metaopt.engine.precedence import count_of
 from metaopt.errors import CheckpointError, ParameterError, SpecError
 from metaopt.explanation import Explanation, Row
 from metaopt.reading import read_saved
@@ -86,7 +86,7 @@ def explain_checkpoint(path: str | Path) -> Explanation:
     entries, state = saved["param_groups"], saved["state"]
     rows = tuple(_saved_row(number, entry, state) for number, entry in enumerate(entries))
     first = entries[0] if entries else {}
-    updates, counted = count_of(entries, state, INTERVALS)
+    updates, counted = count_of(entries, state)
     return Explanation(
         optimizer=f"checkpoint {path}",
         updates=None if counted == "nowhere" else updates,
@@ -144,7 +144,7 @@ def _count(optimizer: torch.optim.Optimizer) -> int | None:
     """Return how many updates were done; None where a plain optimizer does not count them."""
     if isinstance(optimizer, Stack):
         return optimizer.updates
-    count, counted = count_of(optimizer.param_groups, optimizer.state, INTERVALS)
+    count, counted = count_of(optimizer.param_groups, optimizer.state)
     return None if counted == "nowhere" and optimizer.state else count
 
 

@@ -36,6 +36,7 @@ def test_one_warning_lists_every_constant_that_differs_and_says_that_the_checkpo
     assert f"from the checkpoint: {expected}" in str(warning.message)
     assert "keep='live'" in str(warning.message)
     assert warning.filename == __file__
+    assert warning.category is metaopt.MetaoptWarning
     (entry,) = opt.param_groups
     assert [entry[key] for key in ("clip_grad_norm.max_norm", "lookahead.k", "lr")] == [1.0, 5, 0.01]
     assert [(d.key, d.value) for d in opt.load_report.differences] == [
@@ -248,6 +249,18 @@ def test_the_count_is_that_of_the_parameter_with_the_most_updates() -> None:
     opt.load_state_dict(bare.state_dict(), keep="saved")
     assert opt.updates == 7
     assert opt.param_groups[0]["lr"] == pytest.approx(metaopt.cosine(0.01)(7, 20))
+
+
+@pytest.mark.parametrize(("name", "count"), [("Prodigy", 7), ("ScheduleFreeAdamW", 7), ("MADGRAD", 0)])
+def test_a_base_counts_as_one_step_of_it_shows(name: str, count: int) -> None:
+    kind = getattr(pytest.importorskip("pytorch_optimizer"), name)
+    model = small_model()
+    bare = kind(model.parameters(), lr=0.01)
+    train(model, bare, range(7))  # the first begins to count at 1; the last counts beside its parameters' state
+    opt = metaopt.wrap(kind(small_model().parameters(), lr=0.01), "clip_grad_norm(1.0)")
+    with pytest.warns(UserWarning):
+        opt.load_state_dict(copy.deepcopy(bare.state_dict()))
+    assert (opt.updates, opt.load_report.counted) == (count, "base" if count else "nowhere")
 
 
 def test_an_interval_of_a_bare_base_is_not_taken_for_its_count() -> None:

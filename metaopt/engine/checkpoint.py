@@ -14,7 +14,7 @@ from metaopt.engine.checkpoint_validation import state_after_step, validate_fit,
 from metaopt.engine.load_report import Choice, LoadReport
 from metaopt.engine.matching import Matched, matched
 from metaopt.engine.param_state import placed, remove_placeholders
-from metaopt.engine.precedence import belongs, count_of, merged_groups
+from metaopt.engine.precedence import belongs, count_of, counts_of_bases, merged_groups
 from metaopt.engine.run import TEMPLATE, UPDATES, Run
 from metaopt.errors import StepError, did_you_mean
 from metaopt.scheduled_values import LR_FACTOR
@@ -74,8 +74,8 @@ def _without_bytes(value: Any) -> Any:
 def _report(run: Run, found: Matched) -> LoadReport:
     saved = list(dict.fromkeys(label for group in found.groups for label in _saved_labels(group)))
     own = run.structure.labels()
-    settings = {name for chain in run.structure.chains for name in chain.constructor_names}
-    updates, counted = count_of(found.groups, found.state, settings)
+    is_bare = not any(UPDATES in group for group in found.groups)
+    updates, counted = count_of(found.groups, found.state, counts_of_bases(run) if is_bare else {})
     total, length = found.groups[0].get("metaopt.total_steps"), run.structure.total_steps
     return LoadReport(
         taken=["base", *(label for label in own if label in saved)],

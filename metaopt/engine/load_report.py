@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from metaopt.errors import CheckpointError
+from metaopt.errors import CheckpointError, MetaoptWarning
 
 # names that a sentence lists before it says how many more there are
 SHOWN = 6
@@ -119,7 +119,7 @@ class LoadReport:
             told = f"loaded a checkpoint that differs from this stack; {self}"
             if any(difference.taken == "checkpoint" for difference in unchosen):
                 told += ". load_state_dict(..., keep='live') takes this stack's values, keep='saved' the checkpoint's"
-            warnings.warn(told, UserWarning, stacklevel=3)
+            warnings.warn(told, MetaoptWarning, stacklevel=3)
 
     def _is_chosen(self, difference: Difference, choice: Choice) -> bool:
         """Return whether the caller asked for the value that is in force."""

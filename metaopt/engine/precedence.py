@@ -6,7 +6,7 @@ keep="live". If the groups are others than the checkpoint's, that holds for valu
 sets for itself is this stack's.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -20,28 +20,51 @@ from metaopt.scheduled_values import ScheduledValues
 from metaopt.wrapper import Wrapper
 
 LR_SCALE = "metaopt.lr_scale"
-# under these names an optimizer without a count of ours counts its updates, in state[p] or in a group
-COUNTS = ("step", "k")
-# some keep an interval under one of them: without the optimizer's class nothing tells which it is
-INTERVALS = frozenset({"k"})
+# where a bare optimizer counts its updates, in state[p] or in a group, and its count after the first
+Counts = Mapping[tuple[Literal["state", "group"], str], int]
+COUNTS_OF_MOST: Counts = {("state", "step"): 1, ("group", "step"): 1}
 
 
 def count_of(
-    groups: list[ParamGroup], state: Mapping[Any, Any], settings: Collection[str]
+    groups: list[ParamGroup], state: Mapping[Any, Any], first: Counts = COUNTS_OF_MOST
 ) -> tuple[int, Literal["checkpoint", "base", "nowhere"]]:
-    """Return how many updates were made, and who says so; "nowhere" is 0. `settings` are entries that never count."""
+    """Return how many updates were made, and who says so; "nowhere" is 0."""
     own = [group[UPDATES] for group in groups if UPDATES in group]
     if own:
         return own[0], "checkpoint"
     held = [param_state for param_state in state.values() if isinstance(param_state, Mapping)]
+    known = []
+    for (where, key), one in first.items():
+        for entries in held if where == "state" else groups:
+            number = _whole(entries.get(key))
+            if number is not None:
+                known.append(max(0, number - one + 1))
     # a parameter whose first gradient came later has fewer
-    counted = [_count(param_state.get("step")) for param_state in held]
-    counted += [_count(group[key]) for group in groups for key in COUNTS if key in group and key not in settings]
-    known = [count for count in counted if count is not None]
     return (max(known), "base") if known else (0, "nowhere")
 
 
-def _count(value: Any) -> int | None:
+def counts_of_bases(run: Run) -> Counts:
+    """Return where the bases of a run count, as a step of a new one over a small parameter shows."""
+    found: dict[tuple[Literal["state", "group"], str], int] = {}
+    for chain in run.structure.chains:
+        group = next((g for g in run.param_groups if chain.has_group(g) and g["params"]), None)
+        if group is None:
+            continue
+        p = group["params"][0]
+        small = torch.zeros([2] * p.dim(), dtype=p.dtype, device=p.device)
+        try:
+            state, made, changed = chain.scratch_step(group, small, gradient=1.0)
+        except Exception:  # a class from elsewhere may want more than one parameter
+            found |= COUNTS_OF_MOST
+            continue
+        counted: dict[tuple[Literal["state", "group"], str], Any] = {("state", "step"): state.get("step")}
+        counted |= {("group", key): made[key] for key in ("step", "k") if key in changed}
+        # an entry that is there after the first step, and 0, counts something else
+        found |= {place: number for place, value in counted.items() if (number := _whole(value))}
+    return found
+
+
+def _whole(value: Any) -> int | None:
     if isinstance(value, torch.Tensor):
         value = value.item() if value.numel() == 1 else None
     number = not isinstance(value, bool) and isinstance(value, int | float)

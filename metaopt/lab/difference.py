@@ -7,7 +7,7 @@ import torch
 
 from metaopt.engine.load_report import shown_first
 from metaopt.engine.matching import Matched, matched
-from metaopt.engine.precedence import INTERVALS, count_of, same
+from metaopt.engine.precedence import count_of, same
 from metaopt.errors import CheckpointError
 from metaopt.lab.saved_optimizers import SavedOptimizer
 
@@ -51,7 +51,7 @@ def _of_whole(a: SavedOptimizer, b: SavedOptimizer) -> Iterator[str]:
 
 
 def _count(saved: SavedOptimizer) -> int | None:
-    count, counted = count_of(saved.groups, saved.state_dict["state"], INTERVALS)
+    count, counted = count_of(saved.groups, saved.state_dict["state"])
     return None if counted == "nowhere" else count
 
 

@@ -12,7 +12,7 @@ import torch
 
 from metaopt.building import build
 from metaopt.engine.chain import RUN_FLAGS
-from metaopt.errors import CheckpointError
+from metaopt.errors import CheckpointError, MetaoptWarning
 from metaopt.lab.holding import scratch_of
 from metaopt.lab.saved_optimizers import SavedOptimizer
 from metaopt.stack import Stack
@@ -108,7 +108,7 @@ def migrate(
     if len(stack.param_groups) == len(saved.groups):
         _keep_own_values(stack, saved.groups)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the lines say it
+        warnings.simplefilter("ignore", MetaoptWarning)  # the lines say it
         stack.load_state_dict(saved.state_dict, keep=keep, extend=extend)
     assert stack.load_report is not None
     if updates is None and stack.load_report.counted == "nowhere":

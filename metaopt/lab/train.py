@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from metaopt.building import build
-from metaopt.errors import CheckpointError, ProblemError
+from metaopt.errors import CheckpointError, MetaoptWarning, ProblemError
 from metaopt.lab import checkpoint
 from metaopt.lab.device import usable_device
 from metaopt.lab.holding import held
@@ -174,7 +174,7 @@ def _resume(
     model.load_state_dict(content["model"])
     with warnings.catch_warnings():
         if changeable:  # the load report says it, in a line of the command
-            warnings.simplefilter("ignore", UserWarning)
+            warnings.simplefilter("ignore", MetaoptWarning)
         opt.load_state_dict(content["stack"])
     torch.set_rng_state(content["random"]["cpu"])
     if device.startswith("cuda") and "cuda" in content["random"]:
