@@ -71,6 +71,10 @@ def _whole(value: Any) -> int | None:
     return round(value) if number and 0 <= value < float("inf") else None
 
 
+# group entries that say what the group is in this stack
+OF_THIS_STACK = (OWN_SCHEDULES, "metaopt.part", "metaopt.undecayed")
+
+
 def merged_groups(run: Run, found: Matched, choice: Choice, report: LoadReport) -> list[ParamGroup]:
     """Return the groups to load, with the values that are to be in force; the report gets what differs."""
     merged = []
@@ -85,16 +89,14 @@ def merged_groups(run: Run, found: Matched, choice: Choice, report: LoadReport) 
             if scalar.per == "run":
                 kept[key] = merge.saved_groups_of_chain()[0].get(key)
             _keep_scalar(kept, key, group[key], scalar.initial)
-        for key in (*RUN_FLAGS, OWN_SCHEDULES):
+        for key in (*RUN_FLAGS, *OF_THIS_STACK):
             if key in group:
                 kept[key] = group[key]
             else:
                 kept.pop(key, None)
-        for key in ("name", "param_names", "metaopt.part"):
+        for key in ("name", "param_names"):
             if key in group:
                 kept[key] = group[key]
-        if "metaopt.part" not in group:
-            kept.pop("metaopt.part", None)
         first = found.groups[0]
         kept |= {
             "params": found.ids[position],
