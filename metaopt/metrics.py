@@ -20,7 +20,12 @@ _FOLD = 256
 
 
 class Logger(ABC):
-    """Where measurements go. One logger serves one run; only rank 0 calls it."""
+    """Where measurements go. One logger serves one run; only rank 0 calls it.
+
+    `place` is what only one run at a time may write to, such as a file's path; None: any number of runs may.
+    """
+
+    place: Any = None
 
     @abstractmethod
     def open(self, *, step: int, tags: Sequence[str], spec: str, hparams: Mapping[str, HyperValue]) -> None:
@@ -94,6 +99,19 @@ class Metrics:
         """
         self._now.setdefault(tag, _Parts(reduce)).values.append(_kept(tag, value))
 
+    def point(self, tag: str, value: Value, step: int, updates: int) -> None:
+        """Keep one number as a point of its own at x = `step`, recorded after so many updates of the run.
+
+        It is written with the next point of the run, or by `close`. Raises LogError.
+        """
+        kept = _kept(tag, value)
+        self._last[tag] = kept
+        if self._window is None or rank() != 0:
+            return
+        if self._window.updates is None or updates < self._window.updates:
+            self._open(self._window, updates)
+        self._window.points.append((step, tag, kept))
+
     def drop_update(self) -> None:
         """Forget what was measured for an update that was then skipped."""
         self._now.clear()
@@ -154,12 +172,28 @@ class _Window:
         self.logger = logger
         self.updates: int | None = None  # None: the logger has not been told of the run
         self._tallies: dict[str, _Tally] = {}
+        self.points: list[tuple[int, str, Value]] = []  # that stand for themselves
         self._closed = False
 
     def open(self, step: int, tags: Sequence[str], spec: str, hparams: Mapping[str, HyperValue]) -> None:
         self._tallies.clear()
+        self.points.clear()
+        self._occupy()
         self.updates = step
         self._try("could not be opened", self.logger.open, step=step, tags=tags, spec=spec, hparams=dict(hparams))
+
+    def _occupy(self) -> None:
+        """Raise LogError if another run of this program is writing where this one is to write."""
+        place = self.logger.place
+        if place is None:
+            return
+        holder = _PLACES.setdefault(place, self)
+        if holder is not self and not holder._closed:
+            raise LogError(
+                f"another stack of this program writes to {place}, and the points of the two would mix: "
+                f"give each a place of its own, or close the other first, opt.close()"
+            )
+        _PLACES[place] = self
 
     def add(self, update: int, values: Mapping[str, Value]) -> None:
         self.updates = update
@@ -168,11 +202,19 @@ class _Window:
 
     def flush(self) -> None:
         tallies, self._tallies = self._tallies, {}
-        if not tallies or self.updates is None:
+        points, self.points = self.points, []
+        if self.updates is None:
             return
-        sums = _read({tag: tally.values for tag, tally in tallies.items()})
-        means = {tag: sum(sums[tag]) / tally.count for tag, tally in tallies.items()}
-        self._try(f"could not write update {self.updates}", self.logger.scalars, self.updates, means)
+        if tallies:
+            sums = _read({tag: tally.values for tag, tally in tallies.items()})
+            means = {tag: sum(sums[tag]) / tally.count for tag, tally in tallies.items()}
+            self._try(f"could not write update {self.updates}", self.logger.scalars, self.updates, means)
+        numbers = _read({str(i): [value] for i, (_, _, value) in enumerate(points)})
+        at: dict[int, dict[str, float]] = {}
+        for i, (step, tag, _) in enumerate(points):
+            at.setdefault(step, {})[tag] = numbers[str(i)][0]
+        for step, values in at.items():
+            self._try(f"could not write step {step}", self.logger.scalars, step, values)
 
     def close(self) -> None:
         if self._closed:
@@ -196,6 +238,10 @@ class _Window:
             raise
         except OSError as error:
             raise LogError(f"{type(self.logger).__name__} {what}: {error}") from error
+
+
+# which run writes where, in this process
+_PLACES: weakref.WeakValueDictionary[Any, _Window] = weakref.WeakValueDictionary()
 
 
 class _Parts:

@@ -17,7 +17,8 @@ from metaopt.engine.load_report import Choice, LoadReport, changed_choice
 from metaopt.engine.run import Run
 from metaopt.engine.step import record, step
 from metaopt.engine.structure import Structure, fights, validate
-from metaopt.errors import HyperparameterError, ParameterError, StepError, did_you_mean
+from metaopt.errors import HyperparameterError, LogError, ParameterError, StepError, did_you_mean
+from metaopt.hyperparameters import plain
 from metaopt.left_out import LeftOut
 from metaopt.lr_reporter import ReadOnlyLRScheduler
 from metaopt.metrics import Metrics
@@ -198,13 +199,33 @@ class Stack(torch.optim.Optimizer):
         """What is measured, and where it is written."""
         return self._run.metrics
 
-    def record(self, **values: torch.Tensor | float) -> None:
-        """Log values as `train/<name>` at the coming update, without waiting for the device.
+    def record(
+        self,
+        values: Mapping[str, torch.Tensor | float] | None = None,
+        /,
+        *,
+        step: int | None = None,
+        **named: torch.Tensor | float,
+    ) -> None:
+        """Log values, without waiting for the device: `opt.record(loss=loss)`, `opt.record({"val/loss": loss})`.
 
-        Parts that act on a value, such as `plateau`, see it at once: those read it.
+        A plain name is measured at the coming update and logged as `train/<name>`, as the mean over the updates since
+        the point before. A name with a slash is a tag of your own: each value is a point, at the number of updates made
+        so far. `step` says where else; a plain name is then a point too. A run that is resumed hides points of later
+        steps than its own, so another unit than updates needs another log. Parts that act on a value, such as
+        `plateau`, see it at once: those read it. Raises LogError.
         """
-        for name, value in values.items():
-            self._run.metrics.measure(f"train/{name}", value)
+        if values is not None and not isinstance(values, Mapping):
+            raise LogError(f"record(): values must be a dict of numbers by name, got {type(values).__name__}")
+        step = plain(step)
+        if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
+            raise LogError(f"record(): step must be an integer >= 0, got {step!r:.60}")
+        metrics, updates = self._run.metrics, self._run.updates
+        for name, value in {**(values or {}), **named}.items():
+            if step is None and "/" not in name:
+                metrics.measure(f"train/{name}", value)
+            else:
+                metrics.point(name if "/" in name else f"train/{name}", value, updates if step is None else step, updates)
             if self._run.structure.on_record:
                 record(self._run, name, value)
 

@@ -24,6 +24,7 @@ class JsonLines(Logger):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self.place = self.path.resolve()
         self._opened = False
         if self.path.is_dir():
             raise LogError(f"{self.path} is a directory: give the file to write, such as {self.path / 'log.jsonl'}")

@@ -4,14 +4,16 @@ import io
 import itertools
 import os
 import socket
+import struct
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metaopt import LogError, Logger, hookimpl
+from metaopt import LogError, Logger, MetaoptWarning, hookimpl
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -24,7 +26,8 @@ class TensorBoard(Logger):
     """Writes TensorBoard event files: scalars, the spec as text and one HParams record, all in the run's directory.
 
     `log` is a directory, which is made, or a SummaryWriter, which stays its owner's: its `purge_step` and its
-    `close()` too. Raises LogError where the directory cannot be written.
+    `close()` too. Raises LogError where the directory cannot be written, or where another writer has event files:
+    TensorBoard follows one writer per directory, and would hide points of the other.
     """
 
     def __init__(self, log: "str | os.PathLike[str] | SummaryWriter", metric: str = METRIC) -> None:
@@ -32,11 +35,14 @@ class TensorBoard(Logger):
         self._file: _EventFile | None = None
         self._writer: Any = None
         self._described = False
+        self._names: set[str] = set()  # of event files that were looked at
         if isinstance(log, str | os.PathLike):
             self.directory = _writable(Path(log))
+            self._refuse_another_writer()
         else:
             self._writer = log
             self.directory = Path(log.log_dir)
+        self.place = self.directory.resolve()
 
     def open(
         self, *, step: int, tags: Sequence[str], spec: str, hparams: Mapping[str, bool | int | float | str]
@@ -52,6 +58,13 @@ class TensorBoard(Logger):
         """Write one point per tag at x = `step`, to the disk."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
+        if self._writer is None and (found := self._of_another_writer()):
+            warnings.warn(
+                f"another writer has begun to write to {self.directory} ({found}): TensorBoard follows one writer per "
+                f"directory, and shows no more points of this run. Give log a directory of its own, or that writer",
+                MetaoptWarning,
+                stacklevel=2,
+            )
         self._write(step, [Summary(value=[Summary.Value(tag=tag, simple_value=v)]) for tag, v in values.items()])
 
     def close(self) -> None:
@@ -88,10 +101,50 @@ class TensorBoard(Logger):
         if self._file is not None:
             self._file.close()
         earlier = bool(_wait_for_a_later_name(_writable(self.directory)))
+        self._refuse_another_writer()
         self._file = _EventFile(self.directory)
+        self._names.add(self._file.name)
         # also where nothing is earlier: TensorBoard takes the first such mark for the start and obeys the second
         self._file.begin(step + 1)
         return earlier
+
+
+    def _refuse_another_writer(self) -> None:
+        if found := self._of_another_writer():
+            raise LogError(
+                f"{self.directory} has event files of another writer ({found}), whose points TensorBoard would hide: "
+                f"give log a directory of its own, such as {self.directory / 'metaopt'}, or that SummaryWriter itself"
+            )
+
+    def _of_another_writer(self) -> str | None:
+        """Return the name of an event file that is new and not of a stack."""
+        new = {path.name for path in self.directory.glob("*tfevents*")} - self._names
+        owners = {name: _is_own(self.directory / name) for name in sorted(new)}
+        self._names |= {name for name, own in owners.items() if own is not None}
+        return next((name for name, own in owners.items() if own is False), None)
+
+
+def _is_own(path: Path) -> bool | None:
+    """Return whether an event file begins as a stack's does, or None if nothing is in it yet.
+
+    First there is a version, then the start of a session.
+    """
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    records: list[bytes] = []
+    try:
+        with path.open("rb") as file:
+            # a record: its length in 8 bytes, a checksum in 4, the content, a checksum in 4
+            while len(records) < 2 and len(header := file.read(12)) == 12:
+                records.append(file.read(struct.unpack("<Q", header[:8])[0]))
+                file.read(4)
+        if not records:
+            return None
+        status: int = Event.FromString(records[1]).session_log.status if len(records) == 2 else 0
+    except (OSError, DecodeError):
+        return False
+    return status == SessionLog.START
 
 
 class _EventFile:
@@ -101,6 +154,7 @@ class _EventFile:
 
     def __init__(self, directory: Path) -> None:
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(self._numbers)}"
+        self.name = name
         self._path = directory / name
         self.failed = False
         try:
