@@ -48,8 +48,8 @@ class SecondClip:
             found = _value(sample, _some(gradient)) or _norm(sample, _some(gradient), groups)
             if found:
                 warnings.warn(
-                    f"the gradients were clipped to {found} before step(), and {' and '.join(self._clips)} in the stack "
-                    f"clips them again. Leave one of the two out: the other is gradient_clip_val in Lightning, "
+                    f"the gradients were clipped to {found} before step(), and {' and '.join(self._clips)} in the "
+                    f"stack clips them again. Leave one of the two out: the other is gradient_clip_val in Lightning, "
                     f"max_grad_norm in the Hugging Face Trainer (1.0 if it is not set, 0 turns it off), "
                     f"accelerator.clip_grad_norm_(), or a clip in the training loop",
                     MetaoptWarning,

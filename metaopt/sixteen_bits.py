@@ -17,8 +17,8 @@ ELEMENTS = 256
 STILL = 0.9
 NAMED = 3
 FIX = (
-    "Keep the weights in float32 and run the model under torch.autocast(device_type, dtype=torch.bfloat16), or raise the "
-    "learning rate"
+    "Keep the weights in float32 and run the model under torch.autocast(device_type, dtype=torch.bfloat16), or raise "
+    "the learning rate"
 )
 
 

@@ -23,6 +23,7 @@ from metaopt.left_out import LeftOut
 from metaopt.lr_reporter import ReadOnlyLRScheduler
 from metaopt.metrics import Metrics
 from metaopt.schedule import Schedule
+from metaopt.second_clip import SecondClip
 from metaopt.torch_internals import (
     HOOKS,
     call_without_grad,
@@ -87,6 +88,9 @@ class Stack(torch.optim.Optimizer):
         self._patch_step_function()
         param_state.take_constructor_state(self._run)
         self._run.complete_groups()
+        clips = [w.label for chain in structure.chains for w in chain.ordered if w.clips_gradients]
+        if clips and not self._run.has_zero_shard:
+            self._run.second_clip = SecondClip(base.param_groups, list(dict.fromkeys(clips)))
         for chain, movers in fights(structure.chains, base.param_groups, only_modes=True):
             warn_of_fight(chain.base, movers)
 
@@ -225,7 +229,8 @@ class Stack(torch.optim.Optimizer):
             if step is None and "/" not in name:
                 metrics.measure(f"train/{name}", value)
             else:
-                metrics.point(name if "/" in name else f"train/{name}", value, updates if step is None else step, updates)
+                tag = name if "/" in name else f"train/{name}"
+                metrics.point(tag, value, updates if step is None else step, updates)
             if self._run.structure.on_record:
                 record(self._run, name, value)
 

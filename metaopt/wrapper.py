@@ -356,6 +356,8 @@ class Wrapper(ABC):
     may_skip_updates: ClassVar[bool] = False
     # `after_update` also gets frozen parameters (see `after_update`): for averages, which move no weights
     acts_on_frozen: ClassVar[bool] = False
+    # the wrapper bounds the size of gradients: the stack then warns of a client that has done so before it
+    clips_gradients: ClassVar[bool] = False
     # several calls of step() make one update: `on_gradients` is called by `opt.flush()` too, see `Groups.is_flush`
     spans_steps: ClassVar[bool] = False
     # `group.grads` holds only the stored values of a sparse gradient, which are not aligned with the parameter

@@ -33,12 +33,15 @@ BOTTOM: dict[str, set[str]] = {
     "kinds": {"errors", "schedule", "wrapper"},
     "lr_reporter": set(),
     "warnings_of_misuse": {"errors", "wrapper"},
+    "second_clip": {"errors"},
+    "sixteen_bits": {"errors"},
     "torch_internals": set(),
 }
 # what a stack is made of works without pluggy and without any registered part
 BELOW_ENGINE = {
     *("errors", "hyperparameters", "schedule", "wrapper", "metrics"),
     *("group_entries", "left_out", "module_buffers", "scheduled_values", "torch_internals"),
+    *("second_clip", "sixteen_bits"),
 }
 # the modules of the engine, the lowest first: each imports only from those above it here
 ENGINE = (

@@ -70,7 +70,9 @@ def test_the_trainer_s_default_clip_is_named(given: dict[str, float], tmp_path: 
     net = Rows()
     opt = stack_over(net)
     arguments = TrainingArguments(
-        str(tmp_path), max_steps=1, report_to="none", disable_tqdm=True, use_cpu=True, lr_scheduler_type="constant", **given
+        str(tmp_path),
+        max_steps=1,
+        **{"report_to": "none", "disable_tqdm": True, "use_cpu": True, "lr_scheduler_type": "constant", **given},
     )
     data = [{"x": torch.ones(2), "labels": torch.ones(1)} for _ in range(8)]
     clip = given.get("max_grad_norm", 1.0)
@@ -95,7 +97,7 @@ class Program(lightning.LightningModule):
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
 @pytest.mark.filterwarnings("ignore:.*srun.*command is available.*")
 def test_lightning_s_clips_are_named(how: str | None, tmp_path: Path) -> None:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet = dict.fromkeys(["logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"], False)
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=1,

@@ -9,10 +9,10 @@ from torch import nn
 import metaopt
 
 
-def run(spec: str, dtype: torch.dtype, *, steps: int = 150, value: float = 1.0, seed: int = 0) -> torch.Tensor:
+def run(spec: str, dtype: torch.dtype, *, steps: int = 150, value: float = 1.0) -> torch.Tensor:
     weight = nn.Parameter(torch.full((64,), value, dtype=dtype))
     opt = metaopt.build([("layer.weight", weight)], spec)
-    made = torch.Generator().manual_seed(seed)
+    made = torch.Generator().manual_seed(0)
     for _ in range(steps):
         weight.grad = torch.rand(64, generator=made).add_(0.5).to(dtype)
         opt.step()
@@ -20,7 +20,7 @@ def run(spec: str, dtype: torch.dtype, *, steps: int = 150, value: float = 1.0, 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("spec", ["adamw(lr=1e-4, weight_decay=0.0)", "sgd(lr=1e-5)", "adamw(lr=warmup(constant(1e-5), 5))"])
+@pytest.mark.parametrize("spec", ["adamw(lr=1e-4)", "sgd(lr=1e-5)", "adamw(lr=warmup(constant(1e-5), 5))"])
 def test_weights_that_do_not_move_are_named_once(dtype: torch.dtype, spec: str) -> None:
     with pytest.warns(metaopt.MetaoptWarning, match=r"layer\.weight: .* lost to .* 16 bits\. Keep .*autocast") as told:
         weight = run(spec, dtype, steps=350)

@@ -32,6 +32,8 @@ PLACEHOLDER = "metaopt.anew"
 # of a move of the weights, what so many steps of a base must leave if it goes with the move
 LEAST_KEPT = 0.8
 TRIED_STEPS = 8
+# updates between two moves of an average that is expected to have moved after a hundred updates
+OFTEN = 20
 # group entries that say how to run and not what is computed
 RUN_FLAGS = frozenset({"foreach", "fused", "capturable", "differentiable"})
 # torch's elementwise optimizers: stepped block by block they compute the same numbers
@@ -162,6 +164,17 @@ class Chain:
             keeps_moments="moments" in kinds,
             inner_anchor_keys=tuple(k.key for k in self.slots if k.slot.kind == "anchor" and id(k.wrapper) in inner),
         )
+
+    def averages(self, group: ParamGroup) -> list[tuple[str, str]]:
+        """Return the keys of averages that move at least every few updates, and what keeps each in float32."""
+        found = []
+        for key, wrapper, slot in ((k.key, k.wrapper, k.slot) for k in self.slots if k.slot.kind in ("anchor", "start")):
+            every = 1 if wrapper.acts_every is None else group[f"{wrapper.label}.{wrapper.acts_every}"]
+            begins = group.get(f"{wrapper.label}.start", 0)
+            if "averaged" in wrapper.implemented_hooks() and every <= OFTEN and not begins:
+                named = slot.dtype in wrapper.hyperparameters
+                found.append((key, f"Give {wrapper.label} {slot.dtype}='float32'" if named else ""))
+        return found
 
     # ---- stepping the base
 

@@ -24,9 +24,11 @@ from metaopt.group_entries import (
     with_list,
 )
 from metaopt.left_out import LeftOut
-from metaopt.metrics import Metrics
+from metaopt.metrics import Metrics, rank
 from metaopt.schedule import Schedule
 from metaopt.scheduled_values import ScheduledValues
+from metaopt.second_clip import SecondClip
+from metaopt.sixteen_bits import StillWatch, still_watch
 from metaopt.torch_internals import called_by_zero_redundancy_optimizer
 from metaopt.wrapper import Scalar, Wrapper
 
@@ -74,6 +76,11 @@ class Run:
         self.left_out: LeftOut | None = None
         # what changes the base in the middle of the run, if anything does
         self.stages: Any = None
+        # a clip before the stack's own, looked for in the first updates
+        self.second_clip: SecondClip | None = None
+        # what has 16 bits, and whether it moves: looked at once
+        self.still_watch: StillWatch | None = None
+        self._watched_16_bits = False
         # what the stack was built over, if that was a module; not held, because a model may be large
         self.model: weakref.ref[torch.nn.Module] | None = None
         # tensors in main memory are being written to from an accelerator
@@ -144,6 +151,13 @@ class Run:
             for key in [key for key in param_state if chain.is_base_key(key)]:
                 del param_state[key]
         self.invalidate()
+
+    def watch_16_bits(self) -> None:
+        """After the first update: keep samples of weights and averages of 16 bits, to see whether they move."""
+        if not self._watched_16_bits:
+            self._watched_16_bits = True
+            slots = [(group, self.structure.chain_of(group).averages(group)) for group in self.param_groups]
+            self.still_watch = still_watch(slots, self.state, self.names, self.updates) if rank() == 0 else None
 
     # ---- schedules
 

@@ -60,6 +60,8 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
         except BaseException:
             abandon(update)
             raise
+    if run.second_clip is not None:
+        run.second_clip = run.second_clip.look(run.base.param_groups)
     if not any(update.gather(group)[0] for group in run.base.param_groups) and not run.flushing:
         return _skip(evaluation, "no gradients")
     try:
@@ -306,11 +308,14 @@ def finish(update: Update, loss: Any) -> None:
         if update.initial or run.incomplete is None:
             param_state.store(update)
             param_state.find_incomplete(run)
+            run.watch_16_bits()
         run.state_size = len(run.base.state)
         for group in run.base.param_groups:
             group[UPDATES] += 1
         for placed in run.structure.acts_behind:
             _act_behind(update, placed)
+        if run.still_watch is not None:
+            run.still_watch = run.still_watch.look(run.base.state, run.updates)
         _measure(update, loss)
     finally:
         update.take_back()

@@ -14,6 +14,7 @@ class AdaptiveGradClip(Wrapper):
     """
 
     known_as = ("AGC", "agc", "adaptive_clip_grad", "unitwise clipping")
+    clips_gradients = True
 
     clipping: float = hyper(0.01, gt=0.0, doc="the largest |g| / |w| of a row", known_as=("clip_factor",))
     eps: float = hyper(1e-3, ge=0.0, doc="the smallest size that weights count as; zeros could not move otherwise")

@@ -11,6 +11,7 @@ class ClipGradNorm(Wrapper):
     """g <- g min(1, max_norm / (|g| + 1e-6)), with |g| over all parameters together. arXiv:1211.5063"""
 
     known_as = ("clip_by_global_norm", "gradient_clip_val", "max_grad_norm", "clip_grad_norm_")
+    clips_gradients = True
 
     max_norm: float = hyper(
         ge=0.0,

@@ -102,7 +102,8 @@ def test_gradient_clip_val_clips_for_a_stack_that_does_not(tmp_path: Path) -> No
 
 def test_gradient_clip_val_clips_once_more_before_a_stack_that_clips(tmp_path: Path) -> None:
     program, model = Program(), small_model()
-    fit(program, tmp_path, 7, gradient_clip_val=0.1)
+    with pytest.warns(metaopt.MetaoptWarning, match="clips them again"):
+        fit(program, tmp_path, 7, gradient_clip_val=0.1)
     train(model, stack_over(model, SPEC.replace("0.5", "0.1")), 0, 7)
     torch.testing.assert_close(weights(program.model), weights(model))
 

@@ -106,7 +106,8 @@ def test_the_trainer_s_own_scheduler_beside_a_schedule_is_refused_with_the_way_o
 def test_max_grad_norm_clips_once_more_before_a_stack_that_clips(tmp_path: Path) -> None:
     model, twin = language_model(), language_model()
     opt = stack_over(model)
-    trainer(model, (opt, opt.scheduler()), tmp_path, 7, max_grad_norm=0.1).train()
+    with pytest.warns(metaopt.MetaoptWarning, match="clips them again"):
+        trainer(model, (opt, opt.scheduler()), tmp_path, 7, max_grad_norm=0.1).train()
     train(twin, stack_over(twin, SPEC.partition(" | ")[2]), 0, 7, clip=0.1)
     torch.testing.assert_close(weights(model), weights(twin))
 
