@@ -5,6 +5,7 @@ wrappers: traced, they would guard on every gradient tensor, which `zero_grad` f
 updates of a cycle this is. They are a few multi-tensor calls that a compiler could not make faster.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -28,11 +29,12 @@ class CompiledStep:
     """
 
     def __init__(self) -> None:
-        # made once per stack: the tracer guards on the identity of what it must not enter
-        self._begin = _untraced(self.begin)
-        self._finish = _untraced(self.finish)
-        self._abandon = _untraced(self.abandon)
-        self._replay = _untraced(self.replay)
+        # made once per stack: the tracer guards on the identity of what it must not enter; by a weak reference, so that
+        # a stack that is let go is freed without the cycle collector
+        self._begin, self._finish, self._abandon, self._replay = (
+            _untraced(_of_weak(weakref.WeakMethod(method)))
+            for method in (self.begin, self.finish, self.abandon, self.replay)
+        )
         self._evaluation: Evaluation | None = None
         self._rates: dict[int, torch.Tensor] = {}
         self._replaced: list[tuple[ParamGroup, ParamGroup]] = []
@@ -108,6 +110,15 @@ class CompiledStep:
         evaluation, self._evaluation = self._evaluation, None
         assert evaluation is not None and evaluation.update is not None
         return evaluation.update, evaluation.loss
+
+
+def _of_weak(method: "weakref.WeakMethod[Any]") -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        alive = method()
+        assert alive is not None  # its owner is calling
+        return alive(*arguments)
+
+    return call
 
 
 def _untraced(function: Function) -> Function:

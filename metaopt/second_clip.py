@@ -1,5 +1,6 @@
 """A clip before the stack's own: gradients that somebody has clipped between `backward()` and `step()`."""
 
+import math
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -85,11 +86,13 @@ def _norm(before: torch.Tensor, after: torch.Tensor, groups: Sequence[Mapping[st
     most = max(ratios, default=1.0)
     if not 0.0 < most < 1.0 - 1e-4 or most - min(ratios) > (1e-5 if exact else 2e-2) * most:
         return ""
+    if math.frexp(most)[0] == 0.5:  # a power of two: a GradScaler has unscaled
+        return ""
     gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
     if any(type(g) is not torch.Tensor or g.is_sparse for g in gradients):
         return ""
     norm = float(torch.nn.utils.get_total_norm(gradients))
-    chosen = float(f"{norm:.3g}") if exact else float(f"{norm:.2g}")
+    chosen = float(f"{norm:.2g}")
     # clip_grad_norm_ divides by the norm before plus 1e-6
     return f"a norm of {chosen:g}" if abs(norm - chosen) <= (2e-5 if exact else 1e-2) * norm + 2e-6 * most else ""
 

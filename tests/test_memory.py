@@ -1,5 +1,7 @@
 """Memory: Lookahead holds one tensor more per parameter, and no step takes for a moment what the weights take."""
 
+import gc
+
 import pytest
 import torch
 
@@ -122,3 +124,20 @@ def test_a_wrapper_that_copies_the_weights_is_seen(device):
     params = parameters(device=device)
     opt = metaopt.build(params, adamw | lookahead(k=5) | Wasteful())
     assert max(taken_by_steps(opt, params, 2)) >= size(params)
+
+
+def test_a_stack_that_is_let_go_leaves_nothing_to_the_cycle_collector() -> None:
+    def make_and_step() -> None:
+        p = torch.nn.Parameter(torch.zeros(3))
+        opt = metaopt.build([p], "clip_grad_norm(1.0) | adamw(lr=cosine(0.1)) | lookahead | ema", total_steps=5)
+        p.grad = torch.ones(3)
+        opt.step()
+
+    make_and_step()  # imports what the first update imports
+    gc.collect()
+    gc.disable()
+    try:
+        make_and_step()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()

@@ -168,7 +168,9 @@ class Chain:
     def averages(self, group: ParamGroup) -> list[tuple[str, str]]:
         """Return the keys of averages that move at least every few updates, and what keeps each in float32."""
         found = []
-        for key, wrapper, slot in ((k.key, k.wrapper, k.slot) for k in self.slots if k.slot.kind in ("anchor", "start")):
+        for key, wrapper, slot in (
+            (k.key, k.wrapper, k.slot) for k in self.slots if k.slot.kind in ("anchor", "start")
+        ):
             every = 1 if wrapper.acts_every is None else group[f"{wrapper.label}.{wrapper.acts_every}"]
             begins = group.get(f"{wrapper.label}.start", 0)
             if "averaged" in wrapper.implemented_hooks() and every <= OFTEN and not begins:

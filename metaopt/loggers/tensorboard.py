@@ -108,7 +108,6 @@ class TensorBoard(Logger):
         self._file.begin(step + 1)
         return earlier
 
-
     def _refuse_another_writer(self) -> None:
         if found := self._of_another_writer():
             raise LogError(
