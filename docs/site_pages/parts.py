@@ -94,7 +94,7 @@ def _kind(entry: Entry) -> str:
 
 def _rule(words: list[str], names: frozenset[str]) -> list[str]:
     first, *others = words
-    plain = [formula.without_papers(text) for text in others]
+    plain = [formula.without_papers(text).replace(" <- ", " ← ") for text in others]
     plain = [text if text.endswith((".", ":")) else f"{text}." for text in plain if text]
     if not formula.is_formula(first):
         return [f"{formula.without_papers(first)}.", *plain]
