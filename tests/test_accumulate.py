@@ -4,6 +4,7 @@ import copy
 
 import numpy
 import pytest
+import pytorch_optimizer
 import torch
 
 import metaopt
@@ -179,3 +180,13 @@ def test_a_weight_changes_nothing_in_a_stack_that_makes_each_step_an_update() ->
         loss_of(m, tokens(2, 0)).backward()
         o.step()
     assert_same(model, twin)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_a_base_that_differentiates_through_gradients_is_told_of_the_part_that_replaces_them() -> None:
+    model, _ = models()
+    base = pytorch_optimizer.AdaHessian(model.parameters(), lr=0.1)
+    opt = metaopt.wrap(base, "accumulate(1)")
+    loss_of(model, tokens(2, 0)).backward(create_graph=True)
+    with pytest.raises(metaopt.StepError, match="AdaHessian differentiates through the gradients, and accumulate"):
+        opt.step()

@@ -13,6 +13,7 @@ from metaopt.engine.run import AVERAGE_SHOWN, TEMPLATE, UPDATES, Run
 from metaopt.engine.structure import Placed
 from metaopt.engine.update import Evaluation, Members, Update, blocks_of
 from metaopt.engine.views import GroupsView, GroupView, block_views_of, gradient_norm, groups_of, trained, views_of
+from metaopt.errors import StepError
 from metaopt.wrapper import Closure, Group, Wrapper
 
 
@@ -25,8 +26,15 @@ def step(run: Run, closure: Closure | None, keywords: dict[str, Any]) -> Any:
         return evaluation.loss
     try:
         returned = step_bases(evaluation.update, evaluation.closure_for_base(), keywords)
-    except BaseException:
+    except BaseException as error:
+        lent = bool(evaluation.update.lent)
         abandon(evaluation.update)
+        if lent and isinstance(error, RuntimeError) and "does not require grad" in str(error):
+            label = run.structure.on_gradients[0].wrapper.label
+            raise StepError(
+                f"{type(run.base).__name__} differentiates through the gradients, and {label} replaces them by others "
+                f"that have no history: leave it out"
+            ) from error
         raise
     finish(evaluation.update, evaluation.loss)
     return returned if closure is None else evaluation.loss
