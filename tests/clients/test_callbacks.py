@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
     pytest.mark.filterwarnings("ignore:.*srun.*command is available.*"),
     pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable.*"),
+    pytest.mark.filterwarnings("ignore:.*exists and is not empty.*"),
 ]
 
 
