@@ -1,4 +1,4 @@
-"""torch's fused kernels called over kept lists: the numbers of torch's own step, whatever happens between two updates."""
+"""torch's fused kernels over kept lists: the numbers of torch's own step, whatever happens between two updates."""
 
 import copy
 from collections.abc import Callable
@@ -111,7 +111,7 @@ def test_updates_are_torch_s_bit_for_bit_whatever_a_client_changes(
             change(twin, plain)
         fill_gradients(model, step)
         fill_gradients(twin, step)
-        if step % 5 == 3:
+        if step in (2, 6):
             for m in (model, twin):
                 m[0].weight.grad = None
         opt.step()
