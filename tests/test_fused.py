@@ -154,6 +154,67 @@ def test_a_copy_and_a_checkpoint_do_not_share_counts_with_the_run() -> None:
     assert {float(entry["step"]) for entry in entries(opt)} == {5.0}
 
 
+def rows_of_two(p: torch.Tensor) -> torch.Tensor:
+    return torch.stack([p, p], dim=-1).flatten(-2)[..., ::2]
+
+
+LAYOUTS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]] = {
+    "gaps": (rows_of_two, torch.clone),
+    "columns": (lambda p: p.mT.contiguous().mT, lambda g: g.mT.contiguous().mT),
+    "columns-rows": (lambda p: p.mT.contiguous().mT, torch.clone),
+    "rows-columns": (torch.clone, lambda g: g.mT.contiguous().mT),
+    "expanded": (torch.clone, lambda g: g[:, :1].expand_as(g)),
+}
+
+
+@pytest.mark.parametrize("tail", ["", " | cautious", " | update_floor | cautious_decay"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_and_gradients_with_any_strides_are_updated_rightly(layout: str, kind: str, tail: str) -> None:
+    # torch's fused kernels on a processor read memory in its own order, without an error
+    arrange, arrange_gradient = LAYOUTS[layout]
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(4, 6, generator=generator)
+    p, plain = torch.nn.Parameter(arrange(start)), torch.nn.Parameter(start.clone())
+    assert torch.equal(p, plain)
+    base, _, settings = KINDS[kind].partition("(")
+    opt = metaopt.build([p], KINDS[kind] + tail)
+    twin = metaopt.build([plain], f"{base}(fused=False, foreach=False, {settings}{tail}")
+    for step in range(5):
+        gradient = torch.randn(4, 6, generator=generator)
+        p.grad = gradient.clone() if step == 0 else arrange_gradient(gradient)
+        plain.grad = p.grad.clone(memory_format=torch.contiguous_format)
+        opt.step()
+        twin.step()
+    torch.testing.assert_close(p.detach(), plain.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_gradient_may_become_sparse_late() -> None:
+    p = torch.nn.Parameter(torch.ones(4, 2))
+    opt = metaopt.build([p], "sgd(lr=0.1)")
+    for sparse in (False, False, True):
+        p.grad = torch.ones(4, 2).to_sparse(1) if sparse else torch.ones(4, 2)
+        opt.step()
+    assert torch.allclose(p, torch.full((4, 2), 0.7))
+
+
+def test_weights_of_two_dtypes_in_one_block_do_not_share_memory() -> None:
+    generator = torch.Generator().manual_seed(0)
+    starts = [torch.randn(4, 4, generator=generator).to(d) for d in (torch.float32, torch.bfloat16, torch.float32)]
+    params = [torch.nn.Parameter(start.clone()) for start in starts]
+    alone = [torch.nn.Parameter(start.clone()) for start in starts]
+    spec = "adamw(lr=0.01) | cautious"
+    opt, others = metaopt.build(params, spec), [metaopt.build([p], spec) for p in alone]
+    for _ in range(4):
+        for p, q in zip(params, alone, strict=True):
+            p.grad = torch.randn(4, 4, generator=generator).to(p.dtype)
+            q.grad = p.grad.clone()
+        for each in (opt, *others):
+            each.step()
+    for p, q in zip(params, alone, strict=True):
+        torch.testing.assert_close(p, q)
+
+
 class Calls(TorchDispatchMode):
     """Counts what is called of torch."""
 

@@ -6,7 +6,7 @@ whatever has changed since the update before, goes through the base's own `step(
 
 from collections.abc import Sequence
 from itertools import repeat
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, is_, itemgetter, methodcaller
 from typing import Any
 
 import torch
@@ -68,6 +68,8 @@ class FusedLists:
         """Update `params` and the state: the members in `part`, or copies of them that are to be moved instead."""
         if "step" in self._keys:
             self._count(part)
+        # a clip may have taken the norm on another device
+        scale = None if scale is None else scale.to(params[0].device)
         kernel = _adam if "step" in self._keys else _sgd
         kernel(group, params, gradients, [kept[part] for kept in self._kept], scale)
 
@@ -89,6 +91,7 @@ def lists_for(
 ) -> FusedLists | None:
     """Return the lists for an update of a group; None: the base has to step itself, at least this time."""
     if chain.fused_state is None or not members or not group.get("fused") or any(map(group.get, CAREFUL)):
+        known.pop(id(group), None)
         return None
     if "found_inf" in vars(chain.base):  # of a GradScaler: torch reads it
         return None
@@ -108,13 +111,38 @@ def lists_for(
 
 
 def is_uniform(tensors: Tensors, dtype: torch.dtype) -> bool:
-    """Return whether all are ordinary dense tensors of one dtype, on the processor."""
+    """Return whether all are ordinary dense tensors of one dtype, row by row in the processor's memory."""
     return (
         PLAIN.issuperset(map(type, tensors))
         and all(map(is_, map(attrgetter("dtype"), tensors), repeat(dtype)))
         and all(map(is_, map(attrgetter("layout"), tensors), repeat(torch.strided)))
         and all(map(attrgetter("is_cpu"), tensors))
+        and all(map(methodcaller("is_contiguous"), tensors))
     )
+
+
+def fits_kernel(members: Tensors, gradients: Tensors) -> bool:
+    """Return whether a fused kernel updates these parameters rightly by these gradients.
+
+    It reads no sparse gradient, and on a processor it takes the memory of parameter, gradient and moments in the order
+    in which it lies: numbers with other strides, or with gaps, meet the wrong partners (torch 2.13, without an error).
+    """
+    if any(map(attrgetter("is_sparse"), gradients)):
+        return False
+    return all(
+        not p.is_cpu or (p.is_contiguous() and g.is_contiguous()) or (p.stride() == g.stride() and _fills_its_memory(p))
+        for p, g in zip(members, gradients, strict=True)
+    )
+
+
+def _fills_its_memory(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor's elements lie side by side, in whatever order."""
+    length = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != length:
+            return False
+        length *= size
+    return True
 
 
 def _gathered(chain: Chain, group: ParamGroup, members: Tensors) -> FusedLists | None:

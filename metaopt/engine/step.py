@@ -8,7 +8,7 @@ import torch
 
 from metaopt.engine import averages, param_state
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, has_fused_kernel
-from metaopt.engine.fused import lists_for
+from metaopt.engine.fused import fits_kernel, lists_for
 from metaopt.engine.run import AVERAGE_SHOWN, TEMPLATE, UPDATES, Run
 from metaopt.engine.structure import Placed
 from metaopt.engine.update import Evaluation, Members, Update, blocks_of
@@ -61,6 +61,7 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
         for scheduled, group in zip(run.scheduled, run.base.param_groups, strict=True):
             scheduled.raise_if_changed(group)
     update = Update(run, is_logged=run.metrics.wanted(first[UPDATES] + 1))
+    update.step_weight, run.step_weight = run.step_weight, 1.0
     evaluation = Evaluation(update, closure, filter_gradients)
     if closure is not None or ((structure.needs_closure or structure.around) and not run.flushing):
         try:
@@ -115,7 +116,6 @@ def filter_gradients(update: Update) -> None:
     run = update.run
     update.skip_reason = None
     update.scale.clear()
-    update.step_weight, run.step_weight = run.step_weight, 1.0
     _coalesce(update)
     if update.is_logged and not run.has_zero_shard:
         run.metrics.measure("train/grad_norm", gradient_norm(update, run.structure.chains, run.param_groups))
@@ -148,7 +148,9 @@ def _prepare_base(update: Update) -> None:
     if run.base.param_groups[0][TEMPLATE]:
         param_state.remove_placeholders(run, keep_early=True)
     if update.initial or run.incomplete is None:
-        _leave_refused_kernels(run)
+        _leave_unfit_kernels(run)
+        # a wrapper may have taken gradients away since
+        update.initial = {p: values for p, values in update.initial.items() if p.grad is not None}
         param_state.park(update)
     for placed in structure.before_update:
         for group in _due(update, placed, counted=False):
@@ -163,17 +165,21 @@ def _prepare_base(update: Update) -> None:
         update.fold_scale(chain)
 
 
-def _leave_refused_kernels(run: Run) -> None:
-    """Turn the fused kernel off for groups whose tensors it cannot update, if it was our choice.
+def _leave_unfit_kernels(run: Run) -> None:
+    """Turn the fused kernel off for groups whose parameters it cannot update, if it was our choice.
 
-    Gradients may turn out sparse, and parameters may have another dtype or be DTensors since construction.
+    Parameters may have another dtype or be DTensors since construction.
     """
     for group in run.base.param_groups:
         chain = run.structure.chain_of(group)
-        if not (chain.fused_by_default and group.get("fused")):
-            continue
-        sparse = any(p.grad is not None and p.grad.is_sparse for p in group["params"])
-        if sparse or not has_fused_kernel(type(chain.base), group["params"]):
+        if chain.fused_by_default and group.get("fused") and not has_fused_kernel(type(chain.base), group["params"]):
+            group["fused"] = None
+
+
+def _leave_kernel_for_gradients(update: Update, chain: Chain) -> None:
+    """Turn the fused kernel off, if it was our choice, for groups whose gradients now are not what it can read."""
+    for group in chain.groups_in(update.run.param_groups) if chain.fused_by_default else ():
+        if group.get("fused") and not fits_kernel(*update.gather(group)):
             group["fused"] = None
 
 
@@ -194,15 +200,21 @@ def step_bases(update: Update, closure: tuple[Closure, ...], keywords: dict[str,
         else:
             if chain.leading_on_update and not chain.needs_weights_before:
                 keep_due_weights(update, chain)
-            if not keywords and _step_directly(update, chain):
-                pass
-            elif not keywords and (late := _late_momentum(update, chain)):
-                for group in chain.groups_in(update.run.param_groups):
-                    _step_on(chain, group, update.members_of(group), late)
-            else:
-                returned = chain.step(*closure, **keywords)
+            if keywords or not _step_directly(update, chain):
+                returned = _step_whole(update, chain, closure, keywords)
             change_updates(update, chain)
     return returned
+
+
+def _step_whole(update: Update, chain: Chain, closure: tuple[Closure, ...], keywords: dict[str, Any]) -> Any:
+    """Call the base's own step; return what it returns."""
+    _leave_kernel_for_gradients(update, chain)
+    late = set() if keywords else _late_momentum(update, chain)
+    if not late:
+        return chain.step(*closure, **keywords)
+    for group in chain.groups_in(update.run.param_groups):
+        _step_on(chain, group, update.members_of(group), late)
+    return None
 
 
 def _step_directly(update: Update, chain: Chain) -> bool:
@@ -259,6 +271,8 @@ def _step_in_blocks(update: Update, chain: Chain, group: ParamGroup) -> None:
     """
     members, gradients = update.gather(group)
     lists = lists_for(update.run.fused_lists, chain, group, members, gradients)
+    if lists is None:
+        _leave_kernel_for_gradients(update, chain)
     late = _late_momentum(update, chain) if lists is None else set()
     wrappers = [w for w in chain.leading_on_update if _is_due(w, group, counted=False)]
     if not wrappers:
@@ -325,6 +339,9 @@ def finish(update: Update, loss: Any) -> None:
         if run.still_watch is not None:
             run.still_watch = run.still_watch.look(run.base.state, run.updates)
         _measure(update, loss)
+    except BaseException:
+        run.metrics.drop_update()
+        raise
     finally:
         update.take_back()
         # the update was made, also if a wrapper behind it raised

@@ -130,8 +130,8 @@ class Update:
         for group in chain.groups_in(self.run.param_groups):
             for p, gradient in zip(*self.gather(group), strict=True):
                 gradients.setdefault((p.device, gradient.dtype), []).append(dense(local(gradient)))
-        for (device, _), tensors in gradients.items():
-            torch._foreach_mul_(tensors, _as_tensor(factor).to(device))
+        for (device, dtype), tensors in gradients.items():
+            torch._foreach_mul_(tensors, _as_tensor(factor, dtype).to(device))
 
     def fold_scale(self, chain: Chain) -> None:
         """Hand a chain's factor to the base's fused kernel if it can take it; otherwise multiply now.
@@ -188,7 +188,7 @@ class Update:
     def _room(self, role: str, weights: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return tensors of the weights' shapes in memory of this update; those of a change are at least float32."""
         dtype = weights[0].dtype if role == "before" else torch.promote_types(weights[0].dtype, torch.float32)
-        key, sizes = (role, dtype, weights[0].device), [w.numel() for w in weights]
+        key, sizes = (role, weights[0].dtype, weights[0].device), [w.numel() for w in weights]
         space = self.space.get(key)
         if space is None or space.numel() < sum(sizes):
             space = self.space[key] = torch.empty(sum(sizes), dtype=dtype, device=weights[0].device)
@@ -324,8 +324,10 @@ class Evaluation:
         return [p._version for group in self.run.param_groups for p in group["params"]]
 
 
-def _as_tensor(factor: torch.Tensor | float) -> torch.Tensor:
-    return factor if isinstance(factor, torch.Tensor) else torch.tensor(factor, dtype=torch.float32)
+def _as_tensor(factor: torch.Tensor | float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return a factor as a tensor: a number as float32, or as float64 for gradients of that dtype."""
+    wide = torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+    return factor if isinstance(factor, torch.Tensor) else torch.tensor(factor, dtype=wide)
 
 
 def _alike(members: Members) -> list[Members]:

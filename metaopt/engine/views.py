@@ -118,13 +118,16 @@ class GroupView(Group):
         return self._kept(key, slot)
 
     def _begin_moments(self, key: str, moments: dict[str, list[torch.Tensor]]) -> None:
-        """Make the zeros beside the base's moments that `on_update` asks for before they are in the state."""
+        """Make zeros beside the base's moments where they are not in the state.
+
+        In `on_update` they are stored later; and a checkpoint may have brought the base's moments alone.
+        """
         for p in self.parameters:
             param_state, initial = self._update.run.state[p], self._update.initial.get(p)
-            if initial is not None:
-                for m in moments:
-                    if f"{key}.{m}" not in param_state and f"{key}.{m}" not in initial:
-                        initial[f"{key}.{m}"] = torch.zeros_like(param_state[m])
+            kept = param_state if initial is None else initial
+            for m in moments:
+                if f"{key}.{m}" not in param_state:
+                    kept.setdefault(f"{key}.{m}", torch.zeros_like(param_state[m]))
 
     def _previous(self, name: str) -> list[torch.Tensor]:
         before = self._update.before
