@@ -77,7 +77,9 @@ class ScheduledValues:
         if group["metaopt.updates"] != self._count:
             self.write(group)
             return
-        for key in self._written:
+        for key, (value, _) in self._written.items():
+            if type(value) is float and group[key] is value:
+                continue  # the usual case, at every update
             if self._is_changed(key, group) and not (key == "lr" and self._take_rate(group)):
                 raise ScheduleConflict(self._conflict(key, group))
 
