@@ -26,8 +26,8 @@ from metaopt.wrapper import Closure, Scalar, Slot, Wrapper
 ParamGroup = dict[str, Any]
 ParamState = dict[str, Any]
 
-# state[p][PLACEHOLDER]: 1 if the entries of the base only show which keys there will be (param_state); an old key, kept
-# for checkpoints
+# state[p][PLACEHOLDER]: 1 if the base has yet to make its state of a parameter, whose entries, if any, only show which
+# keys there will be (param_state); an old key, kept for checkpoints
 PLACEHOLDER = "metaopt.anew"
 # of a move of the weights, what so many steps of a base must leave if it goes with the move
 LEAST_KEPT = 0.8

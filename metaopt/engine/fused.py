@@ -30,7 +30,7 @@ class FusedLists:
         self._members = list(members)
         self._states = states
         self._kept: list[Tensors] = [list(map(itemgetter(key), states)) for key in keys]
-        # the same members were updated twice
+        # the same tensors were updated twice: their counts may move into one tensor
         self._is_settled = False
         # the counts of all members, of which `state[p]["step"]` are views
         self._counts: torch.Tensor | None = None

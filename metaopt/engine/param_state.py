@@ -146,7 +146,7 @@ def add_early_state(update: Update) -> None:
 
 
 def park(update: Update) -> None:
-    """Leave `state[p]` to the base, as its constructor would, for parameters that its next update begins."""
+    """Take wrappers' entries out of `state[p]` where the base has none, so that the base makes its own there."""
     run = update.run
     for p, (chain, group) in _places(run, update.initial).items():
         param_state = run.state.get(p)

@@ -27,9 +27,9 @@ def step(run: Run, closure: Closure | None, keywords: dict[str, Any]) -> Any:
     try:
         returned = step_bases(evaluation.update, evaluation.closure_for_base(), keywords)
     except BaseException as error:
-        lent = bool(evaluation.update.lent)
+        replaced = bool(evaluation.update.replaced)
         abandon(evaluation.update)
-        if lent and isinstance(error, RuntimeError) and "does not require grad" in str(error):
+        if replaced and isinstance(error, RuntimeError) and "does not require grad" in str(error):
             label = run.structure.on_gradients[0].wrapper.label
             raise StepError(
                 f"{type(run.base).__name__} differentiates through the gradients, and {label} replaces them by others "
@@ -43,7 +43,8 @@ def step(run: Run, closure: Closure | None, keywords: dict[str, Any]) -> Any:
 def begin(run: Run, closure: Closure | None) -> Evaluation | None:
     """Do all that comes before the base's step; return the evaluation, without an update if none is due.
 
-    None: a client wanted to see the keys of the state. Features that are not in use cost one look at a flag, so that a
+    None: a client stepped with a rate of 0 and gradients of 0 to see the keys of the state, as distributed checkpoints
+    do. It found placeholders, and no update was made. Features that are not in use cost one look at a flag, so that a
     stack without wrappers is as fast as its base.
     """
     run.skipped = None
@@ -82,7 +83,7 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
             if update.skip_reason is not None:
                 update.take_back()
                 return _skip(evaluation, update.skip_reason)
-            if update.lent:  # some had no gradient before
+            if update.replaced:  # some had no gradient before
                 param_state.collect_initial(update)
         _prepare_base(update)
     except BaseException:
@@ -101,7 +102,7 @@ def _skip(evaluation: Evaluation, reason: str) -> Evaluation:
 
 
 def abandon(update: Update) -> None:
-    """Leave an update that failed: no state of wrappers is lost, nothing that was measured counts."""
+    """Leave an update that failed: wrappers' entries return to the state as they are now, nothing measured counts."""
     update.run.metrics.drop_update()
     param_state.restore(update)
     update.run.invalidate()

@@ -36,22 +36,22 @@ class Update:
         "applied",
         "before",
         "change",
+        "change_buffers",
         "count",
         "draws",
         "gathered",
         "initial",
         "is_logged",
-        "lent",
         "members",
         "names",
         "parked",
+        "replaced",
         "rewound",
-        "room",
         "run",
         "scale",
         "skip_reason",
-        "space",
         "step_weight",
+        "storage",
     )  # fmt: skip
 
     def __init__(self, run: Run, *, is_logged: bool = False) -> None:
@@ -71,13 +71,13 @@ class Update:
         # by group: the parameters that the base updates
         self.members: dict[int, Members] = {}
         # parameters whose gradient a wrapper has replaced until the end of the step
-        self.lent: Members = []
+        self.replaced: Members = []
         # local weights from right before the base's update, and what is added to them
         self.before: dict[torch.Tensor, torch.Tensor] = {}
         self.change: dict[torch.Tensor, torch.Tensor] = {}
         # memory for the change of a block, and what it is cut from
-        self.room: dict[torch.Tensor, torch.Tensor] = {}
-        self.space: dict[object, torch.Tensor] = {}
+        self.change_buffers: dict[torch.Tensor, torch.Tensor] = {}
+        self.storage: dict[object, torch.Tensor] = {}
         # parameters that hold the weights from before, and whose change is yet to be added
         self.rewound: set[torch.Tensor] = set()
         # versions of change and weights when the weights were last set to their sum
@@ -167,14 +167,14 @@ class Update:
         """
         for part in _alike(members):
             weights = [local(p) for p in part]
-            before, change = (self._room(role, weights) for role in ("before", "change"))
+            before, change = (self._buffers(role, weights) for role in ("before", "change"))
             torch._foreach_copy_(before, weights)
             self.before.update(zip(part, before, strict=True))
-            self.room.update(zip(part, change, strict=True))
+            self.change_buffers.update(zip(part, change, strict=True))
 
     def change_from_weights(self, members: Members) -> list[torch.Tensor]:
         """Return copies of the weights of a block, which the base is to move in their place; see `propose`."""
-        copies = self._room("change", members)
+        copies = self._buffers("change", members)
         torch._foreach_copy_(copies, members)
         return copies
 
@@ -185,14 +185,14 @@ class Update:
         self.change.update(zip(members, copies, strict=True))
         self.rewound.update(members)
 
-    def _room(self, role: str, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _buffers(self, role: str, weights: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return tensors of the weights' shapes in memory of this update; those of a change are at least float32."""
         dtype = weights[0].dtype if role == "before" else torch.promote_types(weights[0].dtype, torch.float32)
         key, sizes = (role, weights[0].dtype, weights[0].device), [w.numel() for w in weights]
-        space = self.space.get(key)
-        if space is None or space.numel() < sum(sizes):
-            space = self.space[key] = torch.empty(sum(sizes), dtype=dtype, device=weights[0].device)
-        pieces = torch.split(space[: sum(sizes)], sizes)
+        storage = self.storage.get(key)
+        if storage is None or storage.numel() < sum(sizes):
+            storage = self.storage[key] = torch.empty(sum(sizes), dtype=dtype, device=weights[0].device)
+        pieces = torch.split(storage[: sum(sizes)], sizes)
         return [piece.view(w.shape) for piece, w in zip(pieces, weights, strict=True)]
 
     def change_of(self, p: torch.Tensor) -> torch.Tensor:
@@ -201,11 +201,11 @@ class Update:
             return self.change[p]
         weights, change = local(p), self.change.get(p)
         if change is None or self.applied.get(p, (0, -1))[1] != weights._version:
-            before, room = self.before[p], self.room.pop(p, None)
+            before, buffer = self.before[p], self.change_buffers.pop(p, None)
             wide = torch.promote_types(weights.dtype, torch.float32)
-            if room is None:
-                room = torch.empty_like(weights, dtype=wide)
-            change = self.change[p] = torch.sub(weights.to(wide), before, out=room)
+            if buffer is None:
+                buffer = torch.empty_like(weights, dtype=wide)
+            change = self.change[p] = torch.sub(weights.to(wide), before, out=buffer)
             self.applied[p] = change._version, weights._version
         return change
 
@@ -238,7 +238,7 @@ class Update:
         """Forget the weights before and the change of some parameters."""
         for p in members:
             self.before.pop(p, None)
-            self.room.pop(p, None)
+            self.change_buffers.pop(p, None)
             self.change.pop(p, None)
             self.applied.pop(p, None)
 
@@ -248,7 +248,7 @@ class Update:
         """Remove gradients that wrappers put in, and the base's `grad_scale`, whether or not the update was made."""
         for chain in self.run.structure.chains:
             chain.base.__dict__.pop("grad_scale", None)
-        for p in self.lent:
+        for p in self.replaced:
             p.grad = None
 
 

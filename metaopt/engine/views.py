@@ -228,7 +228,7 @@ class GroupView(Group):
             if not is_trained(parameter):
                 continue
             parameter.grad = like_parameter(parameter, gradient)
-            self._update.lent.append(parameter)
+            self._update.replaced.append(parameter)
         self._update.gradients_changed()
 
     def clear_grads(self) -> None:
