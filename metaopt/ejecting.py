@@ -1,0 +1,356 @@
+"""A stack as one file without metaopt: the parts' own source, and as much of a small engine as they need."""
+
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+
+import metaopt
+from metaopt import ejected, errors
+from metaopt.building import build
+from metaopt.errors import MetaoptError, SpecError
+from metaopt.folding import folded
+from metaopt.making import arrange
+from metaopt.registry import registry
+from metaopt.schedule import Schedule
+from metaopt.spec import Pipeline, as_pipeline
+from metaopt.wrapper import Wrapper
+
+LONGEST = 300
+# updates over which the written file is compared with the stack
+COMPARED = 60
+# modules that the head of the file imports, or that an ejected file must not need
+PRESENT = frozenset({"metaopt", "torch", "typing", "collections", "math", "__future__"})
+DROPPED = frozenset({"active_slots", "resets_base_state", "validate", "length", "__eq__", "__repr__", "__init__"})
+HEAD = '''"""{spec}
+
+Written by `metaopt eject` (metaopt {version}): the same optimizer without metaopt. Call `make_optimizer(params)` with
+parameters or torch's group dicts. On one device it trains as the stack did, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from typing import Any, Callable, Literal
+
+import torch
+
+'''
+
+
+def eject(spec_or_parts: Any, total_steps: int | None = None) -> str:
+    """Return a Python file that trains as the stack does, bit for bit, and does not import metaopt.
+
+    For stacks of metaopt's own parts over one of torch's own bases. The file is run and compared with the stack before
+    it is returned. Raises SpecError for what it cannot do.
+    """
+    pipeline = as_pipeline(spec_or_parts)
+    _, wrappers = arrange(pipeline)
+    _check(pipeline)
+    stack = build([torch.nn.Parameter(torch.ones(2, 2))], pipeline, total_steps=total_steps)
+    schedules = [v for part in pipeline for v in part.arguments.values() if isinstance(v, Schedule)]
+    kinds = {type(w): _known([other for other in wrappers if type(other) is type(w)]) for w in wrappers}
+    kinds |= {kind: {} for kind in _kinds(schedules)}
+    code = {kind: _class_source(kind, known) for kind, known in kinds.items()}
+    helpers = [helper for kind, source in code.items() for helper in _helpers(kind, source)]
+    own = "\n".join(dict.fromkeys([*helpers, *code.values()]))
+    made = "\n\n".join(
+        filter(None, [_engine(wrappers, bool(schedules), own), own, _maker(pipeline, stack, wrappers, own)])
+    )
+    _check_names(own, wrappers)
+    head = HEAD.format(spec=pipeline, version=metaopt.__version__)
+    text = _tidy(head + made)
+    if (length := text.count("\n")) > LONGEST:
+        raise SpecError(f"eject: the file would have {length} lines, at most {LONGEST} are readable: use fewer parts")
+    _compare(text, pipeline, total_steps)
+    return text
+
+
+def _check(pipeline: Pipeline) -> None:
+    for own in pipeline:
+        entry = next((entry for entry in registry.entries() if entry.target is own.target), None)
+        if entry is None or entry.origin != "metaopt":
+            raise SpecError(f"eject: {own.name} is not a part of metaopt's own; only those can be written down")
+        if own.is_partition:
+            raise SpecError(f"eject: {own.name} makes one optimizer of several; write each of its parts by itself")
+        if own.kind != "wrapper":
+            continue
+        wrapper = own.build_wrapper()
+        slots = wrapper.active_slots().values()
+        kept = {slot.kind for slot in slots} - {"anchor", "start", "zeros", "previous"}
+        reasons = {
+            "evaluates the loss itself": "around" in wrapper.implemented_hooks(),
+            "resets the base's state": wrapper.resets_base_state(),
+            "keeps numbers of its own": bool(wrapper.scalars),
+            "keeps more than copies of the weights": bool(kept) or any(s.copies or s.early for s in slots),
+            "keeps copies on another device": any(s.device and getattr(wrapper, s.device, None) for s in slots),
+            "adapts the base": wrapper.adapt_base(torch.optim.SGD) is not torch.optim.SGD,
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise SpecError(f"eject: {wrapper.label} {reason}, which an ejected file does not do")
+
+
+def _check_names(parts: str, wrappers: tuple[Wrapper, ...]) -> None:
+    """Refuse parts that ask groups for what the engine of an ejected file does not have."""
+    known = {name for kind in (ejected.Group, ejected.Groups) for name in dir(kind)} | {"params", "updates"}
+    for wrapper in wrappers:
+        known |= {*wrapper.hyperparameters, *wrapper.slots, *wrapper.counters}
+    for node in ast.walk(ast.parse(parts)):
+        of_groups = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        if of_groups and node.value.id in ("group", "groups") and node.attr not in known:  # type: ignore[attr-defined]
+            needed = node.attr  # type: ignore[attr-defined]
+            raise SpecError(f"eject: a part needs {needed}, which an ejected file does not have")
+
+
+def _kinds(schedules: Iterable[Any]) -> list[type]:
+    """Return the classes of schedules and of those inside them, each once."""
+    found: list[type] = []
+    for schedule in schedules:
+        inner = [v for v in (*schedule.given.values(), *_positional(schedule)) if isinstance(v, Schedule)]
+        found += [*_kinds(inner), type(schedule)]
+    return list(dict.fromkeys(found))
+
+
+def _positional(schedule: Any) -> tuple[Any, ...]:
+    return tuple(getattr(schedule, "positional", None) or ())
+
+
+# ---- source of parts
+
+
+def _known(wrappers: list[Wrapper]) -> dict[str, Any]:
+    """Return the settings that choose between branches and are the same in all wrappers of a class."""
+    found: dict[str, Any] = {"is_logged": False, "has_logger": False}
+    for name in wrappers[0].hyperparameters:
+        values = {getattr(wrapper, name) for wrapper in wrappers}
+        if len(values) == 1 and isinstance(value := values.pop(), str | bool | None):
+            found[name] = value
+    return found
+
+
+def _class_source(kind: type, known: Mapping[str, Any]) -> str:
+    """Return a class without its declarations, whose values come with the object, and without dead branches."""
+    source = textwrap.dedent(inspect.getsource(kind))
+    node = ast.parse(source).body[0]
+    assert isinstance(node, ast.ClassDef)
+    wrapper: Any = kind if issubclass(kind, Wrapper) else None
+    body = [f'    """{(inspect.getdoc(kind) or "").splitlines()[0]}"""']
+    body += ["    acts_on_frozen = True"] if wrapper and wrapper.acts_on_frozen else []
+    body += [f"    {name} = 0" for name in (wrapper.counters if wrapper else ())]
+    for member in node.body:
+        if isinstance(member, ast.FunctionDef) and member.name not in DROPPED:
+            first = min([member.lineno, *(d.lineno for d in member.decorator_list)])
+            own = textwrap.dedent("\n".join(source.splitlines()[first - 1 : member.end_lineno]))
+            body.append(textwrap.indent(folded(member, known) or own, "    "))
+    return f"class {kind.__name__}({'Part' if wrapper else 'Schedule'}):\n" + "\n\n".join(body)
+
+
+def _helpers(kind: type, source: str) -> Iterator[str]:
+    """Yield the imports, functions, constants and errors that the source of a class uses from its module."""
+    module = inspect.getsource(import_module(kind.__module__))
+    body = ast.parse(module).body
+    defined = {name: node for node in body for name in _names(node)}
+    wanted, seen = _used(source), set[str]()
+    found: list[ast.stmt] = []
+    while wanted - seen:
+        name = min(wanted - seen)
+        seen.add(name)
+        node = defined.get(name)
+        if node is not None and name != kind.__name__ and not isinstance(node, ast.ClassDef):
+            found.append(node)
+            wanted |= _used(ast.unparse(node))
+        elif isinstance(error := vars(errors).get(name), type) and issubclass(error, MetaoptError):
+            yield f"class {name}(RuntimeError):\n    pass"
+    for line in [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]:
+        origin = getattr(line, "module", None) or line.names[0].name
+        if origin.split(".")[0] not in PRESENT and seen & {a.asname or a.name for a in line.names}:
+            yield ast.unparse(line)
+    for node in sorted(found, key=lambda node: node.lineno):
+        yield ast.get_source_segment(module, node) or ""
+
+
+def _names(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def _used(code: str) -> set[str]:
+    return {node.id for node in ast.walk(ast.parse(textwrap.dedent(code))) if isinstance(node, ast.Name)}
+
+
+# ---- the engine
+
+
+def _engine(wrappers: tuple[Wrapper, ...], scheduled: bool, parts: str) -> str:
+    """Return as much of the engine as these parts need."""
+    hooks = set().union(*(w.implemented_hooks() for w in wrappers))
+    kinds = {slot.kind for w in wrappers for slot in w.active_slots().values()}
+    features = {
+        "parts": bool(wrappers),
+        "slots": bool(kinds - {"previous"}),
+        "on_gradients": "on_gradients" in hooks,
+        "before_update": "before_update" in hooks,
+        "on_update": bool(hooks & {"on_update", "after_updates"}),
+        "weights": bool(hooks & {"on_update", "after_updates"}) or "previous" in kinds,
+        "previous": "previous" in kinds,
+        "skips": any(w.may_skip_updates for w in wrappers),
+        "iterates": re.search(r"\bin groups\b|norm_of", parts) is not None,
+        # of parts that others behind them may move
+        "anchors": any(s.kind == "anchor" for w in wrappers[:-1] for s in w.active_slots().values()),
+        "schedules": scheduled,
+        "averaged": "averaged" in hooks,
+    }
+    source = inspect.getsource(import_module("metaopt.ejected"))
+    source = source[source.index("Tensors = ") :]
+    for name, wanted in features.items():
+        if not wanted:  # features inside of features are named differently
+            source = re.sub(rf"^ *# <{name}>\n.*?^ *# </{name}>\n", "", source, flags=re.M | re.S)
+    source = re.sub(r"^ *# </?\w+>\n", "", source, flags=re.M)
+    return _reachable(source, parts)
+
+
+def _reachable(source: str, parts: str) -> str:
+    """Drop the methods, functions and classes of a source that nothing uses."""
+    while True:
+        lines, tree = source.splitlines(), ast.parse(source)
+        nodes = [*ast.walk(ast.parse(parts + "\n" + source))]
+        attributes = {n.attr for n in nodes if isinstance(n, ast.Attribute)} | {"step", "load_state_dict", "averaged"}
+        names = {n.id for n in nodes if isinstance(n, ast.Name)} | {"Stack"}
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        methods = [n for node in classes for n in node.body if isinstance(n, ast.FunctionDef)]
+        unused: list[Any] = [n for n in methods if n.name not in attributes and not n.name.startswith("__")]
+        unused += [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name not in names]
+        unused += [n for n in tree.body if isinstance(n, ast.Assign) and not names & _assigned_twice(n, nodes)]
+        if not unused:
+            return source
+        node = unused[-1]
+        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
+        source = "\n".join([*lines[: first - 1], *lines[node.end_lineno :]]) + "\n"
+
+
+def _assigned_twice(node: ast.Assign, nodes: list[ast.AST]) -> set[str]:
+    """Return the names of an assignment that something reads."""
+    read = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    return read & set(_names(node))
+
+
+# ---- the stack
+
+
+def _maker(pipeline: Pipeline, stack: Any, wrappers: tuple[Wrapper, ...], own: str) -> str:
+    group, base, total = stack.param_groups[0], type(stack.base), stack.total_steps
+    before: list[str] = []
+    behind: list[str] = []
+    scheduled: dict[str, str] = {}
+    arguments = []
+    for part in pipeline:
+        if part.kind == "optimizer":
+            for name, value in part.arguments.items():
+                if isinstance(value, Schedule):
+                    scheduled[name] = f"{_schedule(value)}.curve({total}, {total})"
+                    value = value.curve(total, total)(0)
+                arguments.append(f"{name}={value!r}")
+    if group.get("fused"):
+        arguments.append("fused=True")
+    for wrapper in wrappers:
+        (before if wrapper.runs_before_base() else behind).append(_wrapped(f"{_part(wrapper, total, own)},"))
+    lines = ["def make_optimizer(params: Any) -> Stack:", '    """Return the optimizer."""']
+    lines.append(f"    base = torch.optim.{base.__name__}(params, {', '.join(arguments)})")
+    given = ["base"]
+    for name, made in (("before", before), ("behind", behind)):
+        if made:
+            one_line = f"    {name} = [{' '.join(text.strip() for text in made).rstrip(',')}]"
+            lines += [one_line] if len(one_line) <= 116 else [f"    {name} = [", *made, "    ]"]
+            given.append(f"{name}={name}")
+    if scheduled:
+        lines.append(f"    schedules = {{{', '.join(f'{k!r}: {v}' for k, v in scheduled.items())}}}")
+        given.append("schedules=schedules")
+    return "\n".join([*lines, f"    return Stack({', '.join(given)})"])
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 116, initial_indent=" " * 8, subsequent_indent=" " * 12, break_on_hyphens=False)
+
+
+def _part(wrapper: Wrapper, total: int | None, own: str) -> str:
+    given = [repr(wrapper.label)]
+    slots = {}
+    for name, slot in wrapper.active_slots().items():
+        dtype = vars(wrapper).get(slot.dtype, slot.dtype) if slot.dtype is not None else None
+        slots[name] = (slot.kind, dtype)
+    given += [f"slots={slots!r}"] if slots else []
+    given += [f"acts_every={wrapper.acts_every!r}"] if wrapper.acts_every else []
+    for name in wrapper.hyperparameters:
+        value = getattr(wrapper, name)
+        if not re.search(rf"\.{name}\b", own) and name != wrapper.acts_every:
+            continue  # only branches that are left out ask for it
+        text = f"{_schedule(value)}.curve({total}, {total})" if isinstance(value, Schedule) else _literal(value)
+        given.append(f"{name}={text}")
+    return f"{type(wrapper).__name__}({', '.join(given)})"
+
+
+def _schedule(schedule: Any) -> str:
+    if type(schedule).__module__.startswith("metaopt.schedules."):
+        if positional := _positional(schedule):
+            return f"{type(schedule).__name__}({', '.join(map(_literal, positional))})"
+        values = {name: getattr(schedule, name) for name in schedule.hyperparameters}
+        return f"{type(schedule).__name__}({', '.join(f'{k}={_literal(v)}' for k, v in values.items())})"
+    raise SpecError(f"eject: {schedule!r:.60} is not a schedule of metaopt's own; only those can be written down")
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, Schedule):
+        return _schedule(value)
+    return "math.inf" if value == float("inf") else repr(value)
+
+
+def _tidy(text: str) -> str:
+    """Remove comments for type checkers, imports that nothing uses, and surplus empty lines."""
+    text = re.sub(r"  # (type: ignore|noqa)[^\n]*", "", text)
+    for name, line in (
+        ("contextmanager", "from contextlib import contextmanager\n"),
+        ("math", "import math\n"),
+        ("Callable", "Callable, "),
+        ("Literal", ", Literal"),
+    ):
+        if len(re.findall(rf"\b{name}\b", text.replace(line, "", 1))) == 0:
+            text = text.replace(line, "", 1)
+    for line in dict.fromkeys(re.findall(r"^(?:from|import) \w[^\n]*\n", text.split("import torch\n", 1)[1], re.M)):
+        text = text.replace(line, "").replace("from typing import", f"{line}from typing import", 1)
+    text = re.sub(r"\n+(?=(?:class|def|@\w+\ndef) )", "\n\n\n", text)
+    text = re.sub(r"\n{3,}(?= )", "\n\n", text)
+    return re.sub(r"\n{4,}", "\n\n\n", text).rstrip("\n") + "\n"
+
+
+def _compare(text: str, pipeline: Pipeline, total_steps: int | None) -> None:
+    """Run the file beside the stack on small parameters. Raises SpecError if it fails or differs."""
+    namespace: dict[str, Any] = {"__name__": "ejected"}
+    exec(compile(text, "<ejected>", "exec"), namespace)  # our own text
+    generator = torch.Generator().manual_seed(0)
+    # the second is large enough for another way to take norms
+    shapes = [(5, 4), (256, 256), (4,), ()] if "muon" not in str(pipeline) else [(5, 4), (256, 256)]
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    ours, theirs = ([torch.nn.Parameter(value.clone()) for value in start] for _ in range(2))
+    stack = build(ours, pipeline, total_steps=total_steps)
+    try:
+        other = namespace["make_optimizer"](theirs)
+        for _ in range(COMPARED):
+            for p, q in zip(ours, theirs, strict=True):
+                p.grad = torch.randn(p.shape, generator=generator)
+                q.grad = p.grad.clone()
+            stack.step()
+            other.step()
+            if not all(map(torch.equal, ours, theirs)):
+                raise SpecError("eject: the file would not train as the stack does; please report this spec")
+    except (AttributeError, KeyError, TypeError, NameError) as error:
+        needed = getattr(error, "name", None) or error
+        raise SpecError(f"eject: a part of {pipeline} needs {needed}, which an ejected file does not have") from error
