@@ -64,7 +64,7 @@ def trains_alike(text: str, spec: str, steps: int = RUN, dtype: torch.dtype = to
         TYPICAL,
         "sgd(lr=0.01, momentum=0.9, nesterov=True) | lookahead | ema(decay=linear(0.5, 0.9))",
         "l2(0.1) | rmsprop(lr=0.01) | ema(0.9, warmup=True, label='mean')",
-        "clip_grad_value(0.1) | adam(lr=constant(0.01)) | cautious",
+        "centralize | adam(lr=0.01) | cautious",
         "adamw(lr=sequence(0.1, 5, cosine(0.1)), betas=(0.8, 0.9)) | clip_update_norm(0.1)",
         "adamw(lr=0.01) | lookahead(k=2) | outer(k=6)",
     ],

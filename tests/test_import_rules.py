@@ -86,6 +86,9 @@ ALLOWED: dict[str, set[str]] = {
     "ensembling": BELOW_ENGINE | {"engine", "reading", "stack"},
     **dict.fromkeys(BUILDING, BELOW_SPEC | {"spec"} | BUILDING),
     "stubs": BELOW_SPEC | {"spec", "metaopt"},
+    "ejecting": BELOW_SPEC | {"spec", "metaopt", "ejected", "folding"} | BUILDING,
+    "ejected": set(),
+    "folding": set(),
     **dict.fromkeys(EXPLAINING, BELOW_SPEC | {"spec"} | BUILDING | EXPLAINING),
 }
 ANYTHING = {*MODULES, "metaopt", "engine", *BUILT_IN}
