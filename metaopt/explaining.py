@@ -71,7 +71,19 @@ def explain(
         updates=_count(optimizer),
         total_steps=None if stack is None else stack.total_steps,
         rows=tuple(rows),
+        notes=_notes(stack),
         findings=findings.in_optimizer(optimizer, model, drivers, batch_size, [row.peak for row in rows]),
+    )
+
+
+def _notes(stack: Stack | None) -> tuple[str, ...]:
+    if stack is None:
+        return ()
+    chosen = [chain for chain in stack.chains if chain.fused_by_default]
+    fused = [c for c in chosen if any(group.get("fused") for group in c.groups_in(stack.param_groups))]
+    return tuple(
+        f"{name} runs with fused=True, chosen by metaopt.build; exact=True leaves the kernel to torch, bit for bit"
+        for name in dict.fromkeys(type(chain.base).__name__ for chain in fused)
     )
 
 

@@ -53,9 +53,11 @@ class Explanation:
     total_steps: int | None
     rows: tuple[Row, ...]
     findings: tuple[Finding, ...] = field(default=())
+    # what was decided for the user, and how to decide otherwise
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return "\n".join([self._headline(), "", *_table(self.rows), "", *self._found()])
+        return "\n".join([self._headline(), "", *_table(self.rows), *self._noted(), "", *self._found()])
 
     def to_json(self) -> str:
         """Return the explanation as JSON text."""
@@ -65,6 +67,9 @@ class Explanation:
         run = "" if self.total_steps is None else f" of {self.total_steps:,}"
         done = "" if self.updates is None else f"; {self.updates:,}{run} updates done"
         return f"{self.optimizer}{done}"
+
+    def _noted(self) -> list[str]:
+        return ["", *(f"note: {note}" for note in self.notes)] if self.notes else []
 
     def _found(self) -> list[str]:
         if not self.findings:

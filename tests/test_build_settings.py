@@ -48,3 +48,15 @@ def test_the_hint_at_decay_is_a_warning_of_a_class_of_its_own() -> None:
         metaopt.build(net(), "adamw")
         metaopt.build(metaopt.groups(net(), no_decay="1d"), "adamw")
         metaopt.build(net(), "sgd")
+
+
+def test_explain_and_show_say_that_the_fused_kernel_was_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    from metaopt.cli import main
+
+    model = net()
+    assert "AdamW runs with fused=True, chosen by metaopt.build" in str(metaopt.explain(metaopt.build(model, "adamw")))
+    for opt in (metaopt.build(model, "adamw", exact=True), metaopt.build(model, "adamw(fused=True)")):
+        assert "chosen by metaopt" not in str(metaopt.explain(opt))
+    with pytest.raises(SystemExit):
+        main(["show", "adamw"])
+    assert "exact=True leaves the kernel to torch" in capsys.readouterr().out

@@ -89,8 +89,10 @@ def _kept_by_base(entry: "Entry") -> list[str]:
         stack.step(lambda: matrix.detach().sum())
     except Exception:  # a class from elsewhere may want more than one matrix with one gradient
         return []
+    chosen = ["", "metaopt.build runs it with fused=True where torch can; exact=True leaves the kernel to torch"]
+    fused = chosen if stack.param_groups[0].get("fused") else []
     kept = [f"  {key}: {_form(value, matrix)}" for key, value in stack.state.get(matrix, {}).items()]
-    return ["", f"state per parameter of {example.spec or entry.name}", *(kept or ["  none"])]
+    return ["", f"state per parameter of {example.spec or entry.name}", *(kept or ["  none"]), *fused]
 
 
 def _form(value: Any, parameter: Any) -> str:
