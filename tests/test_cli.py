@@ -97,7 +97,7 @@ def test_show_tells_the_rule_the_source_the_meanings_and_the_state_of_torch_s_op
 
 def test_every_optimizer_of_torch_has_a_rule_that_show_tells():
     offered = {entry.name for entry in registry.entries("optimizer") if entry.origin == "metaopt"}
-    assert offered - {"partition"} == set(RULES)
+    assert offered - {"partition", "switch"} == set(RULES)
 
 
 def test_show_tells_what_an_optimizer_keeps_and_what_its_arguments_mean(capsys):

@@ -128,7 +128,7 @@ def _is_own(path: Path) -> bool | None:
 
     First there is a version, then the start of a session.
     """
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
     records: list[bytes] = []
@@ -143,7 +143,7 @@ def _is_own(path: Path) -> bool | None:
         status: int = Event.FromString(records[1]).session_log.status if len(records) == 2 else 0
     except (OSError, DecodeError):
         return False
-    return status == SessionLog.START
+    return bool(status == SessionLog.START)
 
 
 class _EventFile:
