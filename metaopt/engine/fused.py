@@ -129,6 +129,8 @@ def fits_kernel(members: Tensors, gradients: Tensors) -> bool:
     """
     if any(map(attrgetter("is_sparse"), gradients)):
         return False
+    if all(map(methodcaller("is_contiguous"), members)) and all(map(methodcaller("is_contiguous"), gradients)):
+        return True
     return all(
         not p.is_cpu or (p.is_contiguous() and g.is_contiguous()) or (p.stride() == g.stride() and _fills_its_memory(p))
         for p, g in zip(members, gradients, strict=True)

@@ -163,6 +163,7 @@ def _prepare_base(update: Update) -> None:
             if structure.chain_of(group).needs_weights_before:
                 update.keep_weights(update.members_of(group))
     for chain in list(update.scale):
+        _leave_kernel_for_gradients(update, chain)
         update.fold_scale(chain)
 
 

@@ -119,11 +119,12 @@ class Runner:
                 f"{spec}: its base evaluates the loss itself, so its update cannot be timed without a model"
             )
         tensors.restore(self.parameters)
-        self.step: Callable[[], Any] = self.optimizer.step
+        # of the class: the stack would warn of a step of its base that it does not see
+        self.step: Callable[..., Any] = partial(type(self.optimizer).step, self.optimizer)
         try:
             self.step()
         except StepError:  # a wrapper that wants a closure
-            self.step = partial(self.optimizer.step, self._evaluate)
+            self.step = partial(self.step, self._evaluate)
             self.step()
 
     def _evaluate(self) -> torch.Tensor:

@@ -91,7 +91,7 @@ def test_a_tensor_rate_survives_a_checkpoint() -> None:
     twin = small_model()
     again = metaopt.wrap(ADAMW(twin.parameters(), lr=torch.tensor(0.5)), "lookahead(k=2)")
     twin.load_state_dict(model.state_dict())
-    again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    again.load_state_dict(copy.deepcopy(opt.state_dict()), keep="saved")
     assert again.param_groups[0]["lr"] == torch.tensor(0.01)
     train(model, opt, range(3, 6))
     train(twin, again, range(3, 6))
