@@ -14,7 +14,8 @@ import metaopt
 from metaopt.registry import registry
 
 OFFERED = [entry.name for entry in registry.entries("optimizer") if entry.origin == "metaopt"]
-BASES = [name for name in OFFERED if not metaopt.spec.part(name).is_partition]
+PARTS = {name: metaopt.spec.part(name) for name in OFFERED}
+BASES = [name for name, part in PARTS.items() if not (part.is_partition or part.is_sequence)]
 BASE_SPECS = {"muon": "muon(lr=0.01)", "lbfgs": "lbfgs(lr=0.1, max_iter=3)", "sgd": "sgd(lr=0.1, momentum=0.9)"}
 SPECS = [BASE_SPECS.get(name, name) for name in BASES] + [
     f"clip_grad_norm(0.5) | {BASE_SPECS.get(name, name)} | lookahead(k=3)" for name in BASES if name != "lbfgs"
@@ -26,6 +27,7 @@ SPECS += [
     "adamw(lr=0.01) | lookahead(k=3, pullback_momentum='pullback')",
     "sgd(lr=0.1, momentum=0.9) | lookahead(k=3, pullback_momentum='pullback') | lookahead(k=6, label='outer')",
     "clip_grad_value(0.1) | adam(lr=0.01) | lookahead(k=2, alpha=1.5)",
+    "clip_grad_norm(0.5) | switch(adamw(lr=0.01), 5, sgd(lr=0.1, momentum=0.9)) | lookahead(k=3)",
     "clip_grad_norm(0.5) | partition({'*weight': sgd(lr=0.1, momentum=0.9) | lookahead(k=2), '*': adamw}) | ema(0.9)",
 ]
 
