@@ -5,6 +5,8 @@ import pytest
 from metaopt.registry import registry
 from metaopt.testing import Case, cases, prove
 
+pytestmark = pytest.mark.slow
+
 CASES = [case for entry in registry.entries() if entry.origin != "this program" for case in cases(entry.name)]
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = {file.stem: file for file in sorted((Path(__file__).parent.parent / "examples").glob("*.py"))}
 # what these print is looked at below
 LOOKED_AT = {

@@ -10,6 +10,8 @@ from benchmarks.memory import storage_bytes, watch_memory
 from benchmarks.targets import wrappers_alone
 from metaopt import Wrapper, adamw, lookahead
 
+pytestmark = pytest.mark.slow
+
 WHOLE = "clip_grad_norm(1.0) | adamw | lookahead(k=5)"
 
 

@@ -12,6 +12,8 @@ import checkpoint_runs as runs
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 # written out: a file that is missing makes a test fail, it does not make one vanish
 NAMES = (
     "adamw",

@@ -11,6 +11,8 @@ from plain_stack import SHOWN, Held, Lane, PlainStack, Rule
 import metaopt
 from metaopt.engine import update
 
+pytestmark = pytest.mark.slow
+
 SHAPES = ((4, 3), (3,), (2, 2, 2), (), (0,), (2, 0), (5, 1))
 BEFORE = {
     "clip_grad_norm": {"max_norm": [0.3, 5.0]},

@@ -11,6 +11,8 @@ from reference_averages import Schedule
 
 import metaopt
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Published:

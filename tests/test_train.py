@@ -19,6 +19,8 @@ from metaopt.lab.train import train
 from metaopt.problems.classification import Xor
 from metaopt.registry import registry
 
+pytestmark = pytest.mark.slow
+
 SPEC = "clip_grad_norm(1.0) | adamw(lr=0.003) | lookahead(k=5)"
 
 

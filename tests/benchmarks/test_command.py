@@ -10,6 +10,8 @@ from documents import ROOT
 from benchmarks.__main__ import main
 from benchmarks.start_up import help_imports_torch, process_seconds, seconds_after
 
+pytestmark = pytest.mark.slow
+
 WHOLE = "clip_grad_norm(1.0) | adamw | lookahead(k=5)"
 
 
