@@ -15,7 +15,8 @@ AROUND = ("errors", "hyperparameters", "schedule", "metrics", "wrapper", "stack"
 
 def modules() -> dict[str, Path]:
     """Return the modules in the picture, by name."""
-    engine = {f"engine.{file.stem}": file for file in sorted((ROOT / "engine").glob("*.py")) if file.stem != "__init__"}
+    files = [file for file in sorted((ROOT / "engine").rglob("*.py")) if file.stem != "__init__"]
+    engine = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
     return {**{name: ROOT / f"{name}.py" for name in AROUND}, **engine}
 
 
@@ -42,10 +43,13 @@ def shown(arrows: dict[str, set[str]]) -> dict[str, set[str]]:
 def drawn() -> str:
     """Return the picture and the table as Markdown."""
     files = modules()
-    arrows = shown({name: imports(file, set(files)) for name, file in files.items()})
+    boxes: dict[str, set[str]] = {}
+    for name, file in files.items():
+        boxes.setdefault(_box(name), set()).update(map(_box, imports(file, set(files))))
+    arrows = shown({name: tos - {name} for name, tos in boxes.items()})
     lines = ["```mermaid", "flowchart TD"]
-    lines += [f"  {_id(n)}[{n}]" for n in files if not n.startswith("engine.")]
-    lines += ["  subgraph engine", *(f"    {_id(n)}[{n[7:]}]" for n in files if n.startswith("engine.")), "  end"]
+    lines += [f"  {_id(n)}[{n}]" for n in boxes if not n.startswith("engine.")]
+    lines += ["  subgraph engine", *(f"    {_id(n)}[{n[7:]}]" for n in boxes if n.startswith("engine.")), "  end"]
     lines += [f"  {_id(name)} --> {_id(to)}" for name, tos in arrows.items() for to in sorted(tos)]
     rows = [f"| `{name}` | {_first_sentence(file)} |" for name, file in files.items() if name.startswith("engine.")]
     return "\n".join([*lines, "```", "", "| module | what it holds |", "|---|---|", *rows]) + "\n"
@@ -55,6 +59,11 @@ def page() -> str:
     """Return the page with the picture drawn anew."""
     head, _, rest = PAGE.read_text().partition(BEGIN)
     return head + BEGIN + drawn() + END + rest.partition(END)[2]
+
+
+def _box(name: str) -> str:
+    """Return the box of a module: its own, or that of the folder it is in."""
+    return ".".join(name.split(".")[:2])
 
 
 def _id(name: str) -> str:

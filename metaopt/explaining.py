@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from metaopt import findings
-from metaopt.engine.precedence import count_of
+from metaopt.engine.checkpoint.precedence import count_of
 from metaopt.errors import CheckpointError, ParameterError, SpecError
 from metaopt.explanation import Explanation, Row
 from metaopt.reading import read_saved

@@ -11,9 +11,10 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from metaopt.compiled_step import CompiledStep
-from metaopt.engine import averages, checkpoint, param_state
+from metaopt.engine import averages, param_state
 from metaopt.engine.chain import Chain, ParamGroup
-from metaopt.engine.load_report import Choice, LoadReport, changed_choice
+from metaopt.engine.checkpoint import loading
+from metaopt.engine.checkpoint.report import Choice, LoadReport, changed_choice
 from metaopt.engine.run import Run
 from metaopt.engine.step import record, step
 from metaopt.engine.structure import Structure, fights, validate
@@ -349,7 +350,7 @@ class Stack(torch.optim.Optimizer):
         schedules begin at 0) or a wrapper's label. What is forgotten starts at the next update as in a new run.
         Raises StepError.
         """
-        checkpoint.reset(self._run, names)
+        loading.reset(self._run, names)
         self._run.begin_schedules()
         self._run.invalidate()
 
@@ -422,7 +423,7 @@ class Stack(torch.optim.Optimizer):
         stages = self._run.stages
         undo = None if stages is None else stages.prepare_load(self._run, state_dict)
         try:
-            self.load_report = checkpoint.load(self._run, state_dict, choice)
+            self.load_report = loading.load(self._run, state_dict, choice)
         except BaseException:
             if undo is not None:
                 undo()

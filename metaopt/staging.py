@@ -65,7 +65,7 @@ class Stages:
     def __init__(self, sequence: Part, outer: Sequence[Wrapper], total_steps: int | None, exact: bool) -> None:
         self.total_steps = total_steps
         self.exact = exact
-        sequencer: Sequencer = sequence.target(*sequence.arguments["members"])
+        sequencer: Sequencer = sequence.target(*sequence.arguments.get("members", ()))
         begins = sequencer.begins(total_steps)
         self.stages = tuple(
             _stage(sequence.name, pipeline, outer, begin, end)

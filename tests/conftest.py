@@ -11,8 +11,12 @@ import random
 import numpy
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+# the same examples in every run; `--hypothesis-profile=default --hypothesis-seed=N` tries others
+settings.register_profile("same-examples", derandomize=True)
+settings.load_profile("same-examples")
 
 
 @pytest.fixture(autouse=True)

@@ -134,6 +134,10 @@ def test_any_words_of_the_language(text: str) -> None:
 @example("rprop(capturable=True) | lookahead(pullback_momentum='reset')")
 @example("lookahead(label=5) | adamw")
 @example("adam(betas=[])")
+@example("switch")
+@example("adamw | lawa(k=1, n=2147483648)")
+@example("zclip(warmup=2147483648) | adamw")
+@example("skip_spikes(window=9223372036854775808) | sgd(lr=0.1)")
 @example("sgd(lr=sequence(0.1, (1,), 0.2))")
 def test_any_parts_with_any_values_and_what_builds_prints_text_that_builds_it_again(text: str) -> None:
     stack = built_or_refused(text)

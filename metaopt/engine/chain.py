@@ -14,6 +14,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from metaopt.engine.shards import is_sharded
+from metaopt.errors import HyperparameterError
 from metaopt.schedule import Schedule
 from metaopt.torch_internals import (
     optimizer_parts,
@@ -32,6 +33,9 @@ PLACEHOLDER = "metaopt.anew"
 # of a move of the weights, what so many steps of a base must leave if it goes with the move
 LEAST_KEPT = 0.8
 TRIED_STEPS = 8
+# copies of every parameter, and numbers in one tensor, that a wrapper may keep: more is a mistake in writing
+MOST_COPIES = 1_000
+MOST_NUMBERS = 1_000_000
 # updates between two moves of an average that is expected to have moved after a hundred updates
 OFTEN = 20
 # group entries that say how to run and not what is computed
@@ -296,13 +300,18 @@ def _keyed_slots(wrappers: Iterable[Wrapper]) -> Iterator[KeyedSlot]:
             if slot.copies is None:
                 yield KeyedSlot(f"{wrapper.label}.{name}", wrapper, slot)
                 continue
-            for i in range(number_of(slot.copies, vars(wrapper))):
+            for i in range(number_of(slot.copies, wrapper, MOST_COPIES)):
                 yield KeyedSlot(f"{wrapper.label}.{name}.{i}", wrapper, slot)
 
 
-def number_of(given: int | str, values: Mapping[str, Any]) -> int:
-    """Return a number that is given, or that a hyperparameter holds."""
-    return int(values[given]) if isinstance(given, str) else given
+def number_of(given: int | str, wrapper: Wrapper, most: int) -> int:
+    """Return a number that is given, or that a hyperparameter holds; raise HyperparameterError beyond `most`."""
+    number = int(vars(wrapper)[given]) if isinstance(given, str) else given
+    if number > most:
+        raise HyperparameterError(
+            f"{wrapper.label}: {given} must be <= {most}, got {number}: that many are kept in memory"
+        )
+    return number
 
 
 def _first_leading_on_update(behind: Sequence[Wrapper]) -> tuple[Wrapper, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from metaopt.engine.chain import Chain, ParamGroup, ParamState, number_of
+from metaopt.engine.chain import MOST_NUMBERS, Chain, ParamGroup, ParamState, number_of
 from metaopt.engine.fused import FusedLists
 from metaopt.engine.structure import Structure, validate_group
 from metaopt.errors import HyperparameterError, StepError
@@ -367,5 +367,5 @@ class Run:
 
 
 def _new_scalar(scalar: Scalar, wrapper: Wrapper, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    size = () if scalar.size is None else (number_of(scalar.size, vars(wrapper)),)
+    size = () if scalar.size is None else (number_of(scalar.size, wrapper, MOST_NUMBERS),)
     return torch.full(size, scalar.initial, dtype=dtype, device=device)

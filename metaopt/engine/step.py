@@ -278,7 +278,10 @@ def _step_in_blocks(update: Update, chain: Chain, group: ParamGroup) -> None:
     late = _late_momentum(update, chain) if lists is None else set()
     wrappers = [w for w in chain.leading_on_update if _is_due(w, group, counted=False)]
     if not wrappers:
-        _step_on(chain, group, members, late)
+        if lists is None:
+            _step_on(chain, group, members, late)
+        else:
+            lists.step(group, members, gradients, vars(chain.base).get("grad_scale"))
         return
     begin = 0
     for block in blocks_of(members):

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from metaopt.engine.load_report import shown_first
-from metaopt.engine.matching import Matched, matched
-from metaopt.engine.precedence import count_of, same
+from metaopt.engine.checkpoint.matching import Matched, matched
+from metaopt.engine.checkpoint.precedence import count_of, same
+from metaopt.engine.checkpoint.report import shown_first
 from metaopt.errors import CheckpointError
 from metaopt.lab.saved_optimizers import SavedOptimizer
 

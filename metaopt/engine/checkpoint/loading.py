@@ -10,11 +10,11 @@ import torch
 
 from metaopt.engine import averages
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState
-from metaopt.engine.checkpoint_validation import state_after_step, validate_fit, validate_form
-from metaopt.engine.load_report import Choice, LoadReport
-from metaopt.engine.matching import Matched, matched
+from metaopt.engine.checkpoint.matching import Matched, matched
+from metaopt.engine.checkpoint.precedence import belongs, count_of, counts_of_bases, merged_groups
+from metaopt.engine.checkpoint.report import Choice, LoadReport
+from metaopt.engine.checkpoint.validation import state_after_step, validate_fit, validate_form
 from metaopt.engine.param_state import placed, remove_placeholders
-from metaopt.engine.precedence import belongs, count_of, counts_of_bases, merged_groups
 from metaopt.engine.run import TEMPLATE, UPDATES, Run
 from metaopt.errors import StepError, did_you_mean
 from metaopt.scheduled_values import LR_FACTOR

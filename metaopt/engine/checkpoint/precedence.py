@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 
 from metaopt.engine.chain import RUN_FLAGS, ParamGroup
-from metaopt.engine.load_report import Choice, Difference, LoadReport
-from metaopt.engine.matching import Matched
+from metaopt.engine.checkpoint.matching import Matched
+from metaopt.engine.checkpoint.report import Choice, Difference, LoadReport
 from metaopt.engine.run import AVERAGE_SHOWN, BUILT_LR, FORMAT, FORMAT_KEY, OWN_SCHEDULES, TEMPLATE, UPDATES, Run
 from metaopt.errors import CheckpointError, HyperparameterError
 from metaopt.scheduled_values import ScheduledValues

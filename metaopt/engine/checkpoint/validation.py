@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from metaopt.engine.chain import RUN_FLAGS, Chain, ParamGroup, ParamState
-from metaopt.engine.load_report import Choice
-from metaopt.engine.matching import Matched
+from metaopt.engine.checkpoint.matching import Matched
+from metaopt.engine.checkpoint.report import Choice
 from metaopt.engine.run import AVERAGE_SHOWN, FORMAT, FORMAT_KEY, UPDATES, Run
 from metaopt.errors import CheckpointError
 

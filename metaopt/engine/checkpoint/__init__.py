@@ -1,0 +1,1 @@
+"""Loading a checkpoint, whole or not at all: what is matched, validated, taken and reported."""
