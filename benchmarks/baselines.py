@@ -9,7 +9,7 @@ import torch
 
 from metaopt.lab.shapes import NamedParameters
 from metaopt.schedule import Schedule
-from metaopt.spec import Pipeline
+from metaopt.specs.pipeline import Pipeline
 
 # how torch runs an optimizer, not what it computes
 RUN_FLAGS = frozenset(["foreach", "fused", "capturable", "differentiable"])

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from benchmarks.baselines import ByExpert, ByPackage, ByTorch, Recipe, Update, find_recipe
-from metaopt.building import build
+from metaopt.construction.building import build
 from metaopt.errors import HyperparameterError, MetaoptError, SpecError
 from metaopt.lab.shapes import NamedParameters
-from metaopt.spec import Pipeline, as_pipeline
+from metaopt.specs.pipeline import Pipeline, as_pipeline
 
 # PyPI's names of packages that wrap an optimizer with a Lookahead of their own, and where it is found in them
 PACKAGES = {"pytorch-optimizer": "pytorch_optimizer", "timm": "timm.optim"}

@@ -16,7 +16,7 @@ from benchmarks.rounds import Runner
 from metaopt.errors import MetaoptError
 from metaopt.lab.shapes import TensorSet, make_tensor_set
 from metaopt.registry import registry
-from metaopt.spec import part
+from metaopt.specs.pipeline import part
 
 WHOLE = "clip_grad_norm(1.0) | adamw | lookahead(k=5)"
 ALL_SETS = ("tiny", "transformer", "large", "many")

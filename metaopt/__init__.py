@@ -10,15 +10,15 @@ __version__ = "0.1.0"
 # public name -> the module that defines it; nothing is imported before it is asked for, so that
 # `metaopt --help` need not wait for torch
 _HOMES = {
-    "build": "building",
-    "wrap": "building",
-    "groups": "grouping",
-    "explain": "explaining",
-    "scale_lr": "batch_size",
+    "build": "construction.building",
+    "wrap": "construction.building",
+    "groups": "construction.grouping",
+    "explain": "explaining.report",
+    "scale_lr": "construction.lr_scaling",
     "save_snapshots": "ensembling",
     "ensemble": "ensembling",
     "register": "registry",
-    "Optimizer": "configured",
+    "Optimizer": "construction.configured",
     "Stack": "stack",
     "Wrapper": "wrapper",
     "Group": "wrapper",
@@ -66,7 +66,7 @@ def __getattr__(name: str) -> Any:
     if find_spec(f"metaopt.{name}") is not None:
         # `from metaopt import stack` asks here before it imports the module: the registry has no say in that
         return import_module(f"metaopt.{name}")
-    spec = import_module("metaopt.spec")
+    spec = import_module("metaopt.specs.pipeline")
     errors = import_module("metaopt.errors")
     try:
         return spec.part(name)

@@ -5,10 +5,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from metaopt.batch_size import scale_lr as scale_lr
-from metaopt.building import build as build
-from metaopt.building import wrap as wrap
-from metaopt.configured import Optimizer as Optimizer
+from metaopt.construction.building import build as build
+from metaopt.construction.building import wrap as wrap
+from metaopt.construction.configured import Optimizer as Optimizer
+from metaopt.construction.grouping import groups as groups
+from metaopt.construction.lr_scaling import scale_lr as scale_lr
 from metaopt.engine.multi_base import Partitioner as Partitioner
 from metaopt.engine.multi_base import Sequencer as Sequencer
 from metaopt.ensembling import ensemble as ensemble
@@ -26,8 +27,7 @@ from metaopt.errors import ScheduleConflict as ScheduleConflict
 from metaopt.errors import SpecError as SpecError
 from metaopt.errors import StepError as StepError
 from metaopt.errors import UnknownPart as UnknownPart
-from metaopt.explaining import explain as explain
-from metaopt.grouping import groups as groups
+from metaopt.explaining.report import explain as explain
 from metaopt.hooks import Example as Example
 from metaopt.hooks import hookimpl as hookimpl
 from metaopt.hyperparameters import hyper as hyper
@@ -35,7 +35,7 @@ from metaopt.metrics import Logger as Logger
 from metaopt.problem import Problem as Problem
 from metaopt.registry import register as register
 from metaopt.schedule import Schedule as Schedule
-from metaopt.spec import Part as _Part
+from metaopt.specs.pipeline import Part as _Part
 from metaopt.stack import Stack as Stack
 from metaopt.wrapper import Group as Group
 from metaopt.wrapper import Groups as Groups

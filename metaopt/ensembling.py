@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from metaopt.checkpoint_file import read_saved
 from metaopt.engine.shards import is_sharded
 from metaopt.errors import CheckpointError, ParameterError
 from metaopt.metrics import rank
-from metaopt.reading import read_saved
 from metaopt.stack import Stack
 
 FILES = "snapshot-*.pt"

@@ -20,11 +20,12 @@ from metaopt.engine.step import record, step
 from metaopt.engine.structure import Structure, fights, validate
 from metaopt.errors import HyperparameterError, LogError, ParameterError, StepError, did_you_mean
 from metaopt.hyperparameters import plain
-from metaopt.left_out import LeftOut
 from metaopt.lr_reporter import ReadOnlyLRScheduler
 from metaopt.metrics import Metrics
+from metaopt.misuse.base import warn_of_bare_step, warn_of_fight
+from metaopt.misuse.left_out import LeftOut
+from metaopt.misuse.second_clip import SecondClip
 from metaopt.schedule import Schedule
-from metaopt.second_clip import SecondClip
 from metaopt.torch_internals import (
     HOOKS,
     call_without_grad,
@@ -36,7 +37,6 @@ from metaopt.torch_internals import (
     watch_step,
     with_step_hooks,
 )
-from metaopt.warnings_of_misuse import warn_of_bare_step, warn_of_fight
 from metaopt.wrapper import Closure, Wrapper
 
 # what a copy of a run cannot find out again

@@ -10,7 +10,7 @@ from metaopt.docstrings import first_sentence, meanings
 from metaopt.errors import MetaoptError
 from metaopt.hyperparameters import Hyperparameter
 from metaopt.registry import Entry, registry
-from metaopt.spec import part
+from metaopt.specs.pipeline import part
 
 HEAD = """# Written by `metaopt stubs`: what an editor completes and a type checker knows. Not to be changed by hand.
 {origin}
@@ -41,7 +41,7 @@ def stub(*, built_in: bool) -> str:
     origins = sorted({f"{e.origin} {e.version}".strip() for e in entries if e.origin != "metaopt"})
     head = HEAD.format(
         origin="# With the parts of " + ", ".join(origins) if origins else "# With metaopt's own parts.",
-        imports="\n".join(sorted([*imports, "from metaopt.spec import Part as _Part"])),
+        imports="\n".join(sorted([*imports, "from metaopt.specs.pipeline import Part as _Part"])),
     )
     found = [_part(entry) for entry in entries]
     if built_in:

@@ -480,11 +480,11 @@ def _refuse_taken_names(cls: type[Wrapper]) -> None:
             )
 
 
-# set by metaopt.spec, which alone knows pipelines: a wrapper must not import what is above it
+# set by metaopt.specs.pipeline, which alone knows pipelines: a wrapper must not import what is above it
 compose: Callable[[Any, Any], Any] | None = None
 
 
 def _composed(left: Any, right: Any) -> Any:
     if compose is None:
-        raise SpecError("`|` needs metaopt.spec: import metaopt's public names from metaopt itself")
+        raise SpecError("`|` needs metaopt.specs: import metaopt's public names from metaopt itself")
     return compose(left, right)

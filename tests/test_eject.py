@@ -11,7 +11,7 @@ import torch
 
 import metaopt
 from metaopt.cli import main
-from metaopt.ejecting import LONGEST, eject
+from metaopt.ejecting.writing import LONGEST, eject
 from metaopt.registry import registry
 
 TYPICAL = "clip_grad_norm(1.0) | adamw(lr=warmup(cosine(1e-2), 0.1), weight_decay=0.1) | lookahead(k=3)"
@@ -24,7 +24,7 @@ def required(declared: Any) -> Any:
 
 def alone(entry: Any) -> str:
     """Return a stack with one wrapper around a base."""
-    part = metaopt.spec.part(entry.name)
+    part = metaopt.specs.pipeline.part(entry.name)
     text = str(part(**{h.name: required(h) for h in part.hyperparameters.values() if h.required}))
     return f"{text} | adamw(lr=0.01)" if entry.target.runs_before_base() else f"adamw(lr=0.01) | {text}"
 
@@ -97,7 +97,7 @@ def test_most_parts_can_be_written_down() -> None:
     refused = 0
     for entry in BUILT_IN:
         try:
-            metaopt.ejecting._check(metaopt.spec.parse(alone(entry)))
+            metaopt.ejecting.writing._check(metaopt.specs.pipeline.parse(alone(entry)))
         except metaopt.SpecError:
             refused += 1
     assert refused < len(BUILT_IN) / 2

@@ -9,7 +9,7 @@ import torch
 
 import metaopt
 from metaopt.errors import CheckpointError
-from metaopt.explaining import explain_checkpoint
+from metaopt.explaining.report import explain_checkpoint
 
 
 def model() -> torch.nn.Sequential:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import metaopt
-from metaopt.layers import layers_by_patterns
+from metaopt.construction.layers import layers_by_patterns
 
 
 class Block(nn.Module):

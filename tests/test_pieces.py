@@ -60,7 +60,7 @@ def test_the_index_of_a_block_is_that_of_its_own_tensors(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(update, "CPU_BLOCK", 4)
     weights = [torch.nn.Parameter(torch.arange(1.0, n + 1)) for n in (3, 12, 2)]
-    opt = metaopt.build(weights, metaopt.spec.as_pipeline("sgd(lr=1.0)") | Halve())
+    opt = metaopt.build(weights, metaopt.specs.pipeline.as_pipeline("sgd(lr=1.0)") | Halve())
     for p in weights:
         p.grad = torch.zeros_like(p)
     opt.step()

@@ -126,7 +126,7 @@ class NoCurve(metaopt.Schedule):
 def test_what_is_not_of_its_kind_is_an_error_where_it_is_looked_up(kind, target, told):
     entry = Entry("mine", kind, target, "some plugin")
     with pytest.raises(PluginError, match=f"some plugin offers 'mine'.*{told}"):
-        metaopt.spec._from_entry(entry)
+        metaopt.specs.pipeline._from_entry(entry)
 
 
 def test_a_new_process_answers_without_inherited_memory():

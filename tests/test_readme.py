@@ -9,7 +9,7 @@ import page_runner
 import pytest
 from documents import ROOT, blocks, python
 
-from metaopt.spec import parse
+from metaopt.specs.pipeline import parse
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMPARING = (ROOT / "docs" / "guides" / "comparing.md").read_text(encoding="utf-8")

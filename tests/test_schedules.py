@@ -8,7 +8,7 @@ import torch
 from torch.optim import lr_scheduler
 
 import metaopt
-from metaopt.spec import parse
+from metaopt.specs.pipeline import parse
 
 STEPS = 300
 

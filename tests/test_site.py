@@ -32,7 +32,7 @@ def test_every_built_in_part_is_in_the_navigation():
 def test_every_part_says_what_it_does_and_what_it_takes(entry):
     assert parts.summary(entry).strip(".")
     if entry.kind in ("wrapper", "schedule", "problem"):
-        taken = metaopt.spec.part(entry.name).hyperparameters
+        taken = metaopt.specs.pipeline.part(entry.name).hyperparameters
         assert all(h.doc or meanings(entry.target).get(h.name) for h in taken.values())
 
 

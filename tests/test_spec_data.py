@@ -10,7 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 
 import metaopt
-from metaopt.spec import as_pipeline
+from metaopt.specs.pipeline import as_pipeline
 
 TEXT = (
     "clip_grad_norm(1.0) | adamw(lr=warmup(cosine(3e-4, end=1e-5), 0.05), betas=(0.9, 0.95)) | lookahead(k=5) | "

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import metaopt
 from metaopt.hyperparameters import Hyperparameter
 from metaopt.registry import registry
-from metaopt.spec import part
+from metaopt.specs.pipeline import part
 
 WORDS = ["adamw", "sgd", "lookahead", "clip_grad_norm", "cosine", "warmup", "lr", "k", "label", "inf", "nan", "0.1",
          "5", "1e400", "-", "|", "(", ")", "[", "]", ",", "=", ".", "*", "**", "'x'", "None", "True", "\n", " ", "\0",

@@ -100,8 +100,8 @@ def test_a_shell_shows_the_signature_and_the_words_of_a_part() -> None:
     assert "slow + alpha" in (inspect.getdoc(metaopt.lookahead(k=3)) or "")
     for entry in registry.entries():
         if entry.origin == "metaopt":
-            inspect.signature(metaopt.spec.part(entry.name))
-    assert inspect.getdoc(metaopt.spec.Part) and inspect.signature(metaopt.spec.Part)
+            inspect.signature(metaopt.specs.pipeline.part(entry.name))
+    assert inspect.getdoc(metaopt.specs.pipeline.Part) and inspect.signature(metaopt.specs.pipeline.Part)
 
 
 def test_completion_shows_what_a_user_needs_and_hides_the_engine() -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import metaopt
+from metaopt.construction.run_description import _hyperparameters
 from metaopt.engine import update as engine_update
 from metaopt.engine.views import GroupView
-from metaopt.run_description import _hyperparameters
 
 Params = list[torch.nn.Parameter]
 

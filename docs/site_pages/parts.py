@@ -11,7 +11,7 @@ import torch
 import metaopt
 from metaopt.docstrings import links, meanings
 from metaopt.registry import Entry, registry
-from metaopt.spec import part
+from metaopt.specs.pipeline import part
 from site_pages import formula, pictures, runs
 
 KINDS = {

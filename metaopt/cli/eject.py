@@ -21,7 +21,7 @@ def eject_spec(
     out: Annotated[Path | None, typer.Option(help="The file to write; standard output by default.")] = None,
 ) -> None:
     """Write a stack as one readable Python file that does not need metaopt and trains the same, bit for bit."""
-    from metaopt.ejecting import eject
+    from metaopt.ejecting.writing import eject
 
     text = eject(spec, steps)
     if out is None:

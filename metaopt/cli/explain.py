@@ -11,7 +11,7 @@ from metaopt.cli import Plugins, fitted
 from metaopt.errors import HyperparameterError, SpecError
 
 if TYPE_CHECKING:
-    from metaopt.explanation import Explanation
+    from metaopt.explaining.table import Explanation
 
 ENDINGS = (".pt", ".pth", ".ckpt", ".bin")
 
@@ -36,7 +36,7 @@ def explain_what(
         raise SpecError(f"{what} is a directory: give the checkpoint's own file, or a pipeline")
     of_file = what.endswith(ENDINGS) or os.path.isfile(what)
     if of_file:
-        from metaopt.explaining import explain_checkpoint
+        from metaopt.explaining.report import explain_checkpoint
 
         explanation = explain_checkpoint(what)
     else:
@@ -49,8 +49,8 @@ def explain_what(
 def _explain_spec(text: str, problem: str | None, steps: int | None, batch_size: int | None) -> "Explanation":
     import torch
 
-    from metaopt.building import build
-    from metaopt.explaining import explain
+    from metaopt.construction.building import build
+    from metaopt.explaining.report import explain
     from metaopt.lab.named import problem_named
 
     if problem is None:

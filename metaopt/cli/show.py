@@ -48,7 +48,7 @@ def show(
 def _description(entry: "Entry") -> list[str]:
     from metaopt.docstrings import links, meanings
     from metaopt.registry import registry
-    from metaopt.spec import part
+    from metaopt.specs.pipeline import part
 
     lines = [f"{entry.name}: {entry.kind} of {f'{entry.origin} {entry.version}'.strip()}", ""]
     paragraphs = (inspect.getdoc(entry.target) or "(no description)").split("\n\n")
@@ -78,7 +78,7 @@ def _kept_by_base(entry: "Entry") -> list[str]:
     """Return what a base keeps of a small matrix after an update; nothing where it cannot make one by itself."""
     import torch
 
-    from metaopt.building import build
+    from metaopt.construction.building import build
     from metaopt.registry import registry
 
     example = registry.examples(entry.name)[0]
@@ -139,7 +139,7 @@ def _meaning(hyperparameter: Any, told: Mapping[str, str]) -> str:
 def _schedule(text: str) -> "Schedule":
     """Read a schedule from text; any other part is shown by its bare name."""
     from metaopt.registry import registry
-    from metaopt.spec import parse_schedule
+    from metaopt.specs.pipeline import parse_schedule
 
     name = text.partition("(")[0].strip()
     if registry.find(name).kind != "schedule":
@@ -157,7 +157,7 @@ def _example_curve(entry: "Entry", steps: int) -> list[str]:
 
 def _examples(entry: "Entry", steps: int) -> dict[str, Any]:
     """Return a value for every required hyperparameter: the first number is 1, lengths are a tenth of the run."""
-    from metaopt.spec import part
+    from metaopt.specs.pipeline import part
 
     given: dict[str, Any] = {}
     for name, hyperparameter in part(entry.name).hyperparameters.items():
@@ -175,7 +175,7 @@ def _examples(entry: "Entry", steps: int) -> dict[str, Any]:
 
 def curve(schedule: "Schedule", steps: int) -> list[str]:
     """Return a picture of a schedule over a run: height is the value, width the updates."""
-    from metaopt.spec import to_text
+    from metaopt.specs.pipeline import to_text
 
     value: Callable[[float], float] = schedule.curve(steps, steps)
     try:

@@ -23,12 +23,12 @@ from metaopt.group_entries import (
     rate_of,
     with_list,
 )
-from metaopt.left_out import LeftOut
 from metaopt.metrics import Metrics, rank
+from metaopt.misuse.left_out import LeftOut
+from metaopt.misuse.second_clip import SecondClip
+from metaopt.misuse.sixteen_bits import StillWatch, still_watch
 from metaopt.schedule import Schedule
 from metaopt.scheduled_values import ScheduledValues
-from metaopt.second_clip import SecondClip
-from metaopt.sixteen_bits import StillWatch, still_watch
 from metaopt.torch_internals import called_by_zero_redundancy_optimizer
 from metaopt.wrapper import Scalar, Wrapper
 

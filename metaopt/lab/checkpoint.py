@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from metaopt.checkpoint_file import read_saved
 from metaopt.errors import CheckpointError
 from metaopt.lab.holding import scratch_of
-from metaopt.reading import read_saved
 
 KEPT = 2
 

@@ -14,7 +14,7 @@ import torch
 import metaopt
 from metaopt.lab.named import problem_entry, problem_named
 from metaopt.registry import registry
-from metaopt.spec import Pipeline
+from metaopt.specs.pipeline import Pipeline
 
 # one, so that a run gives the same numbers alone and beside others
 THREADS = 1

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from metaopt.building import build
+from metaopt.construction.building import build
 from metaopt.engine.chain import RUN_FLAGS
 from metaopt.errors import CheckpointError, MetaoptWarning
 from metaopt.lab.holding import scratch_of

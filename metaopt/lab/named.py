@@ -6,7 +6,7 @@ from typing import Any
 from metaopt.errors import MetaoptError, ProblemError
 from metaopt.problem import Problem
 from metaopt.registry import Entry, registry
-from metaopt.syntax import Source
+from metaopt.specs.syntax import Source
 
 
 def problem_entry(text: str) -> Entry:

@@ -14,7 +14,7 @@ from metaopt.lab.device import usable_device
 from metaopt.lab.named import problem_named
 from metaopt.lab.trial import Trial, cost_of_an_update
 from metaopt.schedule import Schedule
-from metaopt.spec import Part, Pipeline, parse
+from metaopt.specs.pipeline import Part, Pipeline, parse
 
 DEFAULT_SPECS = (
     "sgd(momentum=0.9)",

@@ -11,7 +11,7 @@ from metaopt.errors import LogError
 from metaopt.lab.plan import Plan
 from metaopt.metrics import HyperValue, Logger
 from metaopt.registry import registry
-from metaopt.spec import parse
+from metaopt.specs.pipeline import parse
 
 MEDIAN = "median"
 FINAL = "test/loss"

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from metaopt.checkpoint_file import read_saved
 from metaopt.errors import CheckpointError
 from metaopt.lab import checkpoint
-from metaopt.reading import read_saved
 
 # how deep an optimizer is looked for in nested dicts and lists
 DEEPEST = 4

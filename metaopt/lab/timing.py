@@ -13,10 +13,10 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import timer
 
-from metaopt.building import build
+from metaopt.construction.building import build
 from metaopt.errors import SpecError, StepError
 from metaopt.lab.shapes import TensorSet, make_tensor_set
-from metaopt.spec import as_pipeline
+from metaopt.specs.pipeline import as_pipeline
 
 Key = TypeVar("Key", bound=Hashable)
 Measured = TypeVar("Measured")

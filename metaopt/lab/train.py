@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from metaopt.building import build
+from metaopt.construction.building import build
 from metaopt.errors import CheckpointError, MetaoptWarning, ProblemError
 from metaopt.lab import checkpoint
 from metaopt.lab.device import usable_device
@@ -19,7 +19,7 @@ from metaopt.lab.telling import told
 from metaopt.lab.trial import cost_of_an_update
 from metaopt.lab.weights import evaluated, shown
 from metaopt.problem import Problem
-from metaopt.spec import parse
+from metaopt.specs.pipeline import parse
 from metaopt.stack import Stack
 
 CONTENT = {"run", "step", "model", "stack", "random"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from metaopt.building import build
+from metaopt.construction.building import build
 from metaopt.errors import ProblemError
 from metaopt.lab.circumstances import digest
 from metaopt.lab.named import problem_named

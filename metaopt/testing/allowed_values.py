@@ -5,7 +5,7 @@ from typing import Any
 
 from metaopt.errors import HyperparameterError
 from metaopt.hyperparameters import Hyperparameter
-from metaopt.spec import part
+from metaopt.specs.pipeline import part
 
 
 def allowed(hyperparameter: Hyperparameter) -> Any:

@@ -7,7 +7,7 @@ import torch
 
 from metaopt.errors import HyperparameterError, MetaoptError, did_you_mean
 from metaopt.hyperparameters import Hyperparameter
-from metaopt.spec import part
+from metaopt.specs.pipeline import part
 from metaopt.testing.allowed_values import allowed
 from metaopt.testing.feeding import STEPS
 from metaopt.testing.outcome import REPEATS, CheckFailed, check

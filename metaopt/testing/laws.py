@@ -9,7 +9,7 @@ import torch
 
 from metaopt.errors import MetaoptError
 from metaopt.hyperparameters import hyper
-from metaopt.spec import Pipeline, as_pipeline
+from metaopt.specs.pipeline import Pipeline, as_pipeline
 from metaopt.testing.comparing import same
 from metaopt.testing.feeding import STEPS
 from metaopt.testing.outcome import CheckFailed, NotApplicable, check

@@ -8,7 +8,7 @@ import torch
 
 import metaopt
 from metaopt.metrics import Logger
-from metaopt.spec import part
+from metaopt.specs.pipeline import part
 from metaopt.testing.comparing import same
 from metaopt.testing.outcome import CheckFailed, check
 from metaopt.testing.subject import Subject

@@ -12,7 +12,7 @@ import torch
 from metaopt.errors import MetaoptError
 from metaopt.hooks import Example
 from metaopt.registry import Entry, registry
-from metaopt.spec import parse
+from metaopt.specs.pipeline import parse
 from metaopt.testing.allowed_values import spec_with_allowed
 from metaopt.testing.loggers import LoggerSubject
 from metaopt.testing.outcome import CHECKS, Check, CheckFailed, NotApplicable, Result

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from metaopt.spec import Pipeline, as_pipeline
+from metaopt.specs.pipeline import Pipeline, as_pipeline
 from metaopt.stack import Stack
 from metaopt.testing.outcome import CheckFailed, NotApplicable, check
 from metaopt.testing.subject import StackSubject

@@ -11,7 +11,7 @@ from typing import Any
 
 from metaopt.errors import MetaoptError
 from metaopt.schedule import Curve, Schedule
-from metaopt.spec import parse, to_text
+from metaopt.specs.pipeline import parse, to_text
 from metaopt.testing.outcome import CheckFailed, NotApplicable, check
 from metaopt.testing.subject import Subject
 

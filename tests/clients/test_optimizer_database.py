@@ -83,7 +83,7 @@ def run(info: OptimizerInfo, dtype: torch.dtype, make: Make) -> tuple[Parameters
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of complex numbers made real, by torch itself
 @pytest.mark.parametrize(("info", "kwargs"), CASES)
 def test_an_identity_stack_is_the_bare_optimizer_bit_for_bit(info: OptimizerInfo, kwargs: dict[str, Any]) -> None:
-    part = metaopt.spec.part(metaopt.registry.registry.name_of(info.optim_cls))
+    part = metaopt.specs.pipeline.part(metaopt.registry.registry.name_of(info.optim_cls))
 
     def bare(params: Parameters) -> torch.optim.Optimizer:
         return info.optim_cls(params, **copy.deepcopy(kwargs))
@@ -125,7 +125,7 @@ def _assert_same_state(opt: torch.optim.Optimizer, reference: torch.optim.Optimi
 
 @pytest.mark.parametrize("info", [pytest.param(info, id=info.optim_cls.__name__) for info in optim_db])
 def test_what_torch_refuses_the_stack_refuses(info: OptimizerInfo) -> None:
-    part = metaopt.spec.part(metaopt.registry.registry.name_of(info.optim_cls))
+    part = metaopt.specs.pipeline.part(metaopt.registry.registry.name_of(info.optim_cls))
     refused = 0
     for case in info.optim_error_inputs_func("cpu", torch.float32):
         given = case.optimizer_error_input

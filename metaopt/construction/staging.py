@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
+from metaopt.construction.grouping import Group
+from metaopt.construction.making import arrange, make_base, scheduled
 from metaopt.engine.chain import PLACEHOLDER, RUN_FLAGS, Chain, ParamGroup
 from metaopt.engine.multi_base import Sequencer
 from metaopt.engine.run import BUILT_LR, OWN_SCHEDULES, Run
 from metaopt.engine.structure import Structure, validate
 from metaopt.errors import HyperparameterError, SpecError
 from metaopt.group_entries import NO_DECAY, OWN_VALUES, is_decay
-from metaopt.grouping import Group
-from metaopt.making import arrange, make_base, scheduled
 from metaopt.schedule import Curve, Schedule, as_schedule
 from metaopt.scheduled_values import LR_FACTOR
-from metaopt.spec import Part
+from metaopt.specs.pipeline import Part
 from metaopt.torch_internals import HOOKS
 from metaopt.wrapper import Wrapper
 

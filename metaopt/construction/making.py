@@ -5,15 +5,15 @@ from typing import Any
 
 import torch
 
+from metaopt.construction.grouping import Group, same_tensor
 from metaopt.engine.chain import RUN_FLAGS, Chain, has_fused_kernel
 from metaopt.engine.multi_base import MultiBase, Partitioner
 from metaopt.engine.structure import validate_labels
 from metaopt.errors import HyperparameterError, ParameterError, SpecError, did_you_mean
 from metaopt.group_entries import NO_DECAY, TIED, take_value
-from metaopt.grouping import Group, same_tensor
 from metaopt.registry import registry
 from metaopt.schedule import Schedule
-from metaopt.spec import Part, Pipeline
+from metaopt.specs.pipeline import Part, Pipeline
 from metaopt.wrapper import Wrapper
 
 # what a group may hold besides hyperparameters of its parts

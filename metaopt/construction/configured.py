@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from metaopt.building import stack_arguments
-from metaopt.run_description import describe_run
-from metaopt.spec import as_pipeline
-from metaopt.spec_data import with_hyperparameters
+from metaopt.construction.building import stack_arguments
+from metaopt.construction.run_description import describe_run
+from metaopt.specs.data import with_hyperparameters
+from metaopt.specs.pipeline import as_pipeline
 from metaopt.stack import Stack
 
 

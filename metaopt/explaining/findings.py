@@ -9,16 +9,16 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from metaopt.engine.structure import fights
-from metaopt.explanation import Finding, some
+from metaopt.explaining.orthogonal import on_layers
+from metaopt.explaining.practice import in_practice, number
+from metaopt.explaining.probing import Characters
+from metaopt.explaining.sizes import in_sizes
+from metaopt.explaining.table import Finding, some
 from metaopt.hyperparameters import from_signature
 from metaopt.lr_reporter import ReadOnlyLRScheduler
-from metaopt.orthogonal import on_layers
-from metaopt.practice import in_practice, number
-from metaopt.probing import Characters
+from metaopt.misuse.base import FIGHT_FIX, fight
 from metaopt.schedule import Schedule, TupleSchedule
-from metaopt.sizes import in_sizes
 from metaopt.stack import Stack
-from metaopt.warnings_of_misuse import FIGHT_FIX, fight
 
 Entry = dict[str, Any]
 Optimizer = torch.optim.Optimizer

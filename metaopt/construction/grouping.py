@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from metaopt.construction.layers import layers_by_patterns, layers_in_order
 from metaopt.errors import ParameterError, did_you_mean
 from metaopt.group_entries import TIED, mark_no_decay
-from metaopt.layers import layers_by_patterns, layers_in_order
-from metaopt.left_out import LeftOut
+from metaopt.misuse.left_out import LeftOut
 
 Group = dict[str, Any]
 _Member = tuple[list[str], torch.Tensor]  # all names of a parameter, and the parameter

@@ -5,7 +5,7 @@ from typing import Any
 
 from metaopt.errors import SpecError, did_you_mean
 from metaopt.hyperparameters import Hyperparameter
-from metaopt.spec import Part, Pipeline, as_pipeline, parse_value, part
+from metaopt.specs.pipeline import Part, Pipeline, as_pipeline, parse_value, part
 
 # how other libraries name the class in a dict of its arguments
 _NAME_KEYS = ("name", "type", "class_path", "_target_")

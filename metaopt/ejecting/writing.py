@@ -11,14 +11,15 @@ from typing import Any
 import torch
 
 import metaopt
-from metaopt import ejected, errors
-from metaopt.building import build
+from metaopt import errors
+from metaopt.construction.building import build
+from metaopt.construction.making import arrange
+from metaopt.ejecting import template as ejected
+from metaopt.ejecting.folding import folded
 from metaopt.errors import MetaoptError, SpecError
-from metaopt.folding import folded
-from metaopt.making import arrange
 from metaopt.registry import registry
 from metaopt.schedule import Schedule
-from metaopt.spec import Pipeline, as_pipeline
+from metaopt.specs.pipeline import Pipeline, as_pipeline
 from metaopt.wrapper import Wrapper
 
 LONGEST = 300
@@ -209,7 +210,7 @@ def _engine(wrappers: tuple[Wrapper, ...], scheduled: bool, parts: str) -> str:
         "schedules": scheduled,
         "averaged": "averaged" in hooks,
     }
-    source = inspect.getsource(import_module("metaopt.ejected"))
+    source = inspect.getsource(import_module("metaopt.ejecting.template"))
     source = source[source.index("Tensors = ") :]
     for name, wanted in features.items():
         if not wanted:  # features inside of features are named differently

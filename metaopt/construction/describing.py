@@ -7,7 +7,7 @@ from dataclasses import replace as changed
 from metaopt.engine.chain import RUN_FLAGS, ParamGroup
 from metaopt.registry import registry
 from metaopt.schedule import Schedule
-from metaopt.spec import Part, Pipeline
+from metaopt.specs.pipeline import Part, Pipeline
 from metaopt.stack import Stack
 
 

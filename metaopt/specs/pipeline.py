@@ -15,10 +15,10 @@ from metaopt import wrapper as wrapper_module
 from metaopt.engine.multi_base import Partitioner, Sequencer
 from metaopt.errors import HyperparameterError, MetaoptError, SpecError, with_article
 from metaopt.hyperparameters import Hyperparameter, bind, from_signature, plain
-from metaopt.kinds import check_kind
 from metaopt.registry import Entry, registry
 from metaopt.schedule import FunctionSchedule, Schedule, TupleSchedule, validate_value
-from metaopt.syntax import Source
+from metaopt.specs.kinds import check_kind
+from metaopt.specs.syntax import Source
 from metaopt.wrapper import Wrapper
 
 
@@ -208,7 +208,7 @@ def as_pipeline(parts: Any) -> Pipeline:
     if isinstance(parts, type) and issubclass(parts, Wrapper):
         return as_pipeline(parts())
     if isinstance(parts, Mapping):
-        from metaopt.spec_data import pipeline_of
+        from metaopt.specs.data import pipeline_of
 
         return pipeline_of(parts)
     if isinstance(parts, Sequence):

@@ -5,18 +5,18 @@ from typing import Any
 
 import torch
 
-from metaopt.describing import Description
+from metaopt.construction.describing import Description
+from metaopt.construction.grouping import as_groups, find_left_out, module_of
+from metaopt.construction.making import arrange, make_base, make_partition, scheduled
+from metaopt.construction.run_description import describe_run
+from metaopt.construction.staging import Stages
 from metaopt.engine.structure import validate_labels
 from metaopt.errors import HintWarning, HyperparameterError, SpecError
-from metaopt.grouping import as_groups, find_left_out, module_of
 from metaopt.hyperparameters import plain
-from metaopt.making import arrange, make_base, make_partition, scheduled
 from metaopt.metrics import Metrics, as_logger
 from metaopt.registry import registry
-from metaopt.run_description import describe_run
-from metaopt.spec import as_pipeline
+from metaopt.specs.pipeline import as_pipeline
 from metaopt.stack import Stack
-from metaopt.staging import Stages
 
 
 def build(

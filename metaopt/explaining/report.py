@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from metaopt import findings
+from metaopt.checkpoint_file import read_saved
 from metaopt.engine.checkpoint.precedence import count_of
 from metaopt.errors import CheckpointError, ParameterError, SpecError
-from metaopt.explanation import Explanation, Row
-from metaopt.reading import read_saved
+from metaopt.explaining import findings
+from metaopt.explaining.table import Explanation, Row
 from metaopt.scheduled_values import LR_FACTOR
 from metaopt.stack import Stack
 from metaopt.wrapper import Wrapper

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import torch
 
-from metaopt.explanation import Finding, some
-from metaopt.practice import chains_of
-from metaopt.probing import Characters
+from metaopt.explaining.practice import chains_of
+from metaopt.explaining.probing import Characters
+from metaopt.explaining.table import Finding, some
 
 # the name of the module that a parameter belongs to, in models of others
 EMBEDDINGS = ("wte", "wpe", "tok_emb", "pos_emb", "token_embedding", "position_embedding")

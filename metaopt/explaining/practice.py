@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from metaopt.engine.chain import Chain, ParamGroup
-from metaopt.explanation import Finding
-from metaopt.probing import Character, Characters, acts_in_vain, differs_for_parts
+from metaopt.explaining.probing import Character, Characters, acts_in_vain, differs_for_parts
+from metaopt.explaining.table import Finding
 from metaopt.stack import Stack
 from metaopt.wrapper import Wrapper
 

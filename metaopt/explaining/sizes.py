@@ -7,9 +7,9 @@ import torch
 
 from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.shards import local
-from metaopt.explanation import Finding
-from metaopt.practice import chains_of, number
-from metaopt.probing import Characters
+from metaopt.explaining.practice import chains_of, number
+from metaopt.explaining.probing import Characters
+from metaopt.explaining.table import Finding
 from metaopt.stack import Stack
 from metaopt.wrapper import Wrapper
 

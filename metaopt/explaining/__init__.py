@@ -1,0 +1,1 @@
+"""What `metaopt explain` and `opt.explain` say of a stack."""

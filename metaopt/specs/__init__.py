@@ -1,0 +1,1 @@
+"""Specs: from text, lists and dicts to pipelines of parts, and back."""
