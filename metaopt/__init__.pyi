@@ -28,6 +28,8 @@ from metaopt.errors import SpecError as SpecError
 from metaopt.errors import StepError as StepError
 from metaopt.errors import UnknownPart as UnknownPart
 from metaopt.explaining.report import explain as explain
+from metaopt.group import Group as Group
+from metaopt.group import Groups as Groups
 from metaopt.hooks import Example as Example
 from metaopt.hooks import hookimpl as hookimpl
 from metaopt.hyperparameters import hyper as hyper
@@ -35,20 +37,18 @@ from metaopt.metrics import Logger as Logger
 from metaopt.problem import Problem as Problem
 from metaopt.registry import register as register
 from metaopt.schedule import Schedule as Schedule
+from metaopt.slots import anchor as anchor
+from metaopt.slots import counter as counter
+from metaopt.slots import history as history
+from metaopt.slots import moments as moments
+from metaopt.slots import number as number
+from metaopt.slots import previous as previous
+from metaopt.slots import scalar as scalar
+from metaopt.slots import start as start
+from metaopt.slots import zeros as zeros
 from metaopt.specs.pipeline import Part as _Part
 from metaopt.stack import Stack as Stack
-from metaopt.wrapper import Group as Group
-from metaopt.wrapper import Groups as Groups
 from metaopt.wrapper import Wrapper as Wrapper
-from metaopt.wrapper import anchor as anchor
-from metaopt.wrapper import counter as counter
-from metaopt.wrapper import history as history
-from metaopt.wrapper import moments as moments
-from metaopt.wrapper import number as number
-from metaopt.wrapper import previous as previous
-from metaopt.wrapper import scalar as scalar
-from metaopt.wrapper import start as start
-from metaopt.wrapper import zeros as zeros
 
 __version__: str
 

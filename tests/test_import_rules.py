@@ -25,7 +25,9 @@ BOTTOM: dict[str, set[str]] = {
     "group_entries": {"errors", "hyperparameters", "schedule"},
     "metrics": {"errors"},
     "module_buffers": set(),
-    "wrapper": {"errors", "hyperparameters", "schedule"},
+    "slots": set(),
+    "group": set(),
+    "wrapper": {"errors", "hyperparameters", "schedule", "slots", "group"},
     "problem": {"errors", "hyperparameters"},
     "registry": {"errors", "hooks"},
     "lr_reporter": set(),
@@ -34,7 +36,7 @@ BOTTOM: dict[str, set[str]] = {
 }
 # what a stack is made of works without pluggy and without any registered part
 BELOW_ENGINE = {
-    *("errors", "hyperparameters", "schedule", "wrapper", "metrics"),
+    *("errors", "hyperparameters", "schedule", "slots", "group", "wrapper", "metrics"),
     *("group_entries", "misuse", "module_buffers", "scheduled_values", "torch_internals"),
 }
 # the modules of the engine, the lowest first: each imports only from those above it here

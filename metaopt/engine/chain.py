@@ -16,13 +16,14 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 from metaopt.engine.shards import is_sharded
 from metaopt.errors import HyperparameterError
 from metaopt.schedule import Schedule
+from metaopt.slots import Scalar, Slot
 from metaopt.torch_internals import (
     optimizer_parts,
     restored_optimizer,
     without_grad_mode,
     without_step_hooks,
 )
-from metaopt.wrapper import Closure, Scalar, Slot, Wrapper
+from metaopt.wrapper import Closure, Wrapper
 
 ParamGroup = dict[str, Any]
 ParamState = dict[str, Any]

@@ -16,7 +16,7 @@ from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState, is_
 from metaopt.engine.run import TEMPLATE, Run
 from metaopt.engine.update import Update
 from metaopt.errors import StepError
-from metaopt.wrapper import Slot
+from metaopt.slots import Slot
 
 # ---- the first update of a parameter
 

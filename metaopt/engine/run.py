@@ -29,8 +29,9 @@ from metaopt.misuse.second_clip import SecondClip
 from metaopt.misuse.sixteen_bits import StillWatch, still_watch
 from metaopt.schedule import Schedule
 from metaopt.scheduled_values import ScheduledValues
+from metaopt.slots import Scalar
 from metaopt.torch_internals import called_by_zero_redundancy_optimizer
-from metaopt.wrapper import Scalar, Wrapper
+from metaopt.wrapper import Wrapper
 
 # group entries of the engine: the count of updates is the run's, the same in every group
 UPDATES = "metaopt.updates"

@@ -14,7 +14,8 @@ from metaopt.engine.structure import Placed
 from metaopt.engine.update import Evaluation, Members, Update, blocks_of
 from metaopt.engine.views import GroupsView, GroupView, block_views_of, gradient_norm, groups_of, trained, views_of
 from metaopt.errors import StepError
-from metaopt.wrapper import Closure, Group, Wrapper
+from metaopt.group import Group
+from metaopt.wrapper import Closure, Wrapper
 
 
 def step(run: Run, closure: Closure | None, keywords: dict[str, Any]) -> Any:

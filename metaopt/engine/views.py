@@ -25,8 +25,10 @@ from metaopt.engine.shards import (
 from metaopt.engine.structure import Placed
 from metaopt.engine.update import Members, Update, block_size
 from metaopt.errors import HyperparameterError, StepError
+from metaopt.group import Group, Groups, Reduce
 from metaopt.module_buffers import buffers_kept
-from metaopt.wrapper import Group, Groups, Reduce, Slot, Wrapper
+from metaopt.slots import Slot
+from metaopt.wrapper import Wrapper
 
 # rows of a tensor's first dimension, or None for all of them
 Rows = tuple[int, int] | None

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 
 from metaopt.errors import MetaoptError
+from metaopt.group import Group
 from metaopt.hyperparameters import hyper
+from metaopt.slots import anchor
 from metaopt.specs.pipeline import Pipeline, as_pipeline
 from metaopt.testing.comparing import same
 from metaopt.testing.feeding import STEPS
 from metaopt.testing.outcome import CheckFailed, NotApplicable, check
 from metaopt.testing.subject import StackSubject, refused, weights
 from metaopt.testing.watching import Descent, FunctionWatch, OperatorWatch
-from metaopt.wrapper import Group, Wrapper, anchor
+from metaopt.wrapper import Wrapper
 
 
 @check("optimizer", "wrapper")
