@@ -3,44 +3,14 @@
 import os
 import sys
 import weakref
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from metaopt.errors import LogError
-
-HyperValue = bool | int | float | str
-Value = torch.Tensor | float
-Reduce = Literal["mean", "norm"]
-
-# a window that grows beyond this many values is summed up: a 0-dim tensor holds a block of device memory
-_FOLD = 256
-
-
-class Logger(ABC):
-    """Where measurements go. One logger serves one run; only rank 0 calls it.
-
-    `place` is what only one run at a time may write to, such as a file's path; None: any number of runs may.
-    """
-
-    place: Any = None
-
-    @abstractmethod
-    def open(self, *, step: int, tags: Sequence[str], spec: str, hparams: Mapping[str, HyperValue]) -> None:
-        """Begin the run, or go on with it after `step` updates: drop every point of a later step.
-
-        `tags` are those known beforehand, `spec` is the stack as text, `hparams` are its constants by name.
-        Called before the first point, and again when a checkpoint takes the run back.
-        """
-
-    @abstractmethod
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Write one point per tag at `step` updates, durably. Raises LogError (or OSError) where it cannot."""
-
-    def close(self) -> None:  # noqa: B027  not abstract: most loggers have nothing to let go
-        """Write what is left and let go; the default does nothing."""
+from metaopt.logger import Histogram, HyperValue, Logger, RunPage, show_page, takes_pages
+from metaopt.measurements import OfBins, OfTensors, Parts, Reduce, Tally, Value, kept, read
 
 
 class Metrics:
@@ -60,8 +30,10 @@ class Metrics:
             raise LogError(f"log_every must be an integer >= 1 (updates), got {every!r}")
         self.every = every
         self.describe(**run)
-        self._now: dict[str, _Parts] = {}  # of the update that is being made
+        self._now: dict[str, Parts] = {}  # of the update that is being made
+        self._now_many: dict[str, OfTensors | OfBins] = {}
         self._last: dict[str, Value] = {}  # of the last update that measured the tag
+        self._last_many: dict[str, OfTensors | OfBins] = {}
         self._window: _Window | None = None  # of the updates since the last point
         self.attach(logger)
 
@@ -79,9 +51,10 @@ class Metrics:
         tags: Iterable[str] = (),
         spec: str | Callable[[], str] = "",
         hparams: Mapping[str, HyperValue] | Callable[[], Mapping[str, HyperValue]] = dict,
+        page: Callable[[], RunPage] = RunPage,
     ) -> None:
-        """Say what the run is, for the logger to hear when it opens."""
-        self.tags, self._spec, self._hparams = tuple(tags), spec, hparams
+        """Say what the run is, for the logger to hear when it opens; `page` is made only for one that shows it."""
+        self.tags, self._spec, self._hparams, self._page = tuple(tags), spec, hparams, page
 
     def wanted(self, update: int, within: int = 1) -> bool:
         """Return whether a point is written after this update (counted from 1), or after one of the next `within - 1`.
@@ -97,37 +70,52 @@ class Metrics:
 
         Several of one update are averaged; or they are norms of parts, and "norm" makes the norm of the whole of them.
         """
-        self._now.setdefault(tag, _Parts(reduce)).values.append(_kept(tag, value))
+        self._now.setdefault(tag, Parts(reduce)).values.append(kept(tag, value))
+
+    def measure_tensors(self, tag: str, names: Sequence[str], values: torch.Tensor, most: int | None = None) -> None:
+        """Keep one number for each of many tensors, logged as `<tag>/<name>`: the last ones before a point are written.
+
+        With `most`, only so many of the largest and of the smallest are written. `values` is copied and not read.
+        """
+        self._now_many[tag] = OfTensors(names, values, most)
+
+    def measure_histogram(self, tag: str, edges: Sequence[float], counts: torch.Tensor) -> None:
+        """Keep a histogram: how many numbers lie between each two edges. The last one before a point is written."""
+        self._now_many[tag] = OfBins(edges, counts)
 
     def point(self, tag: str, value: Value, step: int, updates: int) -> None:
         """Keep one number as a point of its own at x = `step`, recorded after so many updates of the run.
 
         It is written with the next point of the run, or by `close`. Raises LogError.
         """
-        kept = _kept(tag, value)
-        self._last[tag] = kept
+        number = kept(tag, value)
+        self._last[tag] = number
         if self._window is None or rank() != 0:
             return
         if self._window.updates is None or updates < self._window.updates:
             self._open(self._window, updates)
-        self._window.points.append((step, tag, kept))
+        self._window.points.append((step, tag, number))
 
     def drop_update(self) -> None:
         """Forget what was measured for an update that was then skipped."""
         self._now.clear()
+        self._now_many.clear()
 
     def end_update(self, update: int) -> None:
         """Close the update with this count; write a point where one is due. Raises LogError."""
-        if not self._now and self._window is None:
+        if not self._now and not self._now_many and self._window is None:
             return
         now = {tag: parts.whole() for tag, parts in self._now.items()}
+        many = dict(self._now_many)
         self._now.clear()
+        self._now_many.clear()
         self._last.update(now)
+        self._last_many.update(many)
         if self._window is None or rank() != 0:
             return
         if self._window.updates is None or update <= self._window.updates:
             self._open(self._window, update - 1)  # for the first time, or the count went back: a checkpoint was loaded
-        self._window.add(update, now)
+        self._window.add(update, now, many)
         if self.wanted(update):
             self._window.flush()
 
@@ -140,8 +128,13 @@ class Metrics:
         """Return the last measured value of every tag; several of one update as `measure` says."""
         self._asked = True
         now = {tag: parts.whole() for tag, parts in self._now.items()}
-        values = _read({tag: [value] for tag, value in {**self._last, **now}.items()})
-        return {tag: number for tag, (number,) in values.items()}
+        many = {tag: found for tag, found in self._last_many.items() if isinstance(found, OfTensors)}
+        values = read({tag: [value] for tag, value in {**self._last, **now}.items()})
+        numbers = read({tag: [found.values] for tag, found in many.items()})
+        latest = {tag: number for tag, (number,) in values.items()}
+        for tag, found in many.items():
+            latest.update({f"{tag}/{name}": number for name, number in found.shown(numbers[tag], {}).items()})
+        return latest
 
     def close(self) -> None:
         """Write the last, shorter window and close the logger; measuring goes on without one."""
@@ -153,7 +146,7 @@ class Metrics:
         spec = self._spec() if callable(self._spec) else self._spec
         hparams = self._hparams() if callable(self._hparams) else self._hparams
         first = window.updates is None
-        window.open(step, self.tags, spec, hparams)
+        window.open(step, self.tags, spec, hparams, self._page)
         if first:
             # a program that just ends still writes and closes its log; nothing here is bound to self
             weakref.finalize(self, window.close_at_end)
@@ -161,7 +154,8 @@ class Metrics:
     def __getstate__(self) -> dict[str, Any]:
         # a copy of a stack is another run: two must not write to one log
         state = dict(vars(self))
-        state.update(_spec="", _hparams={}, _now={}, _last={}, _window=None)
+        state.update(_spec="", _hparams={}, _page=RunPage, _now={}, _last={}, _window=None)
+        state.update(_now_many={}, _last_many={})
         return state
 
 
@@ -171,16 +165,28 @@ class _Window:
     def __init__(self, logger: Logger) -> None:
         self.logger = logger
         self.updates: int | None = None  # None: the logger has not been told of the run
-        self._tallies: dict[str, _Tally] = {}
+        self._tallies: dict[str, Tally] = {}
+        self._many: dict[str, OfTensors | OfBins] = {}
+        self._names: dict[str, dict[str, None]] = {}  # of tensors that were shown, by tag
         self.points: list[tuple[int, str, Value]] = []  # that stand for themselves
         self._closed = False
 
-    def open(self, step: int, tags: Sequence[str], spec: str, hparams: Mapping[str, HyperValue]) -> None:
+    def open(
+        self,
+        step: int,
+        tags: Sequence[str],
+        spec: str,
+        hparams: Mapping[str, HyperValue],
+        page: Callable[[], RunPage],
+    ) -> None:
         self._tallies.clear()
+        self._many.clear()
         self.points.clear()
         self._occupy()
         self.updates = step
         self._try("could not be opened", self.logger.open, step=step, tags=tags, spec=spec, hparams=dict(hparams))
+        if takes_pages(self.logger):
+            self._try("could not be opened", show_page, self.logger, step, page())
 
     def _occupy(self) -> None:
         """Raise LogError if another run of this program is writing where this one is to write."""
@@ -195,24 +201,36 @@ class _Window:
             )
         _PLACES[place] = self
 
-    def add(self, update: int, values: Mapping[str, Value]) -> None:
+    def add(self, update: int, values: Mapping[str, Value], many: "Mapping[str, OfTensors | OfBins]") -> None:
         self.updates = update
+        self._many.update(many)
         for tag, value in values.items():
-            self._tallies.setdefault(tag, _Tally()).add(value)
+            self._tallies.setdefault(tag, Tally()).add(value)
 
     def flush(self) -> None:
         tallies, self._tallies = self._tallies, {}
         points, self.points = self.points, []
+        many, self._many = self._many, {}
         if self.updates is None:
             return
-        if tallies:
-            sums = _read({tag: tally.values for tag, tally in tallies.items()})
-            means = {tag: sum(sums[tag]) / tally.count for tag, tally in tallies.items()}
+        sums = {("mean", tag): tally.values for tag, tally in tallies.items()}
+        alone: dict[tuple[str, str], list[Value]] = {("point", str(i)): [point[2]] for i, point in enumerate(points)}
+        numbers = read({**sums, **alone, **{("many", tag): [found.values] for tag, found in many.items()}})
+        means = {tag: sum(numbers["mean", tag]) / tally.count for tag, tally in tallies.items()}
+        histograms = {}
+        for tag, found in many.items():
+            if isinstance(found, OfBins):
+                histograms[tag] = Histogram(found.edges, tuple(numbers["many", tag]))
+            else:
+                shown = found.shown(numbers["many", tag], self._names.setdefault(tag, {}))
+                means.update({f"{tag}/{name}": number for name, number in shown.items()})
+        if means:
             self._try(f"could not write update {self.updates}", self.logger.scalars, self.updates, means)
-        numbers = _read({str(i): [value] for i, (_, _, value) in enumerate(points)})
+        if histograms:
+            self._try(f"could not write update {self.updates}", self.logger.histograms, self.updates, histograms)
         at: dict[int, dict[str, float]] = {}
         for i, (step, tag, _) in enumerate(points):
-            at.setdefault(step, {})[tag] = numbers[str(i)][0]
+            at.setdefault(step, {})[tag] = numbers["point", str(i)][0]
         for step, values in at.items():
             self._try(f"could not write step {step}", self.logger.scalars, step, values)
 
@@ -242,78 +260,6 @@ class _Window:
 
 # which run writes where, in this process
 _PLACES: weakref.WeakValueDictionary[Any, _Window] = weakref.WeakValueDictionary()
-
-
-class _Parts:
-    """What one update measured under one tag: one number, or one for each piece of the parameters."""
-
-    def __init__(self, reduce: Reduce) -> None:
-        self.reduce = reduce
-        self.values: list[Value] = []
-
-    def whole(self) -> Value:
-        """Return the number of the whole update, without waiting for a device."""
-        if len(self.values) == 1:
-            return self.values[0]
-        devices = [value.device for value in self.values if isinstance(value, torch.Tensor)]
-        # toward an accelerator: the other way would wait for it
-        target = next((device for device in devices if device.type != "cpu"), None)
-        values = [
-            v if target is None or not isinstance(v, torch.Tensor) else v.to(target, non_blocking=True)
-            for v in self.values
-        ]
-        if self.reduce == "norm":
-            return sum(value**2 for value in values) ** 0.5
-        return sum(values) / len(values)
-
-
-class _Tally:
-    """The values of one tag since the last point; early ones may have been summed."""
-
-    def __init__(self) -> None:
-        self.values: list[Value] = []
-        self.count = 0
-
-    def add(self, value: Value) -> None:
-        self.values.append(value)
-        self.count += 1
-        if len(self.values) >= _FOLD:
-            sums: dict[torch.device | None, Value] = {}
-            for value in self.values:
-                device = value.device if isinstance(value, torch.Tensor) else None
-                sums[device] = sums[device] + value if device in sums else value
-            self.values = list(sums.values())
-
-
-def _kept(tag: str, value: Value) -> Value:
-    if not isinstance(value, torch.Tensor):
-        return float(value)
-    if value.numel() != 1 or value.is_complex():
-        raise LogError(
-            f"{tag} is measured as one real number, not as a tensor of shape {tuple(value.shape)} and {value.dtype}: "
-            f"reduce it first, for instance by .mean()"
-        )
-    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-    # a copy: the caller may write over its tensor before the point is written
-    value = value.detach() if value.requires_grad else value
-    return (value.reshape(()) if value.dim() else value).to(dtype, copy=True)
-
-
-def _read(values: Mapping[str, list[Value]]) -> dict[str, list[float]]:
-    """Return all values as floats: one stacked tensor, one wait for each device."""
-    places: dict[torch.device, list[tuple[str, int]]] = {}
-    numbers: dict[str, list[float]] = {}
-    for tag, listed in values.items():
-        numbers[tag] = [0.0 if isinstance(value, torch.Tensor) else value for value in listed]
-        for index, value in enumerate(listed):
-            if isinstance(value, torch.Tensor):
-                places.setdefault(value.device, []).append((tag, index))
-    for where in places.values():
-        tensors = [t for tag, index in where if isinstance(t := values[tag][index], torch.Tensor)]
-        dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-        for (tag, index), number in zip(where, torch.stack([t.to(dtype) for t in tensors]).tolist(), strict=True):
-            numbers[tag][index] = number
-    return numbers
 
 
 def rank() -> int:

@@ -56,6 +56,10 @@ class Wrapper(ABC):
     clips_gradients: ClassVar[bool] = False
     # several calls of step() make one update: `on_gradients` is called by `opt.flush()` too, see `Groups.is_flush`
     spans_steps: ClassVar[bool] = False
+    # the wrapper only looks: see `observe`; it may be written anywhere in the stack, and changes nothing
+    observes: ClassVar[bool] = False
+    # what the wrapper logs as `<label>/<name>`: name -> what it means
+    measures: ClassVar[dict[str, str]] = {}
     # `group.grads` holds only the stored values of a sparse gradient, which are not aligned with the parameter
     supports_sparse_grads: ClassVar[bool] = False
 

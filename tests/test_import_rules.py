@@ -23,7 +23,9 @@ BOTTOM: dict[str, set[str]] = {
     "schedule": {"errors", "hyperparameters"},
     "scheduled_values": {"errors", "schedule"},
     "group_entries": {"errors", "hyperparameters", "schedule"},
-    "metrics": {"errors"},
+    "logger": set(),
+    "measurements": {"errors"},
+    "metrics": {"errors", "logger", "measurements"},
     "module_buffers": set(),
     "slots": set(),
     "group": set(),
@@ -36,7 +38,8 @@ BOTTOM: dict[str, set[str]] = {
 }
 # what a stack is made of works without pluggy and without any registered part
 BELOW_ENGINE = {
-    *("errors", "hyperparameters", "schedule", "slots", "group", "wrapper", "metrics"),
+    *("errors", "hyperparameters", "schedule", "slots", "group", "wrapper"),
+    *("metrics", "logger", "measurements"),
     *("group_entries", "misuse", "module_buffers", "scheduled_values", "torch_internals"),
 }
 # the modules of the engine, the lowest first: each imports only from those above it here
@@ -65,8 +68,9 @@ ALLOWED: dict[str, set[str]] = {
     "stack": BELOW_ENGINE | {"engine", "compiled_step", "lr_reporter"},
     "ensembling": BELOW_ENGINE | {"engine", "checkpoint_file", "stack"},
     "specs": BELOW_SPECS | {"specs"},
-    "construction": BELOW_SPECS | {"specs", "construction"},
-    "explaining": BELOW_SPECS | {"specs", "construction", "explaining"},
+    "explaining": BELOW_SPECS | {"specs", "explaining"},
+    # a run shows its own explanation in its log
+    "construction": BELOW_SPECS | {"specs", "construction", "explaining"},
     "ejecting": BELOW_SPECS | {"specs", "construction", "ejecting", "metaopt"},
     "stubs": BELOW_SPECS | {"specs", "metaopt"},
 }

@@ -128,7 +128,7 @@ def test_a_pipeline_is_told_with_the_values_of_the_stack_and_not_of_its_first_gr
 def test_a_log_is_told_the_values_of_the_stack_and_not_of_its_first_group() -> None:
     log = Recorded()
     unlike_groups(log)
-    assert log.hparams["adamw.lr"] == 0.125
+    assert log.hparams["lr"] == 0.125
     assert log.hparams["lookahead.k"] == 7
 
 
@@ -139,7 +139,7 @@ def test_a_rate_that_is_a_tensor_is_told_as_its_value() -> None:
     fill([p])
     opt.step()
     assert "lr=0.125" in str(opt.spec)
-    assert log.hparams["adamw.lr"] == 0.125
+    assert log.hparams["lr"] == 0.125
 
 
 def test_printing_a_stack_shows_the_pipeline_and_the_groups_as_torch_shows_them() -> None:

@@ -5,9 +5,12 @@ from typing import Any
 
 import torch
 
-from metaopt.engine.chain import RUN_FLAGS
+from metaopt.construction.run_page import as_text, run_page
+from metaopt.engine.chain import RUN_FLAGS, Chain, ParamGroup
 from metaopt.engine.step import rate_tags
 from metaopt.errors import SpecError
+from metaopt.logger import RunPage
+from metaopt.schedule import Schedule
 from metaopt.stack import Stack
 
 
@@ -19,6 +22,7 @@ def describe_run(stack: Stack) -> None:
         tags=["train/loss", "train/grad_norm", *rate_tags(stack.param_groups)],
         spec=lambda: _spec(alive()),
         hparams=lambda: _hyperparameters(alive()),
+        page=lambda: _page(alive()),
     )
 
 
@@ -43,25 +47,42 @@ def _spec(stack: Stack | None) -> str:
         return repr(stack.spec)
 
 
+def _page(stack: Stack | None) -> RunPage:
+    return RunPage() if stack is None else run_page(stack)
+
+
 def _hyperparameters(stack: Stack | None) -> dict[str, bool | int | float | str]:
     if stack is None:
         return {}
-    base = type(stack.base).__name__.lower()
     values: dict[str, bool | int | float | str] = {}
-    scalars = {key for chain in stack.chains for key in chain.scalars}
-    for key in stack.param_groups[0]:
-        if key in scalars or key.startswith("metaopt.") or key in RUN_FLAGS:
-            continue
-        if key in ("params", "name", "param_names", "initial_lr"):
-            continue
-        value = stack_value(stack, key)
-        name = key if "." in key else f"{base}.{key}"
-        if key in stack.schedules:
-            values[name] = repr(stack.schedules[key])
-        elif isinstance(value, bool | int | float | str):
-            values[name] = value
-        elif isinstance(value, torch.Tensor) and value.numel() == 1:
-            values[name] = float(value)
-        elif isinstance(value, tuple):
-            values[name] = str(value)
+    for chain in stack.chains:
+        groups = chain.groups_in(stack.param_groups)
+        for key in groups[0] if groups else ():
+            if _is_hyperparameter(chain, key):
+                # the base's entries have bare names, as they were written; of several bases each has its part's
+                name = f"{chain.name}.{key}" if chain.name and "." not in key else key
+                written = _readable(groups[0], key, stack, alone=not chain.name)
+                if written is not None:
+                    values[name] = written
     return values
+
+
+def _is_hyperparameter(chain: Chain, key: str) -> bool:
+    """Return whether a group entry is a setting that runs are compared by; what only looks has none of these."""
+    if key in chain.scalars or key in chain.counters or key.startswith("metaopt.") or key in RUN_FLAGS:
+        return False
+    wrapper, _ = chain.hyperparameters.get(key, (None, key))
+    return key not in ("params", "name", "param_names", "initial_lr") and not (wrapper is not None and wrapper.observes)
+
+
+def _readable(group: ParamGroup, key: str, stack: Stack, *, alone: bool) -> bool | int | float | str | None:
+    """Return a value as a table of runs shows it; a schedule as it was written."""
+    schedule = stack.schedules_of(group).get(key)
+    value = schedule if schedule is not None else stack_value(stack, key) if alone else group[key]
+    if isinstance(value, Schedule):
+        return as_text(value)
+    if isinstance(value, torch.Tensor):
+        return float(value) if value.numel() == 1 else None
+    if isinstance(value, tuple):
+        return str(value)
+    return value if isinstance(value, bool | int | float | str) else None

@@ -10,7 +10,8 @@ from metaopt.checkpoint_file import read_saved
 from metaopt.engine.checkpoint.precedence import count_of
 from metaopt.errors import CheckpointError, ParameterError, SpecError
 from metaopt.explaining import findings
-from metaopt.explaining.table import Explanation, Row
+from metaopt.explaining.table import Explanation, Row, table
+from metaopt.logger import Table
 from metaopt.scheduled_values import LR_FACTOR
 from metaopt.stack import Stack
 from metaopt.wrapper import Wrapper
@@ -44,7 +45,24 @@ def explain(
         raise ParameterError(f"explain(): optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     stack = optimizer if isinstance(optimizer, Stack) else None
     drivers = findings.found_schedulers(optimizer) if find_schedulers else findings.marked_schedulers(optimizer)
-    scheduler = next(iter(drivers[0]), None)
+    rows = _rows(optimizer, next(iter(drivers[0]), None))
+    return Explanation(
+        optimizer=type(optimizer).__name__ if stack is None else _text(stack),
+        updates=_count(optimizer),
+        total_steps=None if stack is None else stack.total_steps,
+        rows=tuple(rows),
+        notes=_notes(stack),
+        findings=findings.in_optimizer(optimizer, model, drivers, batch_size, [row.peak for row in rows]),
+    )
+
+
+def table_of(stack: Stack) -> Table:
+    """Return the table of an explanation alone: a row for each group. Reads learning rates; looks for no mistakes."""
+    return table(_rows(stack, None))
+
+
+def _rows(optimizer: torch.optim.Optimizer, scheduler: str | None) -> list[Row]:
+    stack = optimizer if isinstance(optimizer, Stack) else None
     rows = []
     for number, entry in enumerate(optimizer.param_groups):
         rate = _number(entry.get("lr"))
@@ -66,14 +84,7 @@ def explain(
                 state_bytes=sum(_bytes(optimizer.state.get(p)) for p in parameters),
             )
         )
-    return Explanation(
-        optimizer=type(optimizer).__name__ if stack is None else _text(stack),
-        updates=_count(optimizer),
-        total_steps=None if stack is None else stack.total_steps,
-        rows=tuple(rows),
-        notes=_notes(stack),
-        findings=findings.in_optimizer(optimizer, model, drivers, batch_size, [row.peak for row in rows]),
-    )
+    return rows
 
 
 def _notes(stack: Stack | None) -> tuple[str, ...]:

@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
+from metaopt.logger import Table
+
 SHOWN = 3
 
 
@@ -81,6 +83,11 @@ class Explanation:
 
 
 _HEADINGS = ("group", "tensors", "elements", "rate", "peak", "end", "decay", "state", "order")
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Return the groups of an explanation as a table."""
+    return Table(_HEADINGS, tuple(_cells(row) for row in rows))
 
 
 def _table(rows: Sequence[Row]) -> list[str]:

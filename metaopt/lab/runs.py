@@ -9,7 +9,7 @@ from typing import Any
 
 from metaopt.errors import LogError
 from metaopt.lab.plan import Plan
-from metaopt.metrics import HyperValue, Logger
+from metaopt.logger import HyperValue, Logger
 from metaopt.registry import registry
 from metaopt.specs.pipeline import parse
 

@@ -14,7 +14,7 @@ from metaopt.lab.circumstances import digest
 from metaopt.lab.named import problem_named
 from metaopt.lab.telling import told
 from metaopt.lab.weights import FAST, evaluated, shown
-from metaopt.metrics import HyperValue, Logger
+from metaopt.logger import HyperValue, Logger
 from metaopt.problem import Problem
 from metaopt.stack import Stack
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metaopt import LogError, Logger, MetaoptWarning, hookimpl
+from metaopt import Histogram, Layout, LogError, Logger, Margin, MetaoptWarning, hookimpl
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -66,6 +66,40 @@ class TensorBoard(Logger):
                 stacklevel=2,
             )
         self._write(step, [Summary(value=[Summary.Value(tag=tag, simple_value=v)]) for tag, v in values.items()])
+
+    def histograms(self, step: int, values: Mapping[str, Histogram]) -> None:
+        """Write histograms for the pages "Histograms" and "Distributions"."""
+        self._write(step, [_histogram(tag, histogram) for tag, histogram in values.items()])
+
+    def texts(self, step: int, values: Mapping[str, str]) -> None:
+        """Write texts for the page "Text"."""
+        from torch.utils.tensorboard.summary import text
+
+        self._write(step, [text(tag, value) for tag, value in values.items()])  # type: ignore[no-untyped-call]
+
+    def images(self, step: int, values: Mapping[str, bytes]) -> None:
+        """Write images for the page "Images"."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        summaries = []
+        for tag, png in values.items():
+            width, height = struct.unpack(">II", png[16:24])  # of the first chunk of a PNG
+            image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
+            summaries.append(Summary(value=[Summary.Value(tag=tag, image=image)]))
+        self._write(step, summaries)
+
+    def layout(self, panels: Layout) -> None:
+        """Arrange the charts of the page "Custom Scalars"."""
+        from torch.utils.tensorboard.summary import custom_scalars
+
+        charts = {
+            section: {
+                title: ["Margin", list(tags)] if isinstance(tags, Margin) else ["Multiline", list(tags)]
+                for title, tags in titles.items()
+            }
+            for section, titles in panels.items()
+        }
+        self._write(0, [custom_scalars(charts)])  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """Close the event file; a SummaryWriter that was given is only flushed."""
@@ -209,6 +243,26 @@ def _described(spec: str, hparams: Mapping[str, bool | int | float | str], metri
     experiment, session, _ = _records({"stack": spec, **hparams}, {metric: 0.0})
     described = [text("metaopt/spec", f"    {spec}")] if spec else []  # type: ignore[no-untyped-call]
     return [*described, experiment, session]
+
+
+def _histogram(tag: str, histogram: Histogram) -> Any:
+    from torch.utils.tensorboard.summary import histogram_raw
+
+    counted = [i for i, count in enumerate(histogram.counts) if count] or [0]
+    # what TensorBoard draws begins and ends where there is something
+    first, last = counted[0], counted[-1]
+    edges, counts = histogram.edges[first : last + 2], histogram.counts[first : last + 1]
+    middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
+    return histogram_raw(  # type: ignore[no-untyped-call]
+        tag,
+        min=edges[0],
+        max=edges[-1],
+        num=sum(counts),
+        sum=sum(n * x for n, x in zip(counts, middles, strict=True)),
+        sum_squares=sum(n * x * x for n, x in zip(counts, middles, strict=True)),
+        bucket_limits=list(edges[1:]),
+        bucket_counts=list(counts),
+    )
 
 
 def _records(hparams: Mapping[str, Any], metrics: Mapping[str, float]) -> tuple[Any, Any, Any]:

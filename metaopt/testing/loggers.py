@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import metaopt
-from metaopt.metrics import Logger
+from metaopt.logger import Logger
 from metaopt.specs.pipeline import part
 from metaopt.testing.comparing import same
 from metaopt.testing.outcome import CheckFailed, check

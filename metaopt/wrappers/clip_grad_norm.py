@@ -8,6 +8,7 @@ class ClipGradNorm(Wrapper):
 
     known_as = ("clip_by_global_norm", "gradient_clip_val", "max_grad_norm", "clip_grad_norm_")
     clips_gradients = True
+    measures = {"clipped_fraction": "the share of updates that were clipped"}
 
     max_norm: float = hyper(
         ge=0.0,

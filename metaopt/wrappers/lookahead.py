@@ -15,6 +15,8 @@ class Lookahead(Wrapper, every="k", elementwise=True):
     m <- alpha m + (1 - alpha) c; c <- m, with c = 0 at first. The paper maintains, resets or interpolates them.
     """
 
+    measures = {"distance": "how far the fast weights are from the slow ones right before a pull"}
+
     k: int = hyper(5, ge=1, doc="updates between pulls", known_as=("sync_period", "la_steps", "lookahead_k"))
     alpha: float = hyper(
         0.5,

@@ -18,6 +18,7 @@ class SkipSpikes(Wrapper):
     known_as = ("SkipStepOptimizer", "skip_bad_steps", "spike detection", "loss spikes", "outlier")
     may_skip_updates = True
     syncs_device = True
+    measures = {"spikes": "how many updates were skipped so far"}
 
     sigma: float = hyper(
         6.0,

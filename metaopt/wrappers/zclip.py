@@ -17,6 +17,7 @@ class Zclip(Wrapper):
 
     known_as = ("ZClip", "z-score clipping")
     clips_gradients = True
+    measures = {"clipped_fraction": "the share of updates that were clipped"}
 
     alpha: float = hyper(0.97, ge=0.0, lt=1.0, doc="how much of mean and variance a step keeps", per_group=False)
     z_thresh: float = hyper(2.5, gt=0.0, doc="from how many deviations on a norm is a spike", per_group=False)
