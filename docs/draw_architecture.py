@@ -10,7 +10,10 @@ ROOT = Path(__file__).parent.parent / "metaopt"
 PAGE = Path(__file__).parent / "architecture.md"
 BEGIN, END = "<!-- drawn: begin -->\n", "<!-- drawn: end -->\n"
 # around the engine: what it stands on, and what stands on it
-AROUND = ("errors", "hyperparameters", "schedule", "metrics", "slots", "group", "wrapper", "stack", "compiled_step")
+AROUND = (
+    *("errors", "hyperparameters", "deferred", "space", "schedule", "metrics"),
+    *("slots", "group", "wrapper", "stack", "compiled_step"),
+)
 
 
 def modules() -> dict[str, Path]:

@@ -36,6 +36,7 @@ _HOMES = {
     "Partitioner": "engine.multi_base",
     "Sequencer": "engine.multi_base",
     "Schedule": "schedule",
+    "Space": "space",
     "Logger": "logger",
     "Histogram": "logger",
     "Table": "logger",

@@ -50,6 +50,7 @@ from metaopt.slots import previous as previous
 from metaopt.slots import scalar as scalar
 from metaopt.slots import start as start
 from metaopt.slots import zeros as zeros
+from metaopt.space import Space as Space
 from metaopt.specs.pipeline import Part as _Part
 from metaopt.stack import Stack as Stack
 from metaopt.wrapper import Wrapper as Wrapper
@@ -895,6 +896,45 @@ class _Wsd(_Part):
         """
 
 wsd: _Wsd
+
+class _Choice(_Part):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """choice(a, b, ...): one of these, each as likely as any other: numbers, text, None, tuples or schedules."""
+
+choice: _Choice
+
+class _Integers(_Part):
+    def __call__(self, low: int, high: int) -> Any:
+        """The whole numbers low, low + 1, ..., high, each as likely as any other.
+
+        Args:
+            low: the least value
+            high: the greatest value, included
+        """
+
+integers: _Integers
+
+class _Log(_Part):
+    def __call__(self, low: _Rate, high: _Rate) -> Any:
+        """x(u) = low (high / low)^u: each factor is as likely as any other, as suits a learning rate.
+
+        Args:
+            low: the least value
+            high: the greatest value
+        """
+
+log: _Log
+
+class _Uniform(_Part):
+    def __call__(self, low: _Rate, high: _Rate) -> Any:
+        """x(u) = low + (high - low) u: each value is as likely as any other.
+
+        Args:
+            low: the least value
+            high: the greatest value
+        """
+
+uniform: _Uniform
 
 class _Jsonl(_Part):
     def __call__(self, path: Any) -> Logger:

@@ -9,6 +9,7 @@ import torch
 from metaopt.errors import HyperparameterError, ParameterError
 from metaopt.hyperparameters import Hyperparameter
 from metaopt.schedule import Schedule, as_schedule, validate_value, validate_values
+from metaopt.space import find_spaces
 
 ParamGroup = dict[str, Any]
 
@@ -35,6 +36,11 @@ def take_value(
     after `updates` updates is the schedule's rate in that proportion. Raises HyperparameterError.
     """
     given = group[key]
+    if any(find_spaces(given, key)):
+        raise HyperparameterError(
+            f"{where} sets {key}={given!r:.80}: a group takes a value; a search space belongs into the spec, for which "
+            f"metaopt tune chooses one"
+        )
     value = as_schedule(given) if hyperparameter is None else validate_value(hyperparameter, given, where)
     scheduled = isinstance(value, Schedule)
     if hyperparameter is not None and not hyperparameter.per_group and (scheduled or shared is not None):

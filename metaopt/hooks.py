@@ -15,6 +15,7 @@ HOOKS = {
     "optimizer": "metaopt_optimizers",
     "wrapper": "metaopt_wrappers",
     "schedule": "metaopt_schedules",
+    "space": "metaopt_spaces",
     "logger": "metaopt_loggers",
     "problem": "metaopt_problems",
 }
@@ -60,6 +61,11 @@ def metaopt_wrappers() -> dict[str, Any]:  # type: ignore[empty-body]
 @hookspec
 def metaopt_schedules() -> dict[str, Any]:  # type: ignore[empty-body]
     """Offer schedules: subclasses of metaopt.Schedule."""
+
+
+@hookspec
+def metaopt_spaces() -> dict[str, Any]:  # type: ignore[empty-body]
+    """Offer search spaces: subclasses of metaopt.Space."""
 
 
 @hookspec

@@ -14,7 +14,7 @@ from metaopt import hooks
 from metaopt.errors import PluginError, UnknownPart, did_you_mean, with_article
 
 KINDS = tuple(hooks.HOOKS)
-BUILT_IN = ("optimizers", "wrappers", "schedules", "loggers", "problems")
+BUILT_IN = ("optimizers", "wrappers", "schedules", "spaces", "loggers", "problems")
 LONGEST_DESCRIPTION = 150
 # the origin of what `metaopt.register` was given
 THIS_PROGRAM = "this program"
@@ -283,6 +283,7 @@ def register(
     optimizers: dict[str, Any] | None = None,
     wrappers: dict[str, Any] | None = None,
     schedules: dict[str, Any] | None = None,
+    spaces: dict[str, Any] | None = None,
     loggers: dict[str, Any] | None = None,
     problems: dict[str, Any] | None = None,
 ) -> None:
@@ -290,4 +291,11 @@ def register(
 
     A module, or a notebook, that registers a name once more replaces what it registered before. Raises PluginError.
     """
-    registry.register(optimizers=optimizers, wrappers=wrappers, schedules=schedules, loggers=loggers, problems=problems)
+    registry.register(
+        optimizers=optimizers,
+        wrappers=wrappers,
+        schedules=schedules,
+        spaces=spaces,
+        loggers=loggers,
+        problems=problems,
+    )

@@ -2,15 +2,16 @@
 
 import functools
 import inspect
-import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 
+from metaopt.deferred import Deferred
 from metaopt.errors import HyperparameterError
-from metaopt.hyperparameters import Hyperparameter, bind, declared, plain
+from metaopt.hyperparameters import Hyperparameter, plain
+from metaopt.space import validate_ends
 
 Curve = Callable[[float], float]
 
@@ -20,34 +21,15 @@ LONGEST = 2**53
 SAMPLES = 1000
 
 
-class Schedule(ABC):
+class Schedule(Deferred):
     """A closed form: value from update count, nothing stored. Subclasses declare hyperparameters with `hyper`.
 
     A schedule is configuration: `curve` fixes it for a run. After its end it holds its last value.
     """
 
-    hyperparameters: ClassVar[dict[str, Hyperparameter]] = {}
-    known_as: ClassVar[tuple[str, ...]] = ()
-    given: dict[str, Any]
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.hyperparameters = declared(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def _validated(self, hyperparameter: Hyperparameter, value: Any) -> Any:
         where = self._called()
-        given = bind(self.hyperparameters, where, args, kwargs)
-        values = {}
-        for name, hyperparameter in self.hyperparameters.items():
-            if name not in given and hyperparameter.required:
-                raise HyperparameterError(f"{where} needs {name}: {hyperparameter.doc or 'it has no default'}")
-            values[name] = hyperparameter.validate(given.get(name, hyperparameter.default), where=where)
-        self.__dict__.update(values)
-        self.given = {name: values[name] for name in given}
-
-    def _called(self) -> str:
-        """Return the name for errors: CosineRestarts -> cosine_restarts."""
-        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
+        return validate_ends(hyperparameter, value, where, lambda h, plain: h.validate(plain, where=where))
 
     @abstractmethod
     def curve(self, run: int | None, span: int | None) -> Curve:
@@ -101,15 +83,6 @@ class Schedule(ABC):
     def __call__(self, t: float, total_steps: int | None = None) -> float:
         """Return the value after `t` updates."""
         return self.curve(total_steps, total_steps)(t)
-
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.given == getattr(other, "given", None)
-
-    def __hash__(self) -> int:
-        return hash((type(self), repr(self.given)))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.given.items())})"
 
 
 class TupleSchedule(Schedule):
@@ -168,7 +141,11 @@ def as_schedule(value: Any) -> Any:
 
 
 def validate_value(hyperparameter: Hyperparameter, value: Any, where: str) -> Any:
-    """Return `value` if the hyperparameter allows it: a plain one, or a schedule for a float or in a tuple."""
+    """Return `value` if the hyperparameter allows it: a plain one, a schedule for a float or in a tuple, or a space."""
+    return validate_ends(hyperparameter, value, where, lambda h, own: _validate_plain_or_schedule(h, own, where))
+
+
+def _validate_plain_or_schedule(hyperparameter: Hyperparameter, value: Any, where: str) -> Any:
     found = as_schedule(value) if hyperparameter.schedulable or hyperparameter.takes_tuple else value
     if not isinstance(found, Schedule):
         return hyperparameter.validate(value, where=where)

@@ -26,7 +26,8 @@ __version__: str
 # a number, or what it is over time
 _Rate = float | Tensor | Schedule | Callable[[int], float]
 """
-RETURNS = {"schedule": "Schedule", "logger": "Logger", "problem": "Problem"}
+# a space may stand in the place of any value
+RETURNS = {"schedule": "Schedule", "space": "Any", "logger": "Logger", "problem": "Problem"}
 PLAIN = {int: "int", bool: "bool", str: "str", dict: "Mapping[str, Any]", list: "Sequence[Any]", type(None): "None"}
 
 

@@ -20,9 +20,11 @@ BOTTOM: dict[str, set[str]] = {
     "docstrings": set(),
     "hyperparameters": {"errors"},
     "checkpoint_file": {"errors"},
-    "schedule": {"errors", "hyperparameters"},
+    "deferred": {"errors", "hyperparameters"},
+    "space": {"errors", "hyperparameters", "deferred"},
+    "schedule": {"errors", "hyperparameters", "deferred", "space"},
     "scheduled_values": {"errors", "schedule"},
-    "group_entries": {"errors", "hyperparameters", "schedule"},
+    "group_entries": {"errors", "hyperparameters", "schedule", "space"},
     "logger": set(),
     "measurements": {"errors"},
     "metrics": {"errors", "logger", "measurements"},
@@ -38,7 +40,7 @@ BOTTOM: dict[str, set[str]] = {
 }
 # what a stack is made of works without pluggy and without any registered part
 BELOW_ENGINE = {
-    *("errors", "hyperparameters", "schedule", "slots", "group", "wrapper"),
+    *("errors", "hyperparameters", "deferred", "space", "schedule", "slots", "group", "wrapper"),
     *("metrics", "logger", "measurements"),
     *("group_entries", "misuse", "module_buffers", "scheduled_values", "torch_internals"),
 }

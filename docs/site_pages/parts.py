@@ -11,15 +11,23 @@ import torch
 import metaopt
 from metaopt.docstrings import links, meanings
 from metaopt.registry import Entry, registry
-from metaopt.specs.pipeline import part
+from metaopt.specs.pipeline import parse_value, part, to_text
 from site_pages import formula, pictures, runs
 
 KINDS = {
     "optimizer": "Optimizers",
     "wrapper": "Wrappers",
     "schedule": "Schedules",
+    "space": "Search spaces",
     "logger": "Loggers",
     "problem": "Problems",
+}
+# hyperparameters that one searches so
+SPACES = {
+    "choice": "adamw(lr=1e-2, betas=(choice(0.9, 0.95), 0.999))",
+    "integers": "sgd(lr=0.1) | lookahead(k=integers(2, 20))",
+    "log": "adamw(lr=log(1e-4, 1e-1))",
+    "uniform": "sgd(lr=0.1) | lookahead(alpha=uniform(0.3, 1))",
 }
 PLACES = {
     "around": "it owns the evaluation of the loss",
@@ -69,6 +77,8 @@ def page(entry: Entry) -> str:
         body += _stack_sections(entry)
     elif entry.kind == "schedule":
         body += ["## Picture", pictures.schedule(entry), "Over a run of 1,000 updates, drawn when this page was built."]
+    elif entry.kind == "space":
+        body += ["## Values", *_values_of_space(entry)]
     elif entry.kind == "problem":
         body += ["## Picture", *pictures.problem(entry)]
     else:
@@ -89,7 +99,8 @@ def _kind(entry: Entry) -> str:
     others = registry.known_as(entry)
     called = f" Elsewhere it is called {', '.join(f'`{name}`' for name in others)}." if others else ""
     article = "An" if entry.kind == "optimizer" else "A"
-    return f"{article} {entry.kind} that comes with metaopt.{called}"
+    kind = "search space" if entry.kind == "space" else entry.kind
+    return f"{article} {kind} that comes with metaopt.{called}"
 
 
 def _rule(words: list[str], names: frozenset[str]) -> list[str]:
@@ -106,6 +117,9 @@ def _use(entry: Entry) -> list[str]:
         return ["## Use", f"```sh\nmetaopt train --problem {entry.name} --stack 'adamw(lr=1e-2)'\n```"]
     if entry.kind == "logger":
         return []
+    if entry.kind == "space":
+        example = registry.examples(entry.name)[0].spec
+        return ["## Use", f"```sh\nmetaopt tune '{SPACES.get(entry.name, f'sgd(lr={example})')}' --problem digits\n```"]
     text = f"sgd(lr={pictures.schedule_text(entry)})" if entry.kind == "schedule" else pictures.spec_of(entry)
     return ["## Use", f'```py\nopt = metaopt.build(\n    model,\n    "{text}",\n    total_steps=1000,\n)\n```']
 
@@ -124,6 +138,17 @@ def _table(hyperparameters: Any, told: dict[str, str]) -> str:
 
 def _row(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _values_of_space(entry: Entry) -> list[str]:
+    """Return the values of a space at the tenths of [0, 1]: each is in the middle of as many others."""
+    space = parse_value(registry.examples(entry.name)[0].spec)
+    shown = [(f"{tenth / 10:g}", f"`{to_text(space.value(tenth / 10), entry.name)}`") for tenth in range(11)]
+    rows = [_row("u", "value"), "|---|---|", *(_row(*cells) for cells in shown)]
+    return [
+        f"`{to_text(space, entry.name)}` over the numbers u from 0 to 1, of which all are equally likely:",
+        "\n".join(rows),
+    ]
 
 
 # ---- what acts in a stack

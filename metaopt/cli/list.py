@@ -21,6 +21,7 @@ class Kinds(StrEnum):
     OPTIMIZERS = "optimizers"
     WRAPPERS = "wrappers"
     SCHEDULES = "schedules"
+    SPACES = "spaces"
     LOGGERS = "loggers"
     PROBLEMS = "problems"
 

@@ -13,7 +13,9 @@ from metaopt.errors import MetaoptError, SpecError
 if TYPE_CHECKING:
     from metaopt.registry import Entry
     from metaopt.schedule import Schedule
+    from metaopt.space import Space
 
+SHOWN = 20
 WIDTH = 60
 HEIGHT = 10
 SAMPLES = 10_000
@@ -27,16 +29,18 @@ def register(app: typer.Typer) -> None:
 
 def show(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help='A part, or a schedule such as "warmup(cosine(0.1), 0.1)".')
+        str, typer.Argument(metavar="NAME", help='A part, or a schedule or space: "warmup(cosine(0.1), 0.1)".')
     ],
     steps: Annotated[int, typer.Option(min=1, help="Length of the run over which a curve is drawn.")] = 1000,
     plugin: Plugins = [],  # noqa: B006  typer reads the default, nothing changes it
 ) -> None:
-    """Show a part's hyperparameters, formula, state and what others call it; a schedule's curve."""
+    """Show a part's hyperparameters, formula, state and what others call it; a schedule's curve; a space's values."""
     from metaopt.registry import registry
+    from metaopt.specs.pipeline import parse_value
 
     if "(" in name:
-        print("\n".join(curve(_schedule(name), steps)))
+        space = registry.find(name.partition("(")[0].strip()).kind == "space"
+        print("\n".join(_values(parse_value(name)) if space else curve(_schedule(name), steps)))
         return
     entry = registry.find(name)
     lines = _description(entry)
@@ -145,6 +149,16 @@ def _schedule(text: str) -> "Schedule":
     if registry.find(name).kind != "schedule":
         raise SpecError(f"a curve is shown of a schedule alone; for {name} itself: metaopt show {name}")
     return parse_schedule(text)
+
+
+def _values(space: "Space") -> list[str]:
+    """Return a space as text and some of its values: those that divide it into tenths, or its options."""
+    from metaopt.specs.pipeline import to_text
+
+    options = space.options()
+    values = [space.value(tenth / 10) for tenth in range(11)] if options is None else options[:SHOWN]
+    more = "" if options is None or len(options) <= SHOWN else f", ... ({len(options)} values)"
+    return [to_text(space, "show"), f"  {', '.join(to_text(value, 'show') for value in values)}{more}"]
 
 
 def _example_curve(entry: "Entry", steps: int) -> list[str]:

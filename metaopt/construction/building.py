@@ -16,6 +16,7 @@ from metaopt.hyperparameters import plain
 from metaopt.metrics import Metrics, as_logger
 from metaopt.registry import registry
 from metaopt.specs.pipeline import as_pipeline
+from metaopt.specs.spaces import refuse_spaces
 from metaopt.stack import Stack
 
 
@@ -102,6 +103,7 @@ def wrap(
             f"wrap() is given an optimizer, so {bases[0]} is one too many; build() takes a base in the spec"
         )
     _check_total_steps(total_steps)
+    refuse_spaces(pipeline)
     wrappers = tuple(part.build_wrapper() for part in pipeline)
     validate_labels(wrappers)
     for wrapper in wrappers:

@@ -14,6 +14,7 @@ from metaopt.group_entries import NO_DECAY, TIED, take_value
 from metaopt.registry import registry
 from metaopt.schedule import Schedule
 from metaopt.specs.pipeline import Part, Pipeline
+from metaopt.specs.spaces import refuse_spaces
 from metaopt.wrapper import Wrapper
 
 # what a group may hold besides hyperparameters of its parts
@@ -21,7 +22,8 @@ GROUP_KEYS = frozenset({"params", "param_names", "name", "lr_scale"})
 
 
 def arrange(pipeline: Pipeline) -> tuple[Part, tuple[Wrapper, ...]]:
-    """Return the base and the wrappers in written order; raise SpecError for an order that cannot work."""
+    """Return the base and the wrappers in written order; raise SpecError for an order that cannot work, or a space."""
+    refuse_spaces(pipeline)
     bases = [position for position, part in enumerate(pipeline) if part.kind == "optimizer"]
     if len(bases) != 1:
         names = ", ".join(pipeline.parts[position].name for position in bases)

@@ -12,6 +12,7 @@ from metaopt.errors import HyperparameterError, SpecError, did_you_mean
 from metaopt.group_entries import NO_DECAY, is_decay, mark_no_decay, take_value
 from metaopt.hyperparameters import from_signature
 from metaopt.schedule import Schedule, as_schedule, validate_values
+from metaopt.space import find_spaces
 from metaopt.wrapper import BEFORE_BASE, Wrapper
 
 LABEL = re.compile(r"[a-z_][a-z0-9_]*")
@@ -268,7 +269,9 @@ def validate_group(
         else:
             # the base validates its constants itself
             is_set = key in chain.base.defaults and (
-                (key in given and key in schedules) or isinstance(as_schedule(value), Schedule)
+                (key in given and key in schedules)
+                or isinstance(as_schedule(value), Schedule)
+                or any(find_spaces(value, key))
             )
             declared = from_signature(type(chain.base)).get(key) if is_set else None
         if is_set:

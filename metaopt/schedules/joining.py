@@ -37,6 +37,7 @@ class Sequence(Schedule):
     """sequence(a, n, b, m, ..., z): a for n updates, b for m, ..., z to the end; each counts its own t from 0."""
 
     known_as = ("SequentialLR", "join_schedules")
+    positional: tuple[Any, ...]
 
     def __init__(self, *members: Any) -> None:
         if len(members) < 3 or len(members) % 2 == 0:
@@ -70,14 +71,6 @@ class Sequence(Schedule):
         # a number is reached when its turn comes
         after = last.length(run, None if span is None else span - begin) if isinstance(last, Schedule) else 0
         return None if after is None else begin + after
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and self.positional == other.positional
-
-    __hash__ = Schedule.__hash__
-
-    def __repr__(self) -> str:
-        return f"Sequence({', '.join(map(repr, self.positional))})"
 
 
 def _check_reached(where: str, what: str, begin: int, span: int | None) -> None:

@@ -15,8 +15,8 @@ def pipeline_of(written: Mapping[Any, Any]) -> Pipeline:
     """Return the pipeline of a dict `{part: arguments, ...}`, in its order. Raises SpecError, HyperparameterError.
 
     Arguments are a dict by name, a list by position, one value, or None. A schedule is text, `"cosine(3e-4)"`, or a
-    dict of its own, `{"cosine": {"start": 3e-4}}`. Text is read as a value where no text is wanted: YAML 1.1 takes
-    `1e-3` for text.
+    dict of its own, `{"cosine": {"start": 3e-4}}`; so is a search space, `{"log": [1e-4, 1e-1]}`. Text is read as a
+    value where no text is wanted: YAML 1.1 takes `1e-3` for text.
     """
     try:
         return Pipeline(tuple(_part(name, arguments) for name, arguments in written.items()))
@@ -44,7 +44,7 @@ def value_of(written: Any, declared: Hyperparameter | None) -> Any:
     if isinstance(written, str):
         return written if _takes(str, declared) else parse_value(written)
     if isinstance(written, Mapping):
-        return dict(written) if _takes(dict, declared) else _schedule(written)
+        return dict(written) if _takes(dict, declared) else _deferred(written, declared)
     if isinstance(written, Sequence):
         members = [value_of(member, None) for member in written]
         return tuple(members) if declared is not None and tuple in declared.alternatives() else members
@@ -79,11 +79,24 @@ def _part(name: Any, arguments: Any) -> Part:
     return part_made
 
 
-def _schedule(written: Mapping[Any, Any]) -> Any:
+def _deferred(written: Mapping[Any, Any], declared: Hyperparameter | None) -> Any:
+    """Return the schedule or the search space that a dict with its name means, for this hyperparameter."""
     if len(written) != 1:
-        raise SpecError(f"a schedule is a dict with one key, its name, got {dict(written)!r:.60}")
+        raise SpecError(f"a schedule or a space is a dict with one key, its name, got {dict(written)!r:.60}")
     ((name, arguments),) = written.items()
+    found = part(str(name))
+    if found.kind == "space":
+        return _space(found, arguments, declared)
     return _called(part(str(name), "schedule"), arguments)
+
+
+def _space(found: Part, arguments: Any, declared: Hyperparameter | None) -> Any:
+    """Return a space over values that are read as those of the hyperparameter itself: text is text for one of text."""
+    if isinstance(arguments, Mapping):
+        return found(**{str(name): value_of(value, declared) for name, value in arguments.items()})
+    if not isinstance(arguments, Sequence) or isinstance(arguments, str):
+        raise SpecError(f"{found.name} takes a list of values or a dict by name, got {arguments!r:.60}")
+    return found(*(value_of(value, declared) for value in arguments))
 
 
 def _called(found: Part, arguments: Any) -> Any:

@@ -5,9 +5,10 @@ from typing import Any
 
 from metaopt.errors import PluginError
 from metaopt.schedule import Schedule
+from metaopt.space import Space
 from metaopt.wrapper import Wrapper
 
-BASES: dict[str, type] = {"wrapper": Wrapper, "schedule": Schedule}
+BASES: dict[str, type] = {"wrapper": Wrapper, "schedule": Schedule, "space": Space}
 
 
 def check_kind(kind: str, name: str, target: Any, origin: str) -> None:

@@ -12,11 +12,13 @@ from typing import Any, ClassVar
 import torch
 
 from metaopt import wrapper as wrapper_module
+from metaopt.deferred import Deferred
 from metaopt.engine.multi_base import Partitioner, Sequencer
 from metaopt.errors import HyperparameterError, MetaoptError, SpecError, with_article
 from metaopt.hyperparameters import Hyperparameter, bind, from_signature, plain
 from metaopt.registry import Entry, registry
 from metaopt.schedule import FunctionSchedule, Schedule, TupleSchedule, validate_value
+from metaopt.space import Space, validate_ends
 from metaopt.specs.kinds import check_kind
 from metaopt.specs.syntax import Source
 from metaopt.wrapper import Wrapper
@@ -78,9 +80,9 @@ class Part:
         return isinstance(self.target, type) and issubclass(self.target, Sequencer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the part with these hyperparameters; a schedule, logger or problem is made at once."""
+        """Return the part with these hyperparameters; a schedule, space, logger or problem is made at once."""
         label = kwargs.pop("label", None)
-        if self.kind in ("schedule", "logger", "problem"):
+        if self.kind not in ("optimizer", "wrapper"):
             if label is not None:
                 raise SpecError(f"{self.name}: a {self.kind} takes no label")
             return self.target(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
@@ -102,7 +104,7 @@ class Part:
     def _sequence(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "Part":
         if kwargs:
             raise SpecError(f"{self.name} takes no names, only bases and numbers in order, got {', '.join(kwargs)}")
-        members = tuple(m if isinstance(plain(m), int | float) else as_pipeline(m) for m in map(plain, args))
+        members = tuple(m if isinstance(m, int | float | Space) else as_pipeline(m) for m in map(plain, args))
         sequencer = self.target(*members)
         for stage in sequencer.stages:
             if not isinstance(stage, Pipeline):
@@ -128,7 +130,8 @@ class Part:
             raise SpecError(f"{self.name} is not registered and has no text: register it with metaopt.register")
         shown = []
         if self.is_sequence:
-            return f"{self.name}({', '.join(map(str, self.arguments.get('members', ())))})"
+            members = (_member_text(member, self.name) for member in self.arguments.get("members", ()))
+            return f"{self.name}({', '.join(members)})"
         for name, value in self.arguments.items():
             default = self.hyperparameters[name].default
             # 0 == 0.0 == False: a default is left out only where it is of the same type
@@ -336,15 +339,15 @@ def _refuse_parts(value: Any, where: str) -> None:
         if isinstance(member, Part):
             raise SpecError(
                 f"{where}: a value must not be a part, got {with_article(member.kind)}, {member.name}; "
-                f"a schedule needs its brackets"
+                f"a schedule or a space needs its brackets"
             )
 
 
 def _check_alone(called: Part, name: str, value: Any) -> None:
     """Raise for one keyword what the call would raise, so that the error points at the keyword."""
     known = called.hyperparameters
-    if name in known and called.kind == "schedule":
-        known[name].validate(value, where=called.name)  # a schedule of schedules says where it takes them
+    if name in known and called.kind in ("schedule", "space"):  # a schedule of schedules says where it takes them
+        validate_ends(known[name], value, called.name, lambda own, end: own.validate(end, where=called.name))
     elif name in known:
         validate_value(known[name], value, called.name)
     elif known and name != "label":
@@ -382,8 +385,8 @@ def to_text(value: Any, where: str) -> str:
         )
     if isinstance(value, TupleSchedule):
         return to_text(value.members, where)
-    if isinstance(value, Schedule):
-        return _schedule_text(value, where)
+    if isinstance(value, Deferred):
+        return _deferred_text(value, where)
     if isinstance(value, bool | int | str) or value is None:
         return repr(value)
     if isinstance(value, float):
@@ -404,14 +407,17 @@ def to_text(value: Any, where: str) -> str:
     )
 
 
-def _schedule_text(schedule: Schedule, where: str) -> str:
-    name = registry.name_of(type(schedule))
+def _member_text(member: Any, where: str) -> str:
+    return str(member) if isinstance(member, Pipeline) else to_text(member, where)
+
+
+def _deferred_text(value: Deferred, where: str) -> str:
+    name = registry.name_of(type(value))
     if name is None:
-        raise SpecError(f"{where}: {type(schedule).__name__} is not registered and has no text")
-    positional = getattr(schedule, "positional", None)
-    if positional is not None:
-        return f"{name}({', '.join(to_text(value, where) for value in positional)})"
-    arguments = ", ".join(f"{key}={to_text(value, where)}" for key, value in schedule.given.items())
+        raise SpecError(f"{where}: {type(value).__name__} is not registered and has no text")
+    if value.positional is not None:
+        return f"{name}({', '.join(to_text(member, where) for member in value.positional)})"
+    arguments = ", ".join(f"{key}={to_text(member, where)}" for key, member in value.given.items())
     return f"{name}({arguments})"
 
 

@@ -18,12 +18,13 @@ from metaopt.testing.loggers import LoggerSubject
 from metaopt.testing.outcome import CHECKS, Check, CheckFailed, NotApplicable, Result
 from metaopt.testing.problems import ProblemSubject
 from metaopt.testing.schedules import ScheduleSubject
+from metaopt.testing.spaces import SpaceSubject
 from metaopt.testing.subject import StackSubject, Subject, refused
 
 # each adds its checks, which are shown in this order
 for _module in (
     *("training", "groups", "states", "resuming", "distributed", "averages"),
-    *("laws", "declarations", "agreement", "references", "schedules", "loggers", "problems"),
+    *("laws", "declarations", "agreement", "references", "schedules", "spaces", "loggers", "problems"),
 ):
     import_module(f"metaopt.testing.{_module}")
 
@@ -72,6 +73,9 @@ def _subjects(entry: Entry, example: Example, device: torch.device) -> Iterator[
         return
     if entry.kind == "schedule":
         yield ScheduleSubject(entry, example, example.spec or spec_with_allowed(entry.name, entry.kind), device)
+        return
+    if entry.kind == "space":
+        yield SpaceSubject(entry, example, example.spec or spec_with_allowed(entry.name, entry.kind), device)
         return
     text = example.spec or spec_with_allowed(entry.name, entry.kind)
     parse(text)  # a mistake in the text is not the part's

@@ -1,0 +1,1 @@
+"""The built-in search spaces, one family per file; the folder is the list."""
