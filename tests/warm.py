@@ -77,6 +77,11 @@ def context() -> ForkServerContext:
     return found
 
 
+def fresh_streams() -> None:
+    """Let Python write where the process writes now: the server's own streams remember where its output went."""
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+
+
 def _all(reading: Connection) -> str:
     with os.fdopen(os.dup(reading.fileno()), "rb") as file:
         return file.read().decode()
@@ -89,8 +94,7 @@ def _run(
     os.chdir(folder)
     os.dup2(out.fileno(), 1)
     os.dup2(errors.fileno(), 2)
-    # the server's own streams remember where its output went
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+    fresh_streams()
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
         if dies:  # Python ignores the signal, and gets an OSError instead

@@ -184,6 +184,13 @@ def _run(arguments: list[str]) -> int:
 
 
 def _fail(what: object, status: int = 2) -> int:
+    """Tell what went wrong; of processes that torchrun has started, the first tells what is wrong for all of them."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
+        return status
+    return fail(what, status)
+
+
+def fail(what: object, status: int = 2) -> int:
     """Print one line on standard error and return the exit status."""
     line = " ".join(str(what).split())
     print(f"metaopt: {line}", file=sys.stderr)

@@ -1,13 +1,37 @@
-"""`metaopt train`: one run, with checkpoints, that `--resume` continues bit for bit."""
+"""`metaopt train`: one run, with checkpoints, that `--resume` continues bit for bit; by itself or under torchrun."""
 
+import contextlib
+import os
 import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from metaopt.cli import Interrupted, Keep, Plugins, progress_of
-from metaopt.errors import CheckpointError
+from metaopt.cli import INTERRUPTED, Interrupted, Keep, Plugins, Progress, fail, progress_of
+from metaopt.errors import CheckpointError, MetaoptError, ProblemError
+
+if TYPE_CHECKING:
+    from metaopt.lab.ranks import Ranks
+    from metaopt.lab.train import Result
+
+
+class Way(StrEnum):
+    """How the ranks that torchrun starts train one model."""
+
+    ddp = "ddp"
+    fsdp = "fsdp"
+
+
+class Dtype(StrEnum):
+    """The dtype of the model and of its inputs."""
+
+    float32 = "float32"
+    float64 = "float64"
 
 
 def register(app: typer.Typer) -> None:
@@ -20,7 +44,9 @@ def train(
     stack: Annotated[str, typer.Option(metavar="SPEC", help="The optimizer.")] = "adamw(lr=3e-3)",
     steps: Annotated[int | None, typer.Option(min=1, help="Steps; the problem's own by default.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the initial weights and the batches.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda (a GPU for each process of torchrun), ...")] = "cpu",
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the model; the problem's own by default.")] = None,
+    parallel: Annotated[Way | None, typer.Option(help="With torchrun: how the processes train together [ddp].")] = None,
     log: Annotated[Path | None, typer.Option(help="Directory of the run: its log and its checkpoints.")] = None,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --log.")] = False,
@@ -30,49 +56,109 @@ def train(
     extend: Annotated[bool, typer.Option("--extend", help="With --resume: allow other --steps.")] = False,
     plugin: Plugins = [],  # noqa: B006  typer reads the default, nothing changes it
 ) -> None:
-    """Train a problem with a stack and print its evaluation on validation data."""
-    from metaopt.lab import checkpoint
+    """Train a problem with a stack and print its evaluation on validation data.
+
+    Several processes train together under torchrun: torchrun --nproc-per-node 2 -m metaopt train ...
+    """
     from metaopt.lab.named import problem_named
-    from metaopt.lab.train import train as run
+    from metaopt.lab.ranks import joined, number_of_ranks, restarts, this_rank
 
     if (keep or extend) and not resume:
         raise CheckpointError("--keep and --extend say how a run is continued: give --resume as well")
+    if parallel and number_of_ranks() == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise ProblemError(
+            f"--parallel {parallel} is for several processes: start them with "
+            f"torchrun --nproc-per-node 2 -m metaopt train"
+        )
     chosen = problem_named(problem)
     length = steps or chosen.default_steps
-    done = 0
-    if resume and log is not None and not checkpoint.found(log / "checkpoints"):
-        # a run killed before its first checkpoint is continued so, and a mistyped directory looks the same
-        print(f"metaopt: {log} holds no checkpoint: the run begins anew", file=sys.stderr)
-    with progress_of(f"training {problem}") as show:
+    here = this_rank()
+    with _one_voice(here), joined(here, device) as ranks:
+        from metaopt.lab import checkpoint
+        from metaopt.lab.train import DTYPES
+        from metaopt.lab.train import train as run
 
-        def progress(step: int) -> None:
-            nonlocal done
-            done = step
-            show(step, length)
+        # what torchrun starts again goes on, whether or not it was told to resume
+        goes_on = resume or (restarts() > 0 and log is not None)
+        done = 0
+        if resume and ranks.rank == 0 and log is not None and not checkpoint.found(log / "checkpoints"):
+            # a run killed before its first checkpoint is continued so, and a mistyped directory looks the same
+            print(f"metaopt: {log} holds no checkpoint: the run begins anew", file=sys.stderr)
+        with _progress(f"training {problem}", ranks) as show:
 
-        try:
-            result = run(
-                chosen,
-                stack,
-                steps=length,
-                seed=seed,
-                device=device,
-                log=log,
-                checkpoint_every=checkpoint_every,
-                resume=resume,
-                keep=None if keep is None else keep.value,
-                extend=extend,
-                progress=progress,
-            )
-        except KeyboardInterrupt:
-            raise Interrupted(_kept(done, log)) from None
+            def progress(step: int, loss: object) -> None:
+                nonlocal done
+                done = step
+                show(step, length)
+
+            try:
+                result = run(
+                    chosen,
+                    stack,
+                    steps=length,
+                    seed=seed,
+                    dtype=None if dtype is None else DTYPES[dtype.value],
+                    ranks=ranks,
+                    parallel=(parallel or Way.ddp).value,
+                    log=log,
+                    checkpoint_every=checkpoint_every,
+                    resume=goes_on,
+                    keep=None if keep is None else keep.value,
+                    extend=extend,
+                    progress=progress,
+                )
+            except KeyboardInterrupt:
+                raise Interrupted(_kept(done, log)) from None
+        if ranks.rank == 0:
+            _report(result, log, loaded=keep is not None or extend)
+
+
+def _report(result: "Result", log: Path | None, *, loaded: bool) -> None:
+    """Print how a run ended."""
     report = result.stack.load_report
-    if report is not None and (keep or extend):
+    if report is not None and loaded:
         print(f"resumed; {report}", file=sys.stderr)
     values = ", ".join(f"{name} {value:.6g}" for name, value in result.evaluation.items())
     print(f"{result.stack.updates} updates: validation {values} ({result.weights} weights)")
     if log is not None:
         print(f"log and checkpoints: {log}; look at: tensorboard --logdir {log}")
+
+
+@contextlib.contextmanager
+def _progress(what: str, ranks: "Ranks") -> Iterator[Progress]:
+    if ranks.rank:
+        yield lambda done, total: None
+        return
+    with progress_of(what) as show:
+        yield show
+
+
+@contextlib.contextmanager
+def _one_voice(ranks: "Ranks") -> Iterator[None]:
+    """Among several ranks, let only one tell what went wrong, and end each of them at once.
+
+    A rank that fails takes no part in the collective that the others wait in: it must not wait for them at its exit.
+    """
+    if ranks.size == 1:
+        yield
+        return
+    try:
+        with warnings.catch_warnings():
+            if ranks.rank:
+                warnings.simplefilter("ignore")
+            yield
+    except BaseException as error:
+        status = INTERRUPTED if isinstance(error, KeyboardInterrupt | Interrupted) else 2
+        if ranks.is_first_to_tell():
+            if isinstance(error, KeyboardInterrupt | Interrupted):
+                fail(f"interrupted: {error}" if str(error) else "interrupted")
+            elif isinstance(error, MetaoptError):
+                fail(error)
+            else:
+                traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _kept(done: int, log: Path | None) -> str:

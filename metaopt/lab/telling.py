@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from metaopt.errors import LogError, MetaoptError, ProblemError
+from metaopt.lab.ranks import lost_contact
 
 # of torch's CPU allocator, which raises a bare RuntimeError
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc")
@@ -28,6 +29,8 @@ def told(what: str, kept: Callable[[], str] = lambda: "") -> Iterator[None]:
                 f"{what}: out of memory ({_line(error)}): take a smaller model, batch or number of processes"
                 f"{_behind(kept)}"
             ) from error
+        if lost_contact(error):
+            raise ProblemError(f"{what}: another rank has ended, and this one with it{_behind(kept)}") from error
         at = traceback.extract_tb(error.__traceback__)[-1]
         raise ProblemError(
             f"{what}: {type(error).__name__}: {_line(error)} ({at.filename}, line {at.lineno}){_behind(kept)}"

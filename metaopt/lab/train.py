@@ -13,8 +13,12 @@ import torch
 from metaopt.construction.building import build
 from metaopt.errors import CheckpointError, MetaoptWarning, ProblemError
 from metaopt.lab import checkpoint
+from metaopt.lab.batches import cast
+from metaopt.lab.dealing import tried
 from metaopt.lab.device import usable_device
 from metaopt.lab.holding import held
+from metaopt.lab.parallel import WAYS, Alone, Parallel
+from metaopt.lab.ranks import Ranks
 from metaopt.lab.telling import told
 from metaopt.lab.trial import cost_of_an_update
 from metaopt.lab.weights import evaluated, shown
@@ -22,6 +26,8 @@ from metaopt.problem import Problem
 from metaopt.specs.pipeline import parse
 from metaopt.stack import Stack
 
+# what `--dtype` offers
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
 CONTENT = {"run", "step", "model", "stack", "random"}
 
 
@@ -42,29 +48,39 @@ def train(
     steps: int,
     seed: int = 0,
     device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    ranks: Ranks | None = None,
+    parallel: str = "ddp",
     log: Path | None = None,
     checkpoint_every: int = 100,
     resume: bool | Path = False,
     keep: Literal["live", "saved"] | None = None,
     extend: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, Any], None] | None = None,
 ) -> Result:
     """Train for `steps` calls of `step()`; checkpoints lie in `log/checkpoints`.
 
-    `resume` continues the newest of them, or the one named. The spec may be another one if `keep` says whose values are
-    in force, and `steps` may be others with `extend`. Raises MetaoptError, for a loss that is not finite and a full
-    disk or memory too: the last checkpoint stays.
+    `ranks` are the processes that train together (`ranks.joined`), and `parallel` is how they do; the batch is the
+    problem's, dealt over them. `resume` continues the newest checkpoint, or the one named. The spec may be another one
+    if `keep` says whose values are in force, and `steps` may be others with `extend`. `progress` gets the number of
+    each step and its loss, over all ranks. Raises MetaoptError, for a loss that is not finite and a full disk or memory
+    too: the last checkpoint stays.
     """
-    device = usable_device(device)
+    ranks = ranks or Ranks(device=usable_device(device))
+    device = ranks.device
     folder = None if log is None else log / "checkpoints"
+    if folder is not None and ranks.size > 1 and parallel == "fsdp":
+        raise CheckpointError("--parallel fsdp writes no checkpoints yet: leave --log out, or take --parallel ddp")
     where = f"{spec} cannot train {type(problem).__name__.lower()}"
-    with told(where, lambda: _kept(folder)), _owned(folder):
-        model = problem.model(seed, device)
+    with told(where, lambda: _kept(folder)), _owned(folder, ranks):
+        total = _updates(problem, spec, steps, device)
+        way = _parallel(problem, _model(problem, seed, device, dtype), ranks, parallel, seed, dtype)
+        model = way.model
         # parameters, not the module: nobody could follow build's hint about decay here
-        opt = build(model.named_parameters(), spec, total_steps=_updates(problem, spec, steps, device), log=log)
+        opt = build(model.named_parameters(), spec, total_steps=total, log=log)
         opt.train()
         run = {"problem": repr((type(problem).__name__, problem.given)), "spec": str(opt.spec), "seed": seed}
-        run |= {"steps": steps, "data": problem.data_hash()}
+        run |= {"steps": steps, "data": problem.data_hash(), **({} if dtype is None else {"dtype": str(dtype)})}
         torch.manual_seed(seed)
         if resume:
             opt.resume_with(keep=keep, extend=extend)
@@ -77,17 +93,38 @@ def train(
         with _closed(opt):
             batches = problem.batches(seed, device, start=first)
             for step in range(first + 1, steps + 1):
-                loss = _step(problem, model, opt, next(batches))
+                loss = _step(way, opt, cast(next(batches), dtype))
                 if folder is not None and (step % checkpoint_every == 0 or step == steps):
                     # read here alone, so that no update in between waits for the device
                     _check_finite(loss, model, step, folder)
-                    checkpoint.save(folder, step, _content(run, step, model, opt))
+                    if ranks.rank == 0:
+                        checkpoint.save(folder, step, _content(run, step, model, opt))
                 if progress is not None:
-                    progress(step)
+                    progress(step, loss)
         _check_finite(0.0, model, steps, folder)
         with shown(opt):
-            evaluation = problem.evaluate(model, "validation")
+            evaluation = way.evaluate("validation")
     return Result(model, opt, evaluation, evaluated(opt))
+
+
+def _model(problem: Problem, seed: int, device: str, dtype: torch.dtype | None) -> torch.nn.Module:
+    """Return the problem's model; in another dtype it takes the problem's own inputs all the same."""
+    model = problem.model(seed, device)
+    if dtype is not None:
+        model.to(dtype)
+        model.register_forward_pre_hook(
+            lambda _, args, named: (cast(args, dtype), cast(named, dtype)), with_kwargs=True
+        )
+    return model
+
+
+def _parallel(
+    problem: Problem, model: torch.nn.Module, ranks: Ranks, how: str, seed: int, dtype: torch.dtype | None
+) -> Parallel:
+    if ranks.size == 1:
+        return Alone(problem, model, ranks)
+    batch = cast(next(problem.batches(seed, ranks.device)), dtype)
+    return WAYS[how](problem, model, ranks, tried(problem, model, batch))
 
 
 def _updates(problem: Problem, spec: str, steps: int, device: str) -> int:
@@ -100,8 +137,8 @@ def _kept(folder: Path | None) -> str:
     return checkpoint.newest(folder) if folder is not None and checkpoint.found(folder) else ""
 
 
-def _owned(folder: Path | None) -> AbstractContextManager[None]:
-    return nullcontext() if folder is None else held(folder, "checkpoints")
+def _owned(folder: Path | None, ranks: Ranks) -> AbstractContextManager[None]:
+    return nullcontext() if folder is None or ranks.rank else held(folder, "checkpoints")
 
 
 @contextmanager
@@ -116,12 +153,10 @@ def _closed(opt: Stack) -> Iterator[None]:
     opt.close()
 
 
-def _step(problem: Problem, model: torch.nn.Module, opt: Stack, batch: Any) -> Any:
+def _step(way: Parallel, opt: Stack, batch: Any) -> Any:
     def closure() -> torch.Tensor:
         opt.zero_grad()
-        loss = problem.loss(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
+        return way.backward(batch)
 
     return opt.step(closure)
 

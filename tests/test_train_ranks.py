@@ -1,0 +1,149 @@
+"""`metaopt train` under torchrun: ranks train what one process trains, speak with one voice, and end together."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import numpy
+import pytest
+import torch
+from rank_runs import Together, _command, commands, trained
+
+from metaopt.lab.torchrun import separated
+
+pytestmark = pytest.mark.slow
+
+SPEC = "clip_grad_norm(1.0) | adamw(lr=warmup(cosine(3e-3), 0.1)) | lookahead"
+SMALL = {"width": 16, "context": 16, "batch_size": 8}
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def torchrun(*arguments, folder, ranks=2, more=()):
+    """Run the real torchrun, with options as people write them."""
+    command = [*TORCHRUN, "--nproc-per-node", str(ranks), *more, "-m", "metaopt", *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+
+
+def losses_apart(one, other):
+    """Return the largest difference between the losses of two runs."""
+    return numpy.abs(numpy.subtract(one["losses"], other["losses"])).max()
+
+
+def weights_apart(one, other):
+    """Return the largest difference between the weights of two runs."""
+    return max(numpy.abs(one["weights"][key] - other["weights"][key]).max() for key in one["weights"])
+
+
+def test_the_command_works_under_torchrun_as_people_write_it(tmp_path):
+    asked = ["train", "--problem", "charlm", "--stack", SPEC, "--steps", "4", "--log", "runs/x"]
+    ended = torchrun(*asked, folder=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["4 updates", "log and checkpoints"]
+    assert "metaopt" not in ended.stderr
+    assert len(list((tmp_path / "runs" / "x").glob("events*"))) == 1
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("dtype", "most"), [(None, 1e-5), (torch.float64, 1e-10)])
+def test_ranks_train_what_one_process_trains(parallel, dtype, most):
+    how = {"problem": SMALL, "steps": 12, "dtype": dtype}
+    alone = trained(1, "charlm", SPEC, **how)[0]
+    for size in (2, 4) if dtype is not None else (2,):
+        ranks = trained(size, "charlm", SPEC, parallel=parallel, **how)
+        assert losses_apart(ranks[0], alone) <= most
+        for other in ranks[1:]:
+            assert losses_apart(ranks[0], other) == weights_apart(ranks[0], other) == 0
+            assert ranks[0]["evaluation"] == other["evaluation"]
+
+
+def test_stacks_that_look_at_the_loss_or_evaluate_it_often_decide_alike():
+    for spec in ("sam | sgd(lr=0.05)", "accumulate(2) | sgd(lr=0.05)", "lbfgs(lr=0.01, max_iter=3)"):
+        how = {"problem": SMALL, "steps": 4, "dtype": torch.float64}
+        alone, (one, other) = trained(1, "charlm", spec, **how)[0], trained(2, "charlm", spec, **how)
+        assert losses_apart(one, alone) <= 1e-10 and weights_apart(one, alone) <= 1e-10, spec
+        assert weights_apart(one, other) == 0
+
+
+def one_voice(ended):
+    """Return the one line of all ranks, none of which may have ended well."""
+    assert all(status == 2 for status, _, _ in ended), ended
+    assert not any(out for _, out, _ in ended)
+    errors = "".join(errors for _, _, errors in ended)
+    assert "Traceback" not in errors
+    # torch may warn of the store that the first rank to end has kept
+    (line,) = [line for line in errors.splitlines() if line.startswith("metaopt: ")]
+    return line
+
+
+def test_a_batch_that_ranks_cannot_share_is_one_line(tmp_path):
+    line = one_voice(commands(3, ["train", "--problem=charlm", "--steps=2"], tmp_path))
+    assert "a batch of charlm has 16 examples, which 3 ranks cannot share evenly" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--problem=noisy_quadratic"], "cannot be dealt over ranks"),
+        (["--problem=rosenbrock"], "cannot be dealt over ranks: expected tensors"),
+        (["--problem=xor", "--stack=adm"], "adm"),
+        (["--problem=xor", "--steps=0"], "--steps"),
+        (["--problem=xor", "--device=nosuch"], "present: cpu"),
+        (["--plugin=failing", "--problem=failing"], "RuntimeError: only here"),
+    ],
+)
+def test_an_error_on_any_rank_is_one_line_and_ends_all(tmp_path, arguments, told):
+    (tmp_path / "failing.py").write_text(FAILING)
+    began = time.monotonic()
+    assert told in one_voice(commands(2, ["train", *arguments], tmp_path))
+    assert time.monotonic() - began < 60
+
+
+FAILING = """
+import os
+from metaopt import hookimpl
+from metaopt.problems.classification import Xor
+
+class Failing(Xor):
+    '''Fails on rank 1, at its ninth loss.'''
+    losses = 0
+
+    def loss(self, model, batch):
+        self.losses += 1
+        if os.environ.get("RANK") == "1" and self.losses == 9:
+            raise RuntimeError("only here")
+        return super().loss(model, batch)
+
+@hookimpl
+def metaopt_problems():
+    return {"failing": Failing}
+"""
+
+
+def test_a_rank_that_is_killed_ends_the_others(tmp_path):
+    running = Together(2, _command, ["train", "--problem=xor", "--steps=10000000"], str(tmp_path))
+    while not (tmp_path / "rank1.err").exists():
+        time.sleep(0.01)
+    time.sleep(2)
+    running.processes[1].kill()
+    running.end()
+    assert [process.exitcode for process in running.processes] == [2, -signal.SIGKILL]
+    assert "another rank has ended" in (tmp_path / "rank0.err").read_text()
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("torchrun -m metaopt train --log x", "torchrun -m -- metaopt train --log x"),
+        ("/bin/torchrun --module metaopt train", "/bin/torchrun --module -- metaopt train"),
+        ("/lib/run.py --nproc-per-node 2 --no-python metaopt", "/lib/run.py --nproc-per-node 2 --no-python -- metaopt"),
+        ("torchrun -m -- metaopt train", "torchrun -m -- metaopt train"),
+        ("torchrun -m other --log x", "torchrun -m other --log x"),
+        ("torchrun script.py -m metaopt", "torchrun script.py -m metaopt"),
+        ("pytest -m metaopt", "pytest -m metaopt"),
+    ],
+)
+def test_only_a_torchrun_that_starts_metaopt_is_read_otherwise(written, read):
+    assert separated(written.split()) == read.split()
