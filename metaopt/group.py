@@ -130,7 +130,12 @@ class Group(_Log):
 
 
 class Groups(_Log):
-    """All groups that a wrapper acts on at once: norms and decisions that are global."""
+    """All groups that a wrapper acts on at once: norms and decisions that are global.
+
+    `updates` is the number of updates made, as on a `Group`.
+    """
+
+    updates: int
 
     @abstractmethod
     def __iter__(self) -> Iterator[Group]: ...

@@ -485,6 +485,8 @@ class Stack(torch.optim.Optimizer):
         return [name for name in super().__dir__() if name not in hidden and (name[:1] != "_" or name[:2] == "__")]
 
     def __repr__(self) -> str:
-        groups = super().__repr__().partition("(")[2]
-        pipeline = repr(self.description) if self.description else type(self.base).__name__
-        return f"Stack({pipeline}, updates={self.updates}\n{groups.lstrip()}"
+        # in torch's form; the engine's own entries tell a reader nothing
+        lines = super().__repr__().partition("(")[2].lstrip().splitlines()
+        groups = "\n".join(line for line in lines if not line.startswith("    metaopt."))
+        pipeline = self.description.text_over(self.base) if self.description else type(self.base).__name__
+        return f"Stack({pipeline}, updates={self.updates}\n{groups}"

@@ -542,7 +542,7 @@ class ShowsACopy(Wrapper):
         return [p.clone() for p in group.params]
 
 
-@broken(WRAPPERS, "undocumented", "says_what_it_does", "no meaning for alpha")
+@broken(WRAPPERS, "undocumented", "says_what_it_does", "hyperparameters without a doc: alpha")
 class SaysNothing(Wrapper):
     """Pulls."""
 

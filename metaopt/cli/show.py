@@ -70,6 +70,8 @@ def _description(entry: "Entry") -> list[str]:
     if entry.kind == "wrapper" and isinstance(state, Mapping):
         lines += ["", "state per parameter"]
         lines += [f"  {slot}: {_slot(declared)}" for slot, declared in state.items()] or ["  none"]
+        numbers = [f"  {name}: {_number(kept)}" for name, kept in entry.target.scalars.items()]
+        lines += ["", "kept on the device", *numbers] if numbers else []
         counters = [f"  {name}: {counted.doc}" for name, counted in entry.target.counters.items()]
         lines += ["", "counted in every group", *counters] if counters else []
     others = registry.known_as(entry)
@@ -120,6 +122,12 @@ def _slot(declared: Any) -> str:
     dtype = f"; dtype: {declared.dtype}" if declared.dtype else ""
     early = "; there before the first update" if declared.early else ""
     return meanings[declared.kind] + early + dtype
+
+
+def _number(declared: Any) -> str:
+    what = "one number" if declared.size is None else f"numbers ({declared.size})"
+    owner = "the run" if declared.per == "run" else "each group"
+    return f"{what} for {owner}" + (f": {declared.doc}" if declared.doc else "")
 
 
 def _table(hyperparameters: Mapping[str, Any], told: Mapping[str, str]) -> list[str]:

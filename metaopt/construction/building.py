@@ -14,6 +14,7 @@ from metaopt.engine.structure import validate_labels
 from metaopt.errors import HintWarning, HyperparameterError, SpecError
 from metaopt.hyperparameters import plain
 from metaopt.metrics import Metrics, as_logger
+from metaopt.misuse.no_hook import warn_of_no_hook
 from metaopt.registry import registry
 from metaopt.specs.pipeline import as_pipeline
 from metaopt.specs.spaces import refuse_spaces
@@ -91,6 +92,11 @@ def wrap(
     The parts have no base: those on gradients act before the optimizer, those on parameters after it, each in
     written order. `wrap(AdamW(model.parameters()), "lookahead(k=5)")`. Raises MetaoptError.
     """
+    if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer):
+        name = optimizer.__name__
+        raise SpecError(
+            f"wrap() takes an optimizer, got the class {name}: write wrap({name}(model.parameters(), ...), ...)"
+        )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise SpecError(f"wrap() takes a torch.optim.Optimizer, not {type(optimizer).__name__}; build() takes a model")
     if isinstance(optimizer, Stack):
@@ -106,6 +112,7 @@ def wrap(
     refuse_spaces(pipeline)
     wrappers = tuple(part.build_wrapper() for part in pipeline)
     validate_labels(wrappers)
+    warn_of_no_hook(wrappers)
     for wrapper in wrappers:
         if wrapper.adapt_base(type(optimizer)) is not type(optimizer):
             raise SpecError(

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace as changed
 
+import torch
+
 from metaopt.engine.chain import RUN_FLAGS, ParamGroup
 from metaopt.registry import registry
 from metaopt.schedule import Schedule
@@ -33,6 +35,10 @@ class Description:
             ordered = sorted(parts, key=lambda p: not p.build_wrapper().runs_before_base())
             parts = [*ordered[:before], changed(base, arguments=given), *ordered[before:]]
         return Pipeline(tuple(parts))
+
+    def text_over(self, base: torch.optim.Optimizer) -> str:
+        """Return the pipeline as it was written; of a wrapped optimizer with its class."""
+        return f"{self.pipeline!r} around {type(base).__name__}" if self.wrapped else repr(self.pipeline)
 
     def __repr__(self) -> str:
         return repr(self.pipeline)

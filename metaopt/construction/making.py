@@ -11,6 +11,7 @@ from metaopt.engine.multi_base import MultiBase, Partitioner
 from metaopt.engine.structure import validate_labels
 from metaopt.errors import HyperparameterError, ParameterError, SpecError, did_you_mean
 from metaopt.group_entries import NO_DECAY, TIED, take_value
+from metaopt.misuse.no_hook import warn_of_no_hook
 from metaopt.registry import registry
 from metaopt.schedule import Schedule
 from metaopt.specs.pipeline import Part, Pipeline
@@ -44,6 +45,7 @@ def arrange(pipeline: Pipeline) -> tuple[Part, tuple[Wrapper, ...]]:
             raise SpecError(f"{wrapper.label} works on updated parameters: write it behind {base}")
         wrappers.append(wrapper)
     validate_labels(tuple(wrappers))
+    warn_of_no_hook(wrappers)
     return pipeline.parts[bases[0]], tuple(wrappers)
 
 

@@ -107,7 +107,7 @@ class GroupView(Group):
             return self._group[key]
         slot = wrapper.slots.get(name)
         if slot is None:
-            raise AttributeError(f"{wrapper.label} declares no hyperparameter and no state called {name!r}")
+            raise AttributeError(_unknown(wrapper, name, Groups, f"it belongs to all groups at once: groups.{name}"))
         if slot.kind == "previous":
             return self._previous(name)
         if slot.kind == "moments":
@@ -359,6 +359,11 @@ class GroupsView(Groups):
 
     # ---- numbers
 
+    @property
+    def updates(self) -> int:  # type: ignore[override]
+        """The number of updates made."""
+        return int(self._groups[0]["metaopt.updates"])
+
     def norm(self, norm_type: float = 2.0) -> torch.Tensor:
         if self._update.run.has_zero_shard:
             raise StepError(
@@ -438,7 +443,9 @@ class GroupsView(Groups):
                 raise AttributeError(f"{key} is a number of each group: read it from the groups, or declare per='run'")
             return self._groups[0][key]
         if name not in wrapper.hyperparameters and name not in wrapper.counters:
-            raise AttributeError(f"{wrapper.label} declares no hyperparameter called {name!r}")
+            of_each = f"each group has its own: for group in groups: group.{name}"
+            kept = name in wrapper.slots
+            raise AttributeError(f"groups.{name}: {of_each}" if kept else _unknown(wrapper, name, Group, of_each))
         first = self._groups[0][key]
         if any(group[key] is not first and group[key] != first for group in self._groups[1:]):
             raise HyperparameterError(
@@ -541,6 +548,18 @@ def gradient_norm(
     if factor is None:
         return total
     return total * (factor.abs().to(total.device) if isinstance(factor, torch.Tensor) else abs(factor))
+
+
+def _unknown(wrapper: Wrapper, name: str, other: type, of_other: str) -> str:
+    """Return why a wrapper finds nothing of a name on what its hook was given."""
+    if hasattr(other, name) or name in other.__annotations__:
+        return f"{wrapper.label} asks for {name!r}, but {of_other}"
+    plain = (
+        f"; {name} of the class is read as self.{name}, or declared: {name} = hyper(...)"
+        if hasattr(wrapper, name)
+        else ""
+    )
+    return f"{wrapper.label} declares no hyperparameter and no state called {name!r}{plain}"
 
 
 def push(history: torch.Tensor, value: torch.Tensor) -> None:

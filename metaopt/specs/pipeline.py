@@ -90,6 +90,7 @@ class Part:
             raise SpecError(f"{self.name}: label must be text, got {label!r:.60}")
         if label is not None and self.kind == "optimizer":
             raise SpecError(f"{self.name}: the base takes no label: its entries keep their bare names")
+        self._refuse_optimizer_style(args)
         if self.is_sequence:
             return self._sequence(args, kwargs)
         given = dict(self.arguments)
@@ -100,6 +101,17 @@ class Part:
         if self.is_partition and isinstance(given.get("parts"), Mapping):
             given["parts"] = {str(part): as_pipeline(pipeline) for part, pipeline in given["parts"].items()}
         return changed(self, arguments=given, label=label or self.label)
+
+    def _refuse_optimizer_style(self, args: tuple[Any, ...]) -> None:
+        """Raise SpecError for what a class of torch's or a wrapping class of another library takes first."""
+        first = args[0] if args else None
+        own = f"{self.name}(...)"
+        if isinstance(first, torch.optim.Optimizer):
+            fix = f"metaopt.wrap(optimizer, {own})" if self.kind == "wrapper" else "metaopt.wrap(optimizer, parts)"
+            raise SpecError(f"{own} describes a part and takes no optimizer: write {fix}")
+        if isinstance(first, torch.nn.Module | torch.nn.Parameter | Iterator) and not self.is_partition:
+            fix = own if self.kind == "optimizer" else f"adamw(lr=3e-4) | {own}"
+            raise SpecError(f"{own} describes a part and takes no parameters: write metaopt.build(model, {fix})")
 
     def _sequence(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "Part":
         if kwargs:

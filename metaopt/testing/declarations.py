@@ -7,15 +7,15 @@ import torch
 
 from metaopt.errors import HyperparameterError, MetaoptError, did_you_mean
 from metaopt.hyperparameters import Hyperparameter
+from metaopt.misuse.no_hook import acts, nearly_a_hook
 from metaopt.specs.pipeline import part
 from metaopt.testing.allowed_values import allowed
 from metaopt.testing.feeding import STEPS
 from metaopt.testing.outcome import REPEATS, CheckFailed, check
 from metaopt.testing.subject import StackSubject, Subject, refused
-from metaopt.wrapper import Wrapper
+from metaopt.wrapper import HOOKS
 
 FEW = 3
-HOOKS = ("around", "on_gradients", "before_update", "after_update", "averaged")
 
 
 @check("wrapper", "schedule", "logger", "problem")
@@ -25,7 +25,7 @@ def says_what_it_does(subject: Subject) -> None:
     missing = [name for name, h in getattr(target, "hyperparameters", {}).items() if not h.doc]
     own = vars(target).get("__doc__") if inspect.isclass(target) else target.__doc__
     if not own or missing:
-        what = f"no meaning for {', '.join(missing)}" if own else "no docstring"
+        what = f"hyperparameters without a doc: {', '.join(missing)}" if own else "no docstring"
         raise CheckFailed(
             f"{subject.entry.name} has {what}",
             "`metaopt list` and `metaopt show` print them, and errors quote them",
@@ -37,11 +37,8 @@ def says_what_it_does(subject: Subject) -> None:
 def acts_in_a_hook(subject: StackSubject) -> None:
     """The class defines a hook of the contract, and no public method that is nearly called like one."""
     cls = subject.entry.target
-    own = [name for name, value in vars(cls).items() if inspect.isfunction(value) and not name.startswith("_")]
-    contract = [name for name, value in vars(Wrapper).items() if not name.startswith("_") and callable(value)]
-    nearly = next((name for name in own if name not in contract and did_you_mean(name, HOOKS)), "")
-    acts = cls.implemented_hooks() or cls.adapt_base is not Wrapper.adapt_base
-    if nearly or not acts:
+    nearly = nearly_a_hook(cls)
+    if nearly or not acts(cls):
         what = (
             f"defines {nearly}(), which the engine does not call" if nearly else f"defines none of {', '.join(HOOKS)}"
         )

@@ -103,7 +103,8 @@ def _validate_total_steps(run: Run, saved: Any, choice: Choice, count: int) -> N
     raise CheckpointError(
         f"the checkpoint's run has total_steps={saved}, this stack total_steps={own}: schedules would not continue "
         f"where they stopped. Build the stack with total_steps={saved} to continue that run, or load with extend=True "
-        f"to go on with the schedules of a run of {own} updates after {count}"
+        f"to go on with the schedules of a run of {own} updates after {count}; if a trainer loads it, build the stack "
+        f"with metaopt.build(...).resume_with(extend=True)"
     )
 
 
