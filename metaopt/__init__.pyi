@@ -521,7 +521,7 @@ class _Lawa(_Part):
 lawa: _Lawa
 
 class _Lookahead(_Part):
-    def __call__(self, k: int = 5, alpha: _Rate = 0.5, pullback_momentum: Literal['none', 'reset', 'pullback'] = 'none', slow_dtype: Literal[None, 'float32'] = None, device: Literal[None, 'cpu'] = None, *, label: str | None = None) -> _Part:
+    def __call__(self, k: int = 5, alpha: _Rate = 0.5, pullback_momentum: Literal['none', 'reset', 'pullback'] = 'none', slow_dtype: Literal[None, 'float32'] = None, device: Literal[None, 'cpu'] = None, across: Literal[None, 'replicas'] = None, compress: Literal[None, 'bfloat16'] = None, fragments: int = 1, delay: int = 0, blend: _Rate = 0.5, *, label: str | None = None) -> _Part:
         """slow <- slow + alpha (fast - slow); fast <- slow, every k updates. arXiv:1907.08610
 
         Args:
@@ -530,6 +530,11 @@ class _Lookahead(_Part):
             pullback_momentum: what a pull does to the base's moments
             slow_dtype: the dtype of the slow weights; None: the parameter's own
             device: where the slow weights are kept: 'cpu' is main memory; None: beside the parameter
+            across: over what the way that the weights went is averaged before the step; None: it is this process's own
+            compress: the dtype in which replicas send that way; None: at least float32
+            fragments: parts of the parameters that have their steps in turn, spread over the k updates
+            delay: updates made while the mean is on its way
+            blend: after a delayed step, the share of a replica's own weights in its new ones
         """
 
 lookahead: _Lookahead
@@ -579,7 +584,7 @@ class _Orthograd(_Part):
 orthograd: _Orthograd
 
 class _Outer(_Part):
-    def __call__(self, k: int = 28, lr: _Rate = 0.7, momentum: _Rate = 0.6, nesterov: bool = True, slow_dtype: Literal[None, 'float32'] = None, device: Literal[None, 'cpu'] = None, *, label: str | None = None) -> _Part:
+    def __call__(self, k: int = 28, lr: _Rate = 0.7, momentum: _Rate = 0.6, nesterov: bool = True, slow_dtype: Literal[None, 'float32'] = None, device: Literal[None, 'cpu'] = None, across: Literal[None, 'replicas'] = None, compress: Literal[None, 'bfloat16'] = None, fragments: int = 1, delay: int = 0, blend: _Rate = 0.5, *, label: str | None = None) -> _Part:
         """s = slow - fast; b <- momentum b + s; slow <- slow - lr (momentum b + s); fast <- slow, every k updates.
 
         Args:
@@ -589,6 +594,11 @@ class _Outer(_Part):
             nesterov: step along momentum b + s rather than along b
             slow_dtype: the dtype of the slow weights and the outer momentum; None: the parameter's own
             device: where slow weights and outer momentum are kept: 'cpu' is main memory; None: beside the parameter
+            across: over what the way that the weights went is averaged before the step; None: it is this process's own
+            compress: the dtype in which replicas send that way; None: at least float32
+            fragments: parts of the parameters that have their steps in turn, spread over the k updates
+            delay: updates made while the mean is on its way
+            blend: after a delayed step, the share of a replica's own weights in its new ones
         """
 
 outer: _Outer

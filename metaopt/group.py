@@ -27,7 +27,11 @@ class _Log(ABC):
 
     @abstractmethod
     def mean_over_replicas(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the means of tensors over the processes of the default process group; without one, the tensors."""
+        """Return the means of tensors over the replicas, with one all-reduce for each bucket; alone, the tensors.
+
+        The replicas are the processes of the group that `build(..., replicas=)` was given, or of the default group. All
+        of them must call it, at the same step.
+        """
 
 
 class Group(_Log):
@@ -111,6 +115,14 @@ class Group(_Log):
     @abstractmethod
     def base_moments(self) -> dict[str, list[torch.Tensor]]:
         """The base's own moments by key, each aligned with `params` (see `moments`)."""
+
+    @property
+    @abstractmethod
+    def mean_way(self) -> list[torch.Tensor]:
+        """The way from the anchor that `across=` in the class statement names to the weights, aligned with `params`.
+
+        With `across="replicas"` it is the mean over all replicas. In the dtype of the anchor.
+        """
 
     @abstractmethod
     def set_params(self, tensors: list[torch.Tensor]) -> None:

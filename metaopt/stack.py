@@ -15,6 +15,7 @@ from metaopt.engine import averages, param_state
 from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.checkpoint import loading
 from metaopt.engine.checkpoint.report import Choice, LoadReport, changed_choice
+from metaopt.engine.exchange import exchange_of
 from metaopt.engine.run import Run
 from metaopt.engine.step import record, step
 from metaopt.engine.structure import Structure, fights, validate
@@ -25,6 +26,7 @@ from metaopt.metrics import Metrics
 from metaopt.misuse.base import warn_of_bare_step, warn_of_fight
 from metaopt.misuse.left_out import LeftOut
 from metaopt.misuse.second_clip import SecondClip
+from metaopt.replicas import Replicas
 from metaopt.schedule import Schedule
 from metaopt.torch_internals import (
     HOOKS,
@@ -46,6 +48,7 @@ _REMEMBERED = (
     "built_with_lr",
     "has_zero_shard",
     "own_schedules",
+    "replicas",
     "stages",
 )
 
@@ -73,6 +76,7 @@ class Stack(torch.optim.Optimizer):
         left_out: LeftOut | None = None,
         model: torch.nn.Module | None = None,
         stages: Any = None,
+        replicas: Replicas | None = None,
     ) -> None:
         self.description = description
         self.load_report: LoadReport | None = None
@@ -81,6 +85,8 @@ class Stack(torch.optim.Optimizer):
         self._run = Run(structure, base, metrics or Metrics())
         self._run.left_out = left_out
         self._run.stages = stages
+        self._run.replicas = replicas or Replicas()
+        self._run.exchange = exchange_of(self._run)
         self._run.model = None if model is None else weakref.ref(model)
         self._compiled_step = CompiledStep()
         validate(structure, base.param_groups)
@@ -298,6 +304,17 @@ class Stack(torch.optim.Optimizer):
             self._run.flushing = False
         return self.updates > before
 
+    def join_replicas(self) -> bool:
+        """Agree with the other replicas on the weights; all of them must call it. Return whether these are new here.
+
+        The first `step()` does so if it was not called. Replicas that have made no step take the weights of the first
+        one. One that joins others late, with fewer steps than they, takes their outer weights, their momentum and their
+        counts; its base begins anew. Does nothing where no part has `across="replicas"`. Raises StepError for
+        replicas of different models or settings.
+        """
+        self._run.adopt_groups()
+        return self._run.exchange is not None and bool(self._run.exchange.join())
+
     def train(self, mode: bool = True) -> None:
         """Call the base's `train()` if it has one (schedule-free optimizers do); averages of wrappers stay."""
         for chain in self.chains:
@@ -388,6 +405,8 @@ class Stack(torch.optim.Optimizer):
         self._run.adopt_groups()
         self._run.adopt_rates()
         self._run.await_copies()
+        if self._run.exchange is not None:
+            self._run.exchange.settle()
         for pre_hook in user_hooks(self._optimizer_state_dict_pre_hooks, base):
             pre_hook(self)
         # through the base: some write more than torch does
@@ -428,6 +447,8 @@ class Stack(torch.optim.Optimizer):
             if undo is not None:
                 undo()
             raise
+        if self._run.exchange is not None:
+            self._run.exchange.forget()
         self._run.begin_schedules()
         self._run.invalidate()
         for hook in user_hooks(self._optimizer_load_state_dict_post_hooks, self._run.base):
@@ -446,6 +467,8 @@ class Stack(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         structure = self._run.structure
         self._run.await_copies()
+        if self._run.exchange is not None:
+            self._run.exchange.settle()
         parts = {
             name: getattr(structure, name) for name in ("wrappers", "schedules", "total_steps", "fused_by_default")
         }
@@ -460,6 +483,7 @@ class Stack(torch.optim.Optimizer):
         base = restored_optimizer(*state["base"])
         self._run = Run(Structure(base, **state["parts"]), base, Metrics())
         vars(self._run).update(state["memory"])
+        self._run.exchange = exchange_of(self._run)
         self._compiled_step = CompiledStep()
         share_hooks(base, self)
         self._watch_base()

@@ -3,7 +3,7 @@
 from abc import ABC
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -29,6 +29,59 @@ HOOKS = (
 )
 BEFORE_BASE = frozenset({"around", "on_gradients", "before_update"})
 
+# what a wrapper with `across=` in its class statement takes besides its own hyperparameters
+ACROSS_REPLICAS = {
+    h.name: h
+    for h in (
+        Hyperparameter(
+            "across",
+            None,
+            Literal["replicas"] | None,
+            choices=(None, "replicas"),
+            doc="over what the way that the weights went is averaged before the step; None: it is this process's own",
+            per_group=False,
+            defines_state=True,
+        ),
+        Hyperparameter(
+            "compress",
+            None,
+            str | None,
+            choices=(None, "bfloat16"),
+            doc="the dtype in which replicas send that way; None: at least float32",
+            per_group=False,
+            defines_state=True,
+        ),
+        Hyperparameter(
+            "fragments",
+            1,
+            int,
+            ge=1,
+            doc="parts of the parameters that have their steps in turn, spread over the k updates",
+            per_group=False,
+            defines_state=True,
+        ),
+        Hyperparameter(
+            "delay",
+            0,
+            int,
+            ge=0,
+            doc="updates made while the mean is on its way",
+            known_as=("overlap",),
+            per_group=False,
+            defines_state=True,
+        ),
+        Hyperparameter(
+            "blend",
+            0.5,
+            float,
+            ge=0.0,
+            lt=1.0,
+            doc="after a delayed step, the share of a replica's own weights in its new ones",
+        ),
+    )
+}
+Reduce = Literal["mean", "norm"]
+
 
 class Wrapper(ABC):
     """A part around the base: declares hyperparameters and state, and any of the eight hooks below.
@@ -36,6 +89,9 @@ class Wrapper(ABC):
     `class W(Wrapper, every="k")`: the hooks behind the base run only when the hyperparameter `k` divides the count.
     `class W(Wrapper, elementwise=True)`: the rule treats every element alike, so `on_update` and `after_update` may be
     called with blocks of the group (see `Group.blocks`).
+    `class W(Wrapper, every="k", elementwise=True, across="slow")`: the hyperparameters of `ACROSS_REPLICAS` are added,
+    and `after_update` steps along `group.mean_way`, the way from the anchor `slow` to the weights. With
+    `across="replicas"` it is called for every parameter that may be trained, on all replicas at the same step.
     The object is configuration without state: one object may serve two stacks.
     """
 
@@ -45,6 +101,8 @@ class Wrapper(ABC):
     scalars: ClassVar[dict[str, Scalar]] = {}
     acts_every: ClassVar[str | None] = None
     elementwise: ClassVar[bool] = False
+    # the anchor from which the way to the weights is averaged over replicas, if the hyperparameter `across` says so
+    anchor_across: ClassVar[str | None] = None
     known_as: ClassVar[tuple[str, ...]] = ()
     # the wrapper reads from the device to decide
     syncs_device: ClassVar[bool] = False
@@ -54,8 +112,9 @@ class Wrapper(ABC):
     acts_on_frozen: ClassVar[bool] = False
     # the wrapper bounds the size of gradients: the stack then warns of a client that has done so before it
     clips_gradients: ClassVar[bool] = False
-    # several calls of step() make one update: `on_gradients` is called by `opt.flush()` too, see `Groups.is_flush`
-    spans_steps: ClassVar[bool] = False
+    # several calls of step() make one update, as many as this hyperparameter says: `on_gradients` is called by
+    # `opt.flush()` too, see `Groups.is_flush`
+    spans_steps: ClassVar[str | None] = None
     # the wrapper only looks: see `observe`; it may be written anywhere in the stack, and changes nothing
     observes: ClassVar[bool] = False
     # what the wrapper logs as `<label>/<name>`: name -> what it means
@@ -66,9 +125,12 @@ class Wrapper(ABC):
     arguments: dict[str, Any]
     label: str
 
-    def __init_subclass__(cls, every: str | None = None, elementwise: bool = False, **kwargs: Any) -> None:
+    def __init_subclass__(
+        cls, every: str | None = None, elementwise: bool = False, across: str | None = None, **kwargs: Any
+    ) -> None:
         super().__init_subclass__(**kwargs)
-        cls.hyperparameters = declared(cls)
+        cls.anchor_across = across or cls.anchor_across
+        cls.hyperparameters = {**declared(cls), **(ACROSS_REPLICAS if cls.anchor_across else {})}
         own = vars(cls).items()
         cls.slots = {**cls.slots, **{n: replace(v, name=n) for n, v in own if isinstance(v, Slot)}}
         cls.counters = {**cls.counters, **{n: v for n, v in own if isinstance(v, Counter)}}
@@ -80,6 +142,8 @@ class Wrapper(ABC):
             if every not in cls.hyperparameters:
                 raise HyperparameterError(f"{cls.__name__}: every={every!r} names no hyperparameter of the class")
             cls.acts_every = every
+        if across is not None:
+            _add_pending(cls, across)
 
     def __init__(self, *args: Any, label: str | None = None, **kwargs: Any) -> None:
         where = label or type(self).__name__.lower()
@@ -99,7 +163,14 @@ class Wrapper(ABC):
 
     def active_slots(self) -> dict[str, Slot]:
         """Return the slots that this configuration needs; the default needs all that the class declares."""
-        return self.slots
+        if self.anchor_across is None or vars(self)["delay"]:
+            return self.slots
+        return {name: slot for name, slot in self.slots.items() if name != "pending"}
+
+    @property
+    def takes_means(self) -> bool:
+        """Whether this configuration steps along means over replicas."""
+        return self.anchor_across is not None and vars(self)["across"] is not None
 
     def adapt_base(self, base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
         """Return the class that is built in the place of a base's: a subclass, or `base` itself as by default."""
@@ -167,6 +238,18 @@ class Wrapper(ABC):
 
     def __ror__(self, other: Any) -> Any:
         return _composed(other, self)
+
+
+def _add_pending(cls: type[Wrapper], across: str) -> None:
+    """Add the slot for means that are on their way when a checkpoint is taken."""
+    anchored = cls.slots.get(across)
+    if anchored is None or anchored.kind != "anchor" or cls.acts_every is None or not cls.elementwise:
+        raise HyperparameterError(
+            f"{cls.__name__}: across={across!r} must name an anchor of the class, which needs every= and "
+            f"elementwise=True beside it"
+        )
+    pending = Slot("zeros", anchored.dtype, anchored.device, name="pending")
+    cls.slots = {**cls.slots, "pending": pending}
 
 
 def _refuse_taken_names(cls: type[Wrapper]) -> None:

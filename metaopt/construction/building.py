@@ -16,6 +16,7 @@ from metaopt.hyperparameters import plain
 from metaopt.metrics import Metrics, as_logger
 from metaopt.misuse.no_hook import warn_of_no_hook
 from metaopt.registry import registry
+from metaopt.replicas import Replicas
 from metaopt.specs.pipeline import as_pipeline
 from metaopt.specs.spaces import refuse_spaces
 from metaopt.stack import Stack
@@ -29,6 +30,7 @@ def build(
     log: Any = None,
     log_every: int | None = None,
     exact: bool = False,
+    replicas: Any = None,
 ) -> Stack:
     """Return a stack over a module, parameters, `(name, parameter)` pairs or group dicts.
 
@@ -36,9 +38,14 @@ def build(
     dicts from a configuration file. `total_steps` is the length of the run in updates, for schedules that run to its
     end. `log` is a directory, a SummaryWriter or a Logger, written every `log_every` updates (50). torch's fused kernel
     is used if it has one for all parameters and nothing says how to run; it may differ from torch's default loop in the
-    last digits. `exact=True` runs the base as torch does by default, bit for bit. Raises MetaoptError.
+    last digits. `exact=True` runs the base as torch does by default, bit for bit. `replicas` is the process group,
+    or the device mesh of one dimension, over which parts with `across="replicas"` take means; by default that of all
+    processes. Raises MetaoptError.
     """
-    stack = Stack(**stack_arguments(model_or_params, spec_or_parts, total_steps, log, log_every, exact))
+    stack = Stack(
+        **stack_arguments(model_or_params, spec_or_parts, total_steps, log, log_every, exact),
+        replicas=Replicas(replicas),
+    )
     describe_run(stack)
     return stack
 
@@ -86,6 +93,7 @@ def wrap(
     total_steps: int | None = None,
     log: Any = None,
     log_every: int | None = None,
+    replicas: Any = None,
 ) -> Stack:
     """Return a stack around an optimizer that exists already, of any class; its state and groups stay its own.
 
@@ -125,6 +133,7 @@ def wrap(
         total_steps=total_steps,
         metrics=_metrics(log, log_every),
         description=Description(pipeline, wrapped=True),
+        replicas=Replicas(replicas),
     )
     describe_run(stack)
     return stack

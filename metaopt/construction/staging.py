@@ -187,6 +187,12 @@ def _stage(where: str, pipeline: Any, outer: Sequence[Wrapper], begin: int, end:
     if begin or end is not None:
         later = {k: Later(v, begin, end) if isinstance(v, Schedule) else v for k, v in base.arguments.items()}
         base = changed(base, arguments=later)
+    for wrapper in own:
+        if wrapper.takes_means:
+            raise SpecError(
+                f"{where}: {wrapper.label} takes means over replicas, in cycles that go on when the base changes: "
+                f"write it behind the whole"
+            )
     before = [w for w in (*outer, *own) if w.runs_before_base()]
     behind = [w for w in (*own, *outer) if not w.runs_before_base()]
     schedules = {k: Later(v, begin, end) for k, v in scheduled(None, own).items()}

@@ -17,6 +17,7 @@ from metaopt.engine.run import TEMPLATE, Run
 from metaopt.engine.update import Update
 from metaopt.errors import StepError
 from metaopt.slots import Slot
+from metaopt.wrapper import Wrapper
 
 # ---- the first update of a parameter
 
@@ -143,6 +144,19 @@ def add_early_state(update: Update) -> None:
                 if p.grad is not None and keyed.key not in run.state.get(p, {}):
                     run.state[p][keyed.key] = _initial(keyed.slot, vars(keyed.wrapper), p)
                     run.incomplete = None
+
+
+def add_state_of(run: Run, chain: Chain, wrapper: Wrapper, params: list[torch.Tensor]) -> None:
+    """Give parameters what one wrapper keeps of them, if they have had no update yet: they did not move so far."""
+    keyed_slots = [keyed for keyed in chain.slots if keyed.wrapper is wrapper]
+    for p in params:
+        missing = [keyed for keyed in keyed_slots if keyed.key not in run.state.get(p, {})]
+        for keyed in missing:
+            run.state[p][keyed.key] = _initial(keyed.slot, vars(wrapper), p)
+        if missing and not any(map(chain.is_base_key, run.state[p])):
+            run.state[p][PLACEHOLDER] = 1.0
+        if missing:
+            run.incomplete = None
 
 
 def park(update: Update) -> None:

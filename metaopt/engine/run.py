@@ -27,6 +27,7 @@ from metaopt.metrics import Metrics, rank
 from metaopt.misuse.left_out import LeftOut
 from metaopt.misuse.second_clip import SecondClip
 from metaopt.misuse.sixteen_bits import StillWatch, still_watch
+from metaopt.replicas import Replicas
 from metaopt.schedule import Schedule
 from metaopt.scheduled_values import ScheduledValues
 from metaopt.slots import Scalar
@@ -44,6 +45,8 @@ TEMPLATE = "metaopt.template"
 OWN_SCHEDULES = "metaopt.own_schedules"
 # the rate that a group was built with: what a client sets later is no other setting; None under a schedule
 BUILT_LR = "metaopt.built_lr"
+# how often `step()` was called, if wrappers exchange means over replicas: skipped or not, all replicas make the same
+STEPS = "metaopt.steps"
 # of the entries of a checkpoint; 1 is everything before the entry itself (docs/upgrading.md)
 FORMAT_KEY, FORMAT = "metaopt.format", 2
 
@@ -79,6 +82,9 @@ class Run:
         self.stages: Any = None
         # a clip before the stack's own, looked for in the first updates
         self.second_clip: SecondClip | None = None
+        # the processes that train copies of the model, and what is exchanged with them, if anything is
+        self.replicas = Replicas()
+        self.exchange: Any = None
         # what has 16 bits, and whether it moves: looked at once
         self.still_watch: StillWatch | None = None
         self._watched_16_bits = False
@@ -311,6 +317,8 @@ class Run:
         chain = self.structure.chain_of(group)
         group.setdefault(UPDATES, 0)
         group[FORMAT_KEY] = FORMAT
+        if self.structure.exchanges:
+            group.setdefault(STEPS, next((g[STEPS] for g in self.param_groups if STEPS in g), 0))
         group.setdefault("metaopt.total_steps", self.structure.total_steps)
         group.setdefault(AVERAGE_SHOWN, "")
         group.setdefault(TEMPLATE, "")

@@ -211,16 +211,19 @@ def total_dot(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], parameters: 
     return torch.stack([dot_over_shards(*each) for each in zip(a, b, parameters, strict=True)]).sum()
 
 
-def mean_over_replicas(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the mean of each tensor over the processes of the default process group; without one, the tensors."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-        return tensors
-    means = [tensor.clone() for tensor in tensors]
-    for mean in means:
-        distributed.all_reduce(mean)
-    torch._foreach_div_(means, distributed.get_world_size())
-    return means
+def holders_of_other_shards(parameter: torch.Tensor) -> set[int]:
+    """Return the ranks that hold other shards of a parameter than this process does."""
+    if not is_sharded(parameter):
+        return set()
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    own = mesh.get_coordinate()
+    if own is None:
+        return set()
+    alike = mesh.mesh
+    for dim, (place, here) in enumerate(zip(placements, own, strict=True)):
+        if place.is_shard():
+            alike = alike.narrow(dim, here, 1)
+    return {*mesh.mesh.flatten().tolist()} - {*alike.flatten().tolist()}
 
 
 # ---- noise

@@ -57,6 +57,7 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
     if not run.base.state and closure is None and param_state.is_template_step(run):
         param_state.add_placeholders(run)
         return None
+    took_weights = run.exchange is not None and run.exchange.join()
     if run.left_out is not None:
         run.left_out = run.left_out.look(run.param_groups)
     if run.has_schedules:
@@ -65,6 +66,8 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
     update = Update(run, is_logged=run.metrics.wanted(first[UPDATES] + 1))
     update.step_weight, run.step_weight = run.step_weight, 1.0
     evaluation = Evaluation(update, closure, filter_gradients)
+    if took_weights and closure is None:
+        return _skip(evaluation, "took the weights of the other replicas")
     if closure is not None or ((structure.needs_closure or structure.around) and not run.flushing):
         try:
             evaluation.evaluate(lambda wrapper, inner: wrapper.around(inner, GroupsView(update, Placed(wrapper, None))))
@@ -97,6 +100,8 @@ def _skip(evaluation: Evaluation, reason: str) -> Evaluation:
     """Leave a step that makes no update: nothing advances."""
     run = evaluation.run
     run.skipped = reason
+    if run.exchange is not None and evaluation.update is not None:
+        run.exchange.take_part(evaluation.update)
     run.metrics.drop_update()
     evaluation.update = None
     return evaluation
@@ -340,6 +345,8 @@ def finish(update: Update, loss: Any) -> None:
         run.state_size = len(run.base.state)
         for group in run.base.param_groups:
             group[UPDATES] += 1
+        if run.exchange is not None:
+            run.exchange.count_step()
         for placed in run.structure.acts_behind:
             _act_behind(update, placed)
         if run.still_watch is not None:
@@ -358,6 +365,9 @@ def finish(update: Update, loss: Any) -> None:
 
 def _act_behind(update: Update, placed: Placed) -> None:
     wrapper, hooks = placed.wrapper, placed.wrapper.implemented_hooks()
+    if update.run.exchange is not None and wrapper.takes_means:
+        update.run.exchange.act(update, placed)
+        return
     due = _due(update, placed, counted=True)
     if not due:
         return

@@ -53,6 +53,7 @@ class Structure:
         self.on_record = _with_hook("on_record", (*outer, *inner))
         behind = {"on_update", "after_updates", "after_update"}
         self.acts_behind = tuple(p for p in (*inner, *outer) if p.wrapper.implemented_hooks() & behind)
+        self.exchanges = tuple(p for p in self.acts_behind if p.wrapper.takes_means)
         self.needs_closure = any(chain.needs_closure for chain in self.chains)
         self.keeps_state = any(chain.slots or chain.moment_slots for chain in self.chains)
         self.keeps_early_state = any(chain.early_keys for chain in self.chains)
@@ -127,6 +128,7 @@ def validate(structure: Structure, groups: Sequence[ParamGroup]) -> None:
         validate_labels(chain.ordered)
         for wrapper in chain.ordered:
             wrapper.validate()
+            _validate_exchange(chain, wrapper)
             _validate_evaluation(chain, wrapper)
             _validate_places(chain, wrapper)
         _validate_moments(chain)
@@ -182,6 +184,32 @@ def _validate_places(chain: Chain, wrapper: Wrapper) -> None:
         raise SpecError(
             f"{wrapper.label} acts before the base ({', '.join(sorted(hooks & BEFORE_BASE))}) and on its update: "
             f"make two wrappers of it, one on each side of the base"
+        )
+
+
+def _validate_exchange(chain: Chain, wrapper: Wrapper) -> None:
+    """Refuse settings of an exchange between replicas that would be ignored, or that do not fit its cycle."""
+    if wrapper.anchor_across is None or wrapper.acts_every is None:
+        return
+    values = vars(wrapper)
+    unused = [name for name in ("compress", "fragments", "delay", "blend") if name in wrapper.arguments]
+    if not wrapper.takes_means:
+        if unused:
+            raise HyperparameterError(f"{wrapper.label}: {unused[0]} needs across='replicas': give both, or none")
+        return
+    k, fragments, delay = values[wrapper.acts_every], values["fragments"], values["delay"]
+    if fragments > k or delay >= k:
+        name, most = ("fragments", k) if fragments > k else ("delay", k - 1)
+        raise HyperparameterError(
+            f"{wrapper.label}: {name} must be at most {most} with {wrapper.acts_every}={k}, got {values[name]}"
+        )
+    if "blend" in unused and not delay:
+        raise HyperparameterError(f"{wrapper.label}: blend needs a delay of 1 or more: give both, or none")
+    steps = [w for w in chain.ordered if w.spans_steps and w.spans_steps not in w.hyperparameters]
+    if steps:
+        raise SpecError(
+            f"{steps[0].label} must name in spans_steps the hyperparameter that says how many steps make one update: "
+            f"{wrapper.label} counts steps, which all replicas have in common"
         )
 
 

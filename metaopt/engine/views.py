@@ -15,7 +15,6 @@ from metaopt.engine.shards import (
     is_sharded,
     like_parameter,
     local,
-    mean_over_replicas,
     mean_over_shards,
     norm_over_shards,
     random_like,
@@ -60,6 +59,9 @@ class GroupView(Group):
         self.index = list(range(len(parameters))) if index is None else index
         # slots kept on another device: copies here, with the originals and their versions
         self._fetched: dict[str, tuple[list[torch.Tensor], list[torch.Tensor], list[int]]] = {}
+        # set by an exchange: the means that came from it, and the share of their own that the weights keep
+        self.means_of_ways: list[torch.Tensor] | None = None
+        self.kept_share = 0.0
 
     # ---- blocks
 
@@ -76,7 +78,7 @@ class GroupView(Group):
         blocks: list[tuple[list[int], list[Rows]]] = []
         filled = 0
         for i, tensor in enumerate(self.params):
-            for rows, size in _row_ranges(tensor, most):
+            for rows, size in row_ranges(tensor, most):
                 if not blocks or filled + size > most:
                     blocks.append(([], []))
                     filled = 0
@@ -238,8 +240,21 @@ class GroupView(Group):
             parameter.grad = None
         self._update.gradients_changed()
 
+    @property
+    def mean_way(self) -> list[torch.Tensor]:
+        if self.means_of_ways is not None:
+            return self.means_of_ways
+        anchor = self._wrapper.anchor_across
+        if anchor is None:
+            raise AttributeError(f"{self._wrapper.label} has no mean_way: its class statement lacks across=")
+        return [w.to(a.dtype) - a for w, a in zip(self.params, getattr(self, anchor), strict=True)]
+
     def set_params(self, tensors: list[torch.Tensor]) -> None:
-        torch._foreach_copy_(self.params, tensors)
+        if self.kept_share:
+            for p, tensor in zip(self.params, tensors, strict=True):
+                p.lerp_(tensor.to(p.dtype), 1.0 - self.kept_share)
+        else:
+            torch._foreach_copy_(self.params, tensors)
         self.move_inner_anchors()
 
     def move_inner_anchors(self) -> None:
@@ -308,7 +323,7 @@ class GroupView(Group):
         push(getattr(self, name), value)
 
     def mean_over_replicas(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        return mean_over_replicas(tensors)
+        return self._update.run.replicas.mean(tensors)
 
     # ---- the log
 
@@ -386,7 +401,7 @@ class GroupsView(Groups):
         return torch.stack([product.to(products[0].device) for product in products]).sum()
 
     def mean_over_replicas(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        return mean_over_replicas(tensors)
+        return self._update.run.replicas.mean(tensors)
 
     def scale(self, factor: torch.Tensor | float) -> None:
         for chain in self._chains:
@@ -577,7 +592,8 @@ def _base_keys(chain: Chain, param_state: ParamState) -> list[str]:
     return [] if param_state.get(PLACEHOLDER) else [key for key in param_state if chain.is_base_key(key)]
 
 
-def _row_ranges(tensor: torch.Tensor, most: int) -> list[tuple[Rows, int]]:
+def row_ranges(tensor: torch.Tensor, most: int) -> list[tuple[Rows, int]]:
+    """Return ranges of rows of at most so many elements each, with these numbers; None is the whole tensor."""
     size = tensor.numel()
     if size <= most or tensor.dim() == 0:
         return [(None, size)]

@@ -17,7 +17,7 @@ class Accumulate(Wrapper):
 
     known_as = ("MultiSteps", "accumulate_grad_batches", "gradient_accumulation_steps", "grad_accum_steps")
     may_skip_updates = True
-    spans_steps = True
+    spans_steps = "steps"
 
     steps: int = hyper(
         ge=1,

@@ -7,12 +7,14 @@ import torch
 from metaopt import Example, Group, Wrapper, anchor, hookimpl, hyper, moments
 
 
-class Lookahead(Wrapper, every="k", elementwise=True):
+class Lookahead(Wrapper, every="k", elementwise=True, across="slow"):
     """slow <- slow + alpha (fast - slow); fast <- slow, every k updates. arXiv:1907.08610
 
     `pullback_momentum` treats the base's moments at a pull: "reset" drops the base's state, which then starts lazily
     (bias correction included); "pullback" interpolates each moment with its value at the last pull,
     m <- alpha m + (1 - alpha) c; c <- m, with c = 0 at first. The paper maintains, resets or interpolates them.
+    With across="replicas" the way fast - slow is averaged over all replicas: with alpha=1 that is local SGD
+    (arXiv:1805.09767). `fragments`, `delay` and `blend` are those of `outer`.
     """
 
     measures = {"distance": "how far the fast weights are from the slow ones right before a pull"}
@@ -48,7 +50,7 @@ class Lookahead(Wrapper, every="k", elementwise=True):
 
     def active_slots(self) -> dict:  # type: ignore[type-arg]
         pulls_back = self.pullback_momentum == "pullback"
-        return {name: slot for name, slot in self.slots.items() if pulls_back or name != "cached"}
+        return {name: slot for name, slot in super().active_slots().items() if pulls_back or name != "cached"}
 
     def resets_base_state(self) -> bool:
         return self.pullback_momentum == "reset"
@@ -57,7 +59,10 @@ class Lookahead(Wrapper, every="k", elementwise=True):
         if group.is_logged:
             group.measure("distance", _distance(group), reduce="norm")
         slow = group.slow
-        _lerp(slow, group.params, group.alpha)
+        if group.across is None:
+            _lerp(slow, group.params, group.alpha)
+        else:
+            torch._foreach_add_(slow, group.mean_way, alpha=group.alpha)
         group.set_params(slow)
         if self.pullback_momentum == "reset":
             group.reset_base_state()
@@ -101,5 +106,6 @@ def metaopt_examples() -> dict[str, list[Example]]:
             Example("lookahead(k=2)"),
             *(Example(f"lookahead(k=2, pullback_momentum={way!r})") for way in ways),
             Example("lookahead(k=2, slow_dtype='float32', device='cpu')"),
+            Example("lookahead(k=2, alpha=1.0, across='replicas')"),
         ]
     }

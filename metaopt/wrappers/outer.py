@@ -5,11 +5,13 @@ import torch
 from metaopt import Example, Group, Wrapper, anchor, hookimpl, hyper, zeros
 
 
-class Outer(Wrapper, every="k", elementwise=True):
+class Outer(Wrapper, every="k", elementwise=True, across="slow"):
     """s = slow - fast; b <- momentum b + s; slow <- slow - lr (momentum b + s); fast <- slow, every k updates.
 
     Without `nesterov` the step is lr b. With momentum=0 it is Lookahead with alpha=lr (arXiv:1907.08610); with Nesterov
-    momentum it is SNOO (arXiv:2510.15830), the outer step of DiLoCo (arXiv:2311.08105) on one worker.
+    momentum it is SNOO (arXiv:2510.15830), the outer step of DiLoCo (arXiv:2311.08105) on one worker. With
+    across="replicas" it is DiLoCo: s is averaged over all replicas. With `fragments` and `delay` it is Streaming DiLoCo
+    (arXiv:2501.18512): fast <- blend fast + (1 - blend) slow, `delay` updates after s was sent.
     """
 
     known_as = ("SNOO", "DiLoCo", "BlockMomentum", "slow momentum")
@@ -36,7 +38,9 @@ class Outer(Wrapper, every="k", elementwise=True):
 
     def after_update(self, group: Group) -> None:
         fast, slow, buffer = group.params, group.slow, group.buffer
-        if all(f.dtype == s.dtype for f, s in zip(fast, slow, strict=True)):
+        if group.across is not None:
+            _advance(slow, buffer, group.mean_way, group)
+        elif all(f.dtype == s.dtype for f, s in zip(fast, slow, strict=True)):
             # the fast weights are about to be overwritten, so the way back to them needs no memory of its own
             torch._foreach_sub_(fast, slow)
             _advance(slow, buffer, fast, group)
@@ -67,5 +71,6 @@ def metaopt_wrappers() -> dict[str, type[Wrapper]]:
 
 
 @hookimpl
-def metaopt_examples() -> dict[str, Example]:
-    return {"outer": Example("outer(k=2)")}
+def metaopt_examples() -> dict[str, list[Example]]:
+    streaming = "outer(k=4, across='replicas', fragments=2, delay=1, blend=0.25)"
+    return {"outer": [Example("outer(k=2)"), Example("outer(k=2, across='replicas')"), Example(streaming)]}

@@ -29,9 +29,17 @@ class Outcomes:
     folder: str
 
 
+def on_ranks(number: int) -> Callable[[Callable[[], None]], Callable[..., None]]:
+    """Run the body of a test in some processes of one gloo group; the test passes where all ranks pass."""
+    return functools.partial(_on_ranks, number)
+
+
 def on_two_ranks(body: Callable[[], None]) -> Callable[..., None]:
     """Run the body of a test in two processes of one gloo group; the test passes where both ranks pass."""
+    return _on_ranks(2, body)
 
+
+def _on_ranks(number: int, body: Callable[[], None]) -> Callable[..., None]:
     @functools.wraps(body)
     def test(outcomes: Outcomes) -> None:
         failures = [f"rank {rank}:\n{text}" for rank, text in enumerate(outcomes.said[body.__name__]) if text]
@@ -39,15 +47,15 @@ def on_two_ranks(body: Callable[[], None]) -> Callable[..., None]:
             pytest.fail("\n".join(failures), pytrace=False)
 
     del test.__wrapped__  # pytest reads the signature through it: the body takes no fixtures
-    test.body = body
+    test.body, test.ranks = body, number
     return test
 
 
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    """Run every body of the file on two ranks, once."""
+    """Run every body of the file on its ranks, once."""
     path = Path(request.path)
-    names = [name for name, test in vars(request.module).items() if _body(test)]
+    names = {name: test.ranks for name, test in vars(request.module).items() if _body(test)}
     folder = tmp_path_factory.getbasetemp()
     if hasattr(request.config, "workerinput"):
         folder = folder.parent  # shared by the workers of pytest-xdist: one of them starts the ranks for all
@@ -63,20 +71,21 @@ def _body(test: object) -> Callable[[], None] | None:
     return getattr(test, "body", None)
 
 
-def _run(path: Path, names: list[str], scratch: Path) -> dict[str, list[str]]:
-    with ProcessPoolExecutor(2, mp_context=warm.context()) as ranks:
-        running = [ranks.submit(_be_rank, path, names, scratch, rank) for rank in (0, 1)]
+def _run(path: Path, names: dict[str, int], scratch: Path) -> dict[str, list[str]]:
+    most = max(names.values())
+    with ProcessPoolExecutor(most, mp_context=warm.context()) as ranks:
+        running = [ranks.submit(_be_rank, path, names, scratch, rank) for rank in range(most)]
         died = [rank.exception() for rank in running]
     told = []
     for rank, error in enumerate(died):
         written = scratch / f"rank{rank}.json"
         said = json.loads(written.read_text()) if written.exists() else {}
         told.append({name: said.get(name, f"did not finish: {error!r}") for name in names})
-    return {name: [told[0][name], told[1][name]] for name in names}
+    return {name: [told[rank][name] for rank in range(number)] for name, number in names.items()}
 
 
-def meet(file: Path, rank: int) -> None:
-    """Join the two ranks in a gloo group; try once more, with another file, if they miss each other under load.
+def meet(file: Path, rank: int, number: int = 2) -> None:
+    """Join the ranks in a gloo group; try once more, with another file, if they miss each other under load.
 
     The second try is more patient: one rank may come to it while the other still waits in the first.
     """
@@ -86,10 +95,10 @@ def meet(file: Path, rank: int) -> None:
                 "gloo",
                 init_method=f"file://{file}.{attempt}",
                 rank=rank,
-                world_size=2,
+                world_size=number,
                 timeout=attempt * PATIENCE,
             )
-            torch.distributed.barrier()  # both are there: a try that only one rank made is none
+            torch.distributed.barrier()  # all are there: a try that only one rank made is none
             return
         except RuntimeError:
             if torch.distributed.is_initialized():
@@ -98,7 +107,7 @@ def meet(file: Path, rank: int) -> None:
                 raise
 
 
-def _be_rank(path: Path, names: list[str], scratch: Path, rank: int) -> None:
+def _be_rank(path: Path, names: dict[str, int], scratch: Path, rank: int) -> None:
     os.chdir(scratch)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
@@ -106,9 +115,11 @@ def _be_rank(path: Path, names: list[str], scratch: Path, rank: int) -> None:
     spec.loader.exec_module(module)
     torch.set_num_threads(1)
     told = {}
-    for name in names:
+    for name, number in names.items():
+        if rank >= number:
+            continue
         # a group of its own for each: what one test leaves behind cannot fail the next
-        meet(scratch / name, rank)
+        meet(scratch / name, rank, number)
         torch.manual_seed(0)
         try:
             _body(getattr(module, name))()
