@@ -17,7 +17,7 @@ from metaopt.engine.run import STEPS, TEMPLATE, Run
 from metaopt.engine.shards import holders_of_other_shards, local
 from metaopt.engine.structure import Placed
 from metaopt.engine.update import Members, Update
-from metaopt.engine.views import GroupView, Rows, row_ranges, views_of
+from metaopt.engine.views import GroupView, Rows, is_trained, row_ranges, views_of
 from metaopt.errors import HyperparameterError, StepError
 from metaopt.replicas import BUCKET, Sum
 from metaopt.wrapper import Wrapper
@@ -46,6 +46,8 @@ class Bucket:
 
     parts: list[Part]
     sum: Sum | None = None
+    # a checkpoint that was taken on the way holds the means
+    is_saved: bool = False
 
     def means(self) -> list[torch.Tensor]:
         """Return the mean way of each part; waits for the collective."""
@@ -77,6 +79,11 @@ class Exchange:
         """Count a call of `step()`; with a wrapper that gathers several steps into one update, so many are a round."""
         run = self.run
         each = self._steps_per_round()
+        if run.replicas.size == 1:
+            self._round = run.updates
+            for group in run.param_groups:
+                group[STEPS] = run.updates * each
+            return
         before = int(run.param_groups[0].get(STEPS, 0))
         # a flush ends a round that has begun
         steps = -(-before // each) * each if run.flushing else before + 1
@@ -85,7 +92,9 @@ class Exchange:
         self._round = steps // each if steps > before and steps % each == 0 else None
 
     def take_part(self, update: Update) -> None:
-        """Make the exchanges that are due at a step that makes no update here."""
+        """Make the exchanges that are due at a step that makes no update here; alone there are none."""
+        if self.run.replicas.size == 1:
+            return
         update.initial = {}  # no update begins these parameters
         self.count_step()
         for placed in self.run.structure.exchanges:
@@ -146,7 +155,9 @@ class Exchange:
             remove_placeholders(run, keep_early=True)
         found = []
         for group in self._groups(placed):
-            members = [p for p in group["params"] if p.requires_grad or p.grad is not None]
+            members = [p for p in group["params"] if is_trained(p)]
+            if run.replicas.size == 1:
+                members = [p for p in members if p in run.state]
             add_state_of(run, run.structure.chain_of(group), placed.wrapper, members)
             found.append((group, members))
         return found
@@ -191,14 +202,13 @@ class Exchange:
     # ---- what comes back
 
     def _receive(self, update: Update, placed: Placed, number: int) -> None:
-        buckets = self._under_way.pop(self._place(placed, number), None)
-        if buckets is not None:
-            for bucket in buckets:
-                self._step(update, placed, bucket.parts, bucket.means())
-            return
-        # after a load: a checkpoint that was taken on the way holds the means
-        for bucket in self._buckets(placed, number):
-            means = [mean.clone() for mean in self._pending(placed, bucket.parts)]
+        sent = self._under_way.pop(self._place(placed, number), None)
+        # after a load they are in the state
+        for bucket in self._buckets(placed, number) if sent is None else sent:
+            pending = self._pending(placed, bucket.parts)
+            means = bucket.means() if sent is not None else [kept.clone() for kept in pending]
+            for kept in pending if sent is None or bucket.is_saved else ():
+                kept.zero_()
             self._step(update, placed, bucket.parts, means)
 
     def _pending(self, placed: Placed, parts: list[Part]) -> list[torch.Tensor]:
@@ -219,9 +229,10 @@ class Exchange:
 
     def settle(self) -> None:
         """Wait for the means that are on their way, and put them into the state: a checkpoint is taken."""
-        for placed in self.run.structure.exchanges:
+        for placed in self.run.structure.exchanges if self._under_way else ():
             for number in range(int(vars(placed.wrapper)["fragments"])):
                 for bucket in self._under_way.get(self._place(placed, number), ()):
+                    bucket.is_saved = True
                     for kept, mean in zip(self._pending(placed, bucket.parts), bucket.means(), strict=True):
                         kept.copy_(mean)
 
@@ -414,5 +425,5 @@ def _digest(tensor: torch.Tensor) -> int:
     bits = numbers.contiguous().view(kinds[numbers.element_size()]).reshape(-1)
     # in pieces: 64 bits for each of many elements would be more than the weights
     places = torch.arange(1, min(bits.numel(), DIGESTED) + 1, device=bits.device)
-    sums = [(piece * places[: piece.numel()]).sum() for piece in bits.split(DIGESTED)]
+    sums = [(piece * places[: piece.numel()]).sum() for piece in torch.split(bits, DIGESTED)]
     return _number(torch.stack(sums).tolist())

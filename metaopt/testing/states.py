@@ -122,7 +122,8 @@ def declares_what_it_keeps(subject: StackSubject) -> None:
         for key in held
         if key not in known and not str(key).startswith(("metaopt.", *declared))
     }
-    groups = {key for group in opt.param_groups for key in group} - set(bare.param_groups[0])
+    groups = {key for group in opt.param_groups for key in group if not key.startswith("metaopt.")}
+    groups -= set(bare.param_groups[0])
     foreign |= groups - {
         f"{w.label}.{name}" for w in opt.wrappers for name in (*w.hyperparameters, *w.counters, *w.scalars)
     }
