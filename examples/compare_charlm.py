@@ -1,6 +1,6 @@
 """Is AdamW better with Lookahead, an outer optimizer or an average around it, on a small transformer?
 
-Three minutes on two cores: every contender's rate is tuned on the same grid, then ten other seeds decide.
+An hour on two cores: ten studies for each contender, each a tuning of its own over five learning rates.
 `--short` trains for seconds and can show nothing; it proves that the script runs.
 """
 
@@ -16,8 +16,8 @@ CONTENDERS = (
     f"{ADAMW} | ema(0.99, warmup=True)",
 )
 # 140 updates are whole cycles of 5 and of 28: slow weights are not caught between two pulls
-FULL = "--steps 140 --seeds 10 --lrs 5 --lr-min 1e-3 --lr-max 0.1"
-SHORT = "--steps 2 --seeds 2 --lrs 1 --lr-min 1e-2 --lr-max 1e-2"
+FULL = "--steps 140 --studies 10 --trials 5 --lr-min 1e-3 --lr-max 0.1"
+SHORT = "--steps 2 --studies 2 --trials 1 --lr-min 1e-2 --lr-max 1e-2"
 
 arguments = ["compare", "--problem", "charlm", "--out", "runs/compare_charlm"]
 arguments += (SHORT if "--short" in sys.argv else FULL).split()

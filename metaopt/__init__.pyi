@@ -862,6 +862,17 @@ class _Polynomial(_Part):
 
 polynomial: _Polynomial
 
+class _Scale(_Part):
+    def __call__(self, schedule: Any, factor: _Rate) -> Schedule:
+        """v(t) = factor s(t): a schedule as a whole, made larger or smaller.
+
+        Args:
+            schedule: the schedule, or a number
+            factor: multiplies every value
+        """
+
+scale: _Scale
+
 class _Sequence(_Part):
     def __call__(self, *args: Any, **kwargs: Any) -> Schedule:
         """sequence(a, n, b, m, ..., z): a for n updates, b for m, ..., z to the end; each counts its own t from 0."""

@@ -5,7 +5,6 @@ import json
 import math
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,12 +20,17 @@ pytest.importorskip("matplotlib")
 import metaopt
 from metaopt import MetaoptError
 from metaopt.cli import main
-from metaopt.lab.compare import run_comparison
+from metaopt.lab.comparison import Comparison, judge, run_comparison
 from metaopt.lab.holding import held, scratch_of
+from metaopt.lab.ledger import NAME
 from metaopt.lab.plan import Plan, plan_comparison
-from metaopt.lab.report import remarks, rows, write_results
-from metaopt.lab.statistics import verdicts
+from metaopt.lab.rates import rate_of, with_rate
+from metaopt.lab.report import remarks, rows
+from metaopt.lab.results import document, write_results
+from metaopt.lab.savings import evaluations_saved
+from metaopt.lab.trial import has_diverged
 from metaopt.registry import registry
+from metaopt.specs.pipeline import parse
 
 SPECS = ("sgd(momentum=0.9)", "sgd(momentum=0.9) | lookahead(k=5)")
 
@@ -35,20 +39,16 @@ def small(out: Path, **changed: Any) -> Plan:
     asked: dict[str, Any] = {
         "problem": "noisy_quadratic",
         "specs": SPECS,
-        "baseline": None,
-        "seeds": 3,
+        "studies": 3,
+        "trials": 2,
         "steps": 20,
-        "lrs": 3,
-        "tune": True,
-        "device": "cpu",
         "out": out,
-        "jobs": 1,
     }
     return plan_comparison(**{**asked, **changed})
 
 
 def compared(out: Path, *extra: str) -> int:
-    arguments = ["compare", "--problem", "noisy_quadratic", "--seeds", "3", "--steps", "20", "--lrs", "3"]
+    arguments = ["compare", "--problem", "noisy_quadratic", "--studies", "3", "--steps", "20", "--trials", "2"]
     contenders = [word for spec in SPECS for word in ("-o", spec)]
     with pytest.raises(SystemExit) as ended:
         main([*arguments, *contenders, "--jobs", "1", "--out", str(out), *extra])
@@ -56,26 +56,109 @@ def compared(out: Path, *extra: str) -> int:
 
 
 def table(plan: Plan) -> list[dict[str, str]]:
-    return rows(plan, run_comparison(plan))
+    return rows(run_comparison(plan))
 
 
 # ---- what is run
 
 
-def test_every_contender_gets_the_same_trials_and_seeds(tmp_path: Path) -> None:
-    first, second = run_comparison(small(tmp_path))
-    assert list(first.tuning) == list(second.tuning)
-    assert [run["seed"] for run in first.runs] == [run["seed"] for run in second.runs] == [0, 1, 2]
+def test_a_study_is_a_tuning_with_a_placement_of_its_own_and_the_seed_of_its_number(tmp_path: Path) -> None:
+    comparison = run_comparison(small(tmp_path, trials=4))
+    placements = set()
+    for contender in comparison.contenders:
+        for study in contender.studies:
+            rates = list(study.trials)
+            assert all(trial["seed"] == study.number for trial in study.trials.values())
+            # one rate in each quarter of the range, equally far apart
+            assert rates == sorted(rates) and [rates[i + 1] / rates[i] for i in range(3)] == pytest.approx(
+                [500**0.25] * 3, rel=0.01
+            )
+            assert 1e-3 <= rates[0] < 1e-3 * 500**0.25
+            placements.add(rates[0])
+    assert len(placements) == 6
+
+
+def test_the_best_of_a_study_is_chosen_on_validation_data_and_judged_on_test_data(tmp_path: Path) -> None:
+    contender = run_comparison(small(tmp_path, problem="xor")).contenders[0]
+    for study, loss in zip(contender.studies, contender.losses, strict=True):
+        losses = {rate: trial["validation"]["loss"] for rate, trial in study.trials.items()}
+        assert study.rate == min(losses, key=lambda rate: losses[rate])
+        assert loss == study.run["test"]["loss"] != losses[study.rate]
+
+
+def test_a_contender_s_studies_do_not_depend_on_the_others(tmp_path: Path) -> None:
+    first = small(tmp_path)
+    second = small(tmp_path, specs=("adamw", *SPECS), studies=5, jobs=2)
+    assert first.study(1, 2) == second.study(2, 2)
+
+
+def test_what_a_budget_can_show_is_said_before_it_is_spent(tmp_path: Path) -> None:
+    assert "A verdict takes 6 studies: no difference can be shown" in small(tmp_path).promise()
+    said = small(tmp_path, studies=10, trials=5).promise()
+    assert "2 contenders, 10 studies of 5 trials: 100 runs of 20 gradient evaluations" in said
+    assert "10 studies show a difference of 1.0 standard deviations" in said and "80%; one of 0.5 takes 36" in said
+
+
+# ---- schedules and several bases: the rate is one number
+
+
+@pytest.mark.parametrize(
+    ("spec", "tuned"),
+    [
+        ("sgd(momentum=0.9)", "sgd(momentum=0.9, lr=0.5)"),
+        ("clip_grad_norm(1.0) | adamw(lr=3.0)", "clip_grad_norm(max_norm=1.0) | adamw(lr=0.5)"),
+        ("adamw(lr=warmup(cosine(3e-4), 0.05))", "adamw(lr=warmup(schedule=cosine(start=0.5), steps=0.05))"),
+        (
+            "sgd(lr=sequence(0.1, 10, cosine(0.2), 20, 0.01))",
+            "sgd(lr=sequence(0.25, 10, cosine(start=0.5), 20, 0.025))",
+        ),
+        ("adam(lr=noam(64, 20))", "adam(lr=noam(d_model=64, warmup=20, factor=17.8885))"),
+        (
+            "partition({'* & matrix': muon(lr=0.02), '*': adamw(lr=cosine(0.01))})",
+            "partition({'* & matrix': muon(lr=0.5), '*': adamw(lr=cosine(start=0.25))})",
+        ),
+        ("switch(adamw(lr=1e-3), 20, sgd(lr=0.1))", "switch(adamw(lr=0.5), 20, sgd(lr=50.0))"),
+    ],
+)
+def test_a_schedule_and_several_bases_scale_as_one(spec: str, tuned: str) -> None:
+    found = with_rate(spec, 0.5, 100)
+    assert parse(found) == parse(tuned)
+    assert rate_of(found, 100) == pytest.approx(0.5, rel=1e-4)
+
+
+class Offset(metaopt.Schedule):
+    """v(t) = start + 1: it does not scale with its own number."""
+
+    start: float = metaopt.hyper(doc="less one")
+
+    def curve(self, run: int | None, span: int | None) -> Any:
+        return lambda t: self.start + 1.0
+
+
+def test_a_schedule_that_does_not_scale_with_its_own_numbers_is_scaled_from_outside() -> None:
+    metaopt.register(schedules={"offset_by_one": Offset})
+    found = with_rate("sgd(lr=warmup(offset_by_one(1.0), 10))", 0.5, 100)
+    assert found == "sgd(lr=scale(schedule=warmup(schedule=offset_by_one(start=1.0), steps=10), factor=0.25))"
+    assert rate_of(found, 100) == pytest.approx(0.5)
+
+
+def test_a_stack_with_a_schedule_is_compared_and_its_row_names_the_peak(tmp_path: Path) -> None:
+    plan = small(tmp_path, specs=("sgd(momentum=0.9)", "sgd(lr=warmup(cosine(0.1), 0.1), momentum=0.9)"))
+    comparison = run_comparison(plan)
+    for study in comparison.contenders[1].studies:
+        values = [values["train/learning_rate"] for _, values in study.run["points"]]
+        assert max(values) == pytest.approx(study.rate, rel=1e-4)
+    assert any("replaces lr=warmup" in remark and "largest value is tuned" in remark for remark in remarks(comparison))
 
 
 def test_each_row_names_its_weights_and_both_losses_are_kept(tmp_path: Path) -> None:
     plan = small(tmp_path, steps=18)  # fast and slow weights are equal after every fifth
-    contenders = run_comparison(plan)
-    assert [row["weights"] for row in rows(plan, contenders)] == ["fast", "averaged (lookahead)"]
-    plain, averaged = contenders[0].runs[0], contenders[1].runs[0]
-    assert plain["fast"] == plain["evaluated"]
-    assert averaged["fast"] != averaged["evaluated"]
-    assert contenders[1].losses[0] == averaged["evaluated"]["loss"]
+    comparison = run_comparison(plan)
+    assert [row["weights"] for row in rows(comparison)] == ["fast", "averaged (lookahead)"]
+    plain, averaged = (contender.runs[0] for contender in comparison.contenders)
+    assert plain["fast"] == plain["test"]
+    assert averaged["fast"] != averaged["test"]
+    assert comparison.contenders[1].losses[0] == averaged["test"]["loss"]
 
 
 def test_of_nested_averages_the_outermost_counts(tmp_path: Path) -> None:
@@ -87,16 +170,10 @@ def test_a_base_that_shows_other_weights_than_it_trains_is_asked_for_them(tmp_pa
     schedulefree = pytest.importorskip("schedulefree")
     metaopt.register(optimizers={"adamw_schedule_free": schedulefree.AdamWScheduleFree})
     plan = small(tmp_path, specs=("adamw", "adamw_schedule_free(lr=0.1)"), tune=False)
-    contenders = run_comparison(plan)
-    assert rows(plan, contenders)[1]["weights"] == "AdamWScheduleFree's own"
-    run = contenders[1].runs[0]
-    assert run["evaluated"]["loss"] != run["fast"]["loss"]
-
-
-def test_the_default_grid_is_five_rates_and_its_bounds_can_be_set(tmp_path: Path) -> None:
-    assert small(tmp_path, lrs=5).rates == pytest.approx((1e-3, 4.73e-3, 2.24e-2, 1.06e-1, 0.5))
-    assert small(tmp_path, lrs=3, lr_min=1e-4, lr_max=1e-2).rates == pytest.approx((1e-4, 1e-3, 1e-2))
-    assert small(tmp_path, lrs=1, lr_min=0.1, lr_max=0.1).rates == (0.1,)
+    comparison = run_comparison(plan)
+    assert rows(comparison)[1]["weights"] == "AdamWScheduleFree's own"
+    run = comparison.contenders[1].runs[0]
+    assert run["test"]["loss"] != run["fast"]["loss"]
 
 
 class Twice(metaopt.Wrapper):
@@ -110,7 +187,7 @@ class Twice(metaopt.Wrapper):
 def test_the_budget_is_gradient_evaluations(tmp_path: Path) -> None:
     metaopt.register(wrappers={"evaluates_twice": Twice})
     specs = ("sgd", "evaluates_twice | sgd", "lbfgs(max_iter=3)")
-    contenders = run_comparison(small(tmp_path, specs=specs, tune=False, steps=21))
+    contenders = run_comparison(small(tmp_path, specs=specs, tune=False, steps=21)).contenders
     runs = [contender.runs[0] for contender in contenders]
     assert [run["evaluations"] for run in runs[:2]] == [21, 20]
     assert [run["updates"] for run in runs[:2]] == [21, 10]
@@ -121,7 +198,7 @@ def test_the_budget_is_gradient_evaluations(tmp_path: Path) -> None:
 def test_accumulated_gradients_cost_evaluations_and_the_run_is_as_long_as_its_updates(tmp_path: Path) -> None:
     specs = ("sgd(lr=0.1)", "accumulate(4) | sgd(lr=linear(0.1, 0.0))", "evaluates_twice | accumulate(3) | sgd(lr=0.1)")
     metaopt.register(wrappers={"evaluates_twice": Twice})
-    contenders = run_comparison(small(tmp_path, specs=specs, tune=False, steps=40))
+    contenders = run_comparison(small(tmp_path, specs=specs, tune=False, steps=40)).contenders
     runs = [contender.runs[0] for contender in contenders]
     assert [(run["updates"], run["evaluations"]) for run in runs] == [(40, 40), (10, 40), (6, 36)]
     # one look at the weights per update, and the schedule ends with the run: its last rate is that after 9 of 10
@@ -157,26 +234,24 @@ def test_a_comparison_that_lost_a_result_runs_only_what_is_missing(tmp_path: Pat
     lost.unlink()
     scratch_of(tmp_path / "trials" / "half-written.1").write_text("{")
     after = run_comparison(small(tmp_path))
-    assert [contender.losses for contender in after] == [contender.losses for contender in before]
+    assert [contender.losses for contender in after.contenders] == [c.losses for c in before.contenders]
     assert [path for path, time in finished.items() if os.stat(path).st_mtime_ns != time] == [lost]
     assert not list((tmp_path / "trials").glob("*.tmp"))
 
 
 def test_a_result_of_other_circumstances_is_not_taken(tmp_path: Path) -> None:
     plan = small(tmp_path)
-    known = plan.trial(0, 0.1, 0, final=True).key()
+    known = plan.trial(0, 0.1, 0).key()
+
+    def elsewhere(**other: Any) -> str:
+        own = ({**plan.own[0], **other}, plan.own[1])
+        return dataclasses.replace(plan, own=own).trial(0, 0.1, 0).key()
+
     for name, other in (("threads", 2), ("data", "another split"), ("code", "another"), ("device", "cuda (another)")):
-        assert (
-            known
-            != dataclasses.replace(plan, circumstances={**plan.circumstances, name: other})
-            .trial(0, 0.1, 0, final=True)
-            .key()
-        ), name
+        assert known != elsewhere(**{name: other}), name
     for name in ("torch", "metaopt", "python"):
-        versions = {**plan.circumstances["versions"], name: "0.0"}
-        other_plan = dataclasses.replace(plan, circumstances={**plan.circumstances, "versions": versions})
-        assert known != other_plan.trial(0, 0.1, 0, final=True).key(), name
-    assert known == small(tmp_path, seeds=5, jobs=2, lrs=4).trial(0, 0.1, 0, final=True).key()
+        assert known != elsewhere(versions={**plan.circumstances["versions"], name: "0.0"}), name
+    assert known == small(tmp_path, studies=5, jobs=2, trials=4).trial(0, 0.1, 0).key()
 
 
 def test_a_plugin_that_was_edited_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,10 +264,10 @@ def test_a_plugin_that_was_edited_is_run_again(tmp_path: Path, monkeypatch: pyte
     monkeypatch.syspath_prepend(tmp_path)
     registry.load_plugin_module("edited_between")
     asked = {"specs": ("sgd", "edited_between"), "plugins": ("edited_between",)}
-    before = small(tmp_path, **asked).trial(1, 0.1, 0, final=True)
-    assert before == small(tmp_path, **asked).trial(1, 0.1, 0, final=True)
+    before = small(tmp_path, **asked).trial(1, 0.1, 0)
+    assert before == small(tmp_path, **asked).trial(1, 0.1, 0)
     plugin.write_text(plugin.read_text() + "# edited\n")
-    assert before.key() != small(tmp_path, **asked).trial(1, 0.1, 0, final=True).key()
+    assert before.key() != small(tmp_path, **asked).trial(1, 0.1, 0).key()
 
 
 def test_results_hold_what_a_reader_needs_to_repeat_them(tmp_path: Path) -> None:
@@ -203,8 +278,8 @@ def test_results_hold_what_a_reader_needs_to_repeat_them(tmp_path: Path) -> None
     assert results["data"] == metaopt.noisy_quadratic().data_hash()
     second = results["contenders"][1]
     # every default is written out: it may be another one in the next version
-    assert "nesterov=False" in second["expanded"] and "alpha=0.5" in second["expanded"]
-    assert second["runs"][0]["fast"]["loss"] != second["runs"][0]["evaluated"]["loss"]
+    assert all("nesterov=False" in spec and "alpha=0.5" in spec for spec in second["expanded"])
+    assert second["runs"][0]["fast"]["loss"] != second["runs"][0]["test"]["loss"]
 
 
 # ---- what is said
@@ -214,97 +289,218 @@ def test_a_comparison_leaves_report_results_and_pictures(tmp_path: Path) -> None
     assert compared(tmp_path) == 0
     assert len(json.loads((tmp_path / "results.json").read_text())["contenders"]) == 2
     report = (tmp_path / "report.md").read_text()
-    assert "at least 6 seeds; this run has 3, so no difference of any size could be shown" in report
-    for picture in ("curves.png", "sensitivity.png"):
+    assert "at least 6 studies; this comparison has 3, so no difference of any size could be shown" in report
+    for picture in ("curves.png", "differences.png", "sensitivity.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_fixed_rates_name_no_winner(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = small(tmp_path, specs=("sgd(lr=0.1)", "sgd(lr=0.001)"), tune=False, seeds=8)
-    contenders = run_comparison(plan)
-    assert contenders[1].verdict is not None and contenders[1].verdict.word == "worse"
-    assert rows(plan, contenders)[1]["verdict"] == "settings differ"
-    assert any("rank settings, not optimizers" in remark for remark in remarks(plan, contenders))
+def test_fixed_rates_name_no_winner(tmp_path: Path) -> None:
+    comparison = run_comparison(small(tmp_path, specs=("sgd(lr=0.1)", "sgd(lr=0.001)"), tune=False, studies=8))
+    verdict = comparison.contenders[1].verdict
+    assert verdict is not None and verdict.word == "worse"
+    assert rows(comparison)[1]["verdict"] == "settings differ"
+    assert any("rank settings, not optimizers" in remark for remark in remarks(comparison))
 
 
-def test_runs_that_diverged_are_counted_and_cost_the_contender(tmp_path: Path) -> None:
-    plan = small(tmp_path, problem="rosenbrock", specs=("sgd(lr=0.001)", "sgd(lr=10.0)"), tune=False, seeds=7, steps=60)
-    contenders = run_comparison(plan)
-    fine, lost = rows(plan, contenders)
-    assert (fine["diverged"], lost["diverged"]) == ("0 of 7", "7 of 7")
+def test_studies_that_diverged_are_counted_and_cost_the_contender(tmp_path: Path) -> None:
+    asked = {"problem": "rosenbrock", "specs": ("sgd(lr=0.001)", "sgd(lr=10.0)")}
+    comparison = run_comparison(small(tmp_path, **asked, tune=False, studies=7, steps=60))
+    fine, lost = rows(comparison)
+    assert (fine["diverged"], lost["diverged"]) == ("0 of 7 trials", "7 of 7 trials")
     assert (lost["test loss"], lost["target reached"]) == ("diverged", "0 of 7")
-    assert lost["verdict"] == "settings differ (by ranks)"
-    assert any(remark.startswith("7 of 7 runs of sgd(lr=10.0) diverged") for remark in remarks(plan, contenders))
-    write_results(plan, contenders)
+    assert lost["verdict"] == "settings differ"
+    assert any(remark.startswith("7 of 7 studies of sgd(lr=10.0) diverged") for remark in remarks(comparison))
+    write_results(comparison)
     assert json.loads((tmp_path / "results.json").read_text())["contenders"][1]["losses"] == ["inf"] * 7
 
 
-def test_a_mean_is_not_taken_over_the_finite_runs_alone(tmp_path: Path) -> None:
-    plan = small(tmp_path, tune=False)
-    contenders = run_comparison(plan)
-    evaluated = contenders[0].runs[0]["evaluated"]
-    kept = sorted(run["evaluated"]["loss"] for run in contenders[0].runs[1:])
-    evaluated["loss"] = None
-    row = rows(plan, contenders)[0]
+def changed(comparison: Comparison, position: int, losses: list[float], reached: list[float]) -> None:
+    """Write other results into the best runs of a contender."""
+    for study, loss, at in zip(comparison.contenders[position].studies, losses, reached, strict=True):
+        study.run["test"]["loss"] = loss if math.isfinite(loss) else None
+        study.run["reached"] = int(at) if math.isfinite(at) else None
+
+
+def test_a_mean_is_not_taken_over_the_finite_studies_alone(tmp_path: Path) -> None:
+    comparison = run_comparison(small(tmp_path))
+    changed(comparison, 0, [1.0, math.inf, 3.0], [math.inf] * 3)
     # of three the median, with the one that diverged as the largest
-    assert row["test loss"] == f"median {kept[1]:.4f}"
-    assert row["diverged"] == "1 of 3"
+    assert rows(comparison)[0]["test loss"] == "median 3.0000 [1.0000, inf]"
+    changed(comparison, 0, [1.0, 2.0, 3.0], [math.inf] * 3)
+    assert rows(comparison)[0]["test loss"] == "2.0000 ± 1.0000"
 
 
-def test_a_run_that_misses_the_target_is_censored(tmp_path: Path) -> None:
-    plan = small(tmp_path, tune=False, seeds=5)
-    contenders = run_comparison(plan)
-    for run, reached in zip(contenders[0].runs, (10, None, 14, 12, None), strict=True):
-        run["reached"] = reached
-    for run, reached in zip(contenders[1].runs, (10, None, None, 12, None), strict=True):
-        run["reached"] = reached
-    assert [row["target reached"] for row in rows(plan, contenders)] == ["3 of 5, median 14", "2 of 5"]
+def test_accuracy_and_its_spread_are_in_the_table(tmp_path: Path) -> None:
+    row = rows(run_comparison(small(tmp_path, problem="xor")))[0]
+    assert float(row["accuracy"].split(" ± ")[0]) > 0.3
 
 
-def test_a_best_rate_at_the_edge_says_that_the_grid_is_too_small(tmp_path: Path) -> None:
-    plan = small(tmp_path, lr_min=1e-5, lr_max=1e-4)
-    said = [remark for remark in remarks(plan, run_comparison(plan)) if remark.startswith("Grid too small")]
-    assert len(said) == 2 and all("--lr-max" in remark for remark in said)
+def test_a_study_that_misses_the_target_is_censored(tmp_path: Path) -> None:
+    comparison = run_comparison(small(tmp_path, studies=5))
+    changed(comparison, 0, [1.0] * 5, [10, math.inf, 14, 12, math.inf])
+    changed(comparison, 1, [1.0] * 5, [10, math.inf, math.inf, 12, math.inf])
+    assert [row["target reached"] for row in rows(comparison)] == ["3 of 5, median 14", "2 of 5"]
+
+
+def test_the_time_to_the_target_has_a_verdict_of_its_own(tmp_path: Path) -> None:
+    comparison = run_comparison(small(tmp_path, studies=8))
+    losses = [1.0 + 0.01 * (-1) ** study for study in range(8)]
+    changed(comparison, 0, losses, [90, 95, 100, 105, math.inf, 92, 97, math.inf])
+    changed(comparison, 1, losses, [50, 52, 61, 63, 70, 51, 66, 80])
+    judge(comparison)
+    row = rows(comparison)[1]
+    assert row["verdict"] == "no difference shown"
+    assert row["time to target"].startswith("sooner: ") and row["time to target"].endswith("p 0.00781")
+    # a tie of two that miss it shows nothing, and where nobody meets it there is nothing to say
+    changed(comparison, 0, losses, [math.inf] * 8)
+    changed(comparison, 1, losses, [math.inf] * 8)
+    judge(comparison)
+    assert "time to target" not in rows(comparison)[1]
+
+
+def test_evaluations_saved_are_how_much_earlier_the_better_one_has_the_other_s_loss() -> None:
+    def run(*losses: float) -> dict[str, Any]:
+        curve = [(10 * (i + 1), loss) for i, loss in enumerate(losses)]
+        return {"curve": curve, "evaluations": 10 * len(losses), "validation": {"loss": losses[-1]}}
+
+    fast, slow = run(4.0, 1.0, 0.5, 0.4), run(4.0, 3.0, 2.5, 2.5)
+    # from 4 at 10 to 1 at 20 it passes 2.5 at 15
+    assert evaluations_saved([fast], [slow]) == 25.0
+    assert evaluations_saved([slow], [fast]) == -25.0
+    assert evaluations_saved([fast, slow, fast], [slow, slow, fast]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("range_", "flag", "end"), [((1e-6, 1e-4), "--lr-max", "highest"), ((1.0, 100.0), "--lr-min", "lowest")]
+)
+def test_studies_that_are_best_at_an_end_say_that_the_range_is_too_small(
+    tmp_path: Path, range_: tuple[float, float], flag: str, end: str
+) -> None:
+    comparison = run_comparison(small(tmp_path, lr_min=range_[0], lr_max=range_[1], trials=8, studies=4, steps=5))
+    assert {contender.edge for contender in comparison.contenders} == {end}
+    said = [remark for remark in remarks(comparison) if remark.startswith("Range too small")]
+    assert len(said) == 2 and all(flag in remark for remark in said)
+    assert rows(comparison)[0]["lr"].endswith("(edge)")
 
 
 @pytest.mark.parametrize(
     ("difference", "at_edge", "told"),
     [
-        (-1.0, {0}, "better on a grid too small for the baseline"),
+        (-1.0, {0}, "better on a range too small for the baseline"),
         (-1.0, {1}, "better"),  # more rates could only make it better still
-        (1.0, {1}, "worse on a grid too small for it"),
+        (1.0, {1}, "worse on a range too small for it"),
         (1.0, {0}, "worse"),
         (0.0, {0, 1}, "no difference shown"),
     ],
 )
-def test_a_verdict_says_where_the_beaten_one_had_no_fair_grid(
+def test_a_verdict_says_where_the_beaten_one_had_no_fair_range(
     tmp_path: Path, difference: float, at_edge: set[int], told: str
 ) -> None:
-    plan = small(tmp_path, seeds=8)
-    contenders = run_comparison(plan)
-    base = [1.0 + 0.01 * seed for seed in range(8)]
-    noise = [0.001 * (-1) ** seed for seed in range(8)]
-    losses = [base, [loss + difference + off for loss, off in zip(base, noise, strict=True)]]
-    for position, verdict in enumerate(verdicts(losses)):
-        contenders[position].verdict = verdict
-        contenders[position].at_edge = position in at_edge
-    assert rows(plan, contenders)[1]["verdict"] == told
+    comparison = run_comparison(small(tmp_path, studies=8, steps=2, trials=1))
+    base = [2.0 + 0.01 * study for study in range(8)]
+    changed(comparison, 0, base, [math.inf] * 8)
+    changed(comparison, 1, [x + difference + 0.001 * (-1) ** i for i, x in enumerate(base)], [math.inf] * 8)
+    judge(comparison)
+    for position, contender in enumerate(comparison.contenders):
+        contender.edge = "highest" if position in at_edge else None
+    assert rows(comparison)[1]["verdict"] == told
 
 
-def test_the_rate_in_a_spec_that_the_grid_replaces_is_named(tmp_path: Path) -> None:
-    plan = small(tmp_path, specs=("sgd(lr=0.7)", "adam"))
-    assert any("replaces lr=0.7" in remark for remark in remarks(plan, run_comparison(plan)))
+def test_the_rate_in_a_spec_that_tuning_replaces_is_named(tmp_path: Path) -> None:
+    comparison = run_comparison(small(tmp_path, specs=("sgd(lr=0.7)", "adam"), steps=2))
+    assert any("replaces lr=0.7" in remark for remark in remarks(comparison))
 
 
 def test_times_are_shown_for_runs_made_one_at_a_time(tmp_path: Path) -> None:
-    plan = small(tmp_path)
-    contenders = run_comparison(plan)
-    assert float(rows(plan, contenders)[0]["seconds"]) >= 0
-    contenders[0].runs[0]["jobs"] = 2
-    assert all("seconds" not in row for row in rows(plan, contenders))
+    comparison = run_comparison(small(tmp_path, steps=2))
+    assert float(rows(comparison)[0]["seconds"]) >= 0
+    comparison.contenders[0].runs[0]["jobs"] = 2
+    assert all("seconds" not in row for row in rows(comparison))
+
+
+# ---- a trial that fails is a result
+
+
+class FailsAbove(torch.optim.SGD):
+    """Raises where its rate is high, as a decomposition that does not converge does."""
+
+    def step(self, closure: Any = None) -> Any:
+        if self.param_groups[0]["lr"] > 0.05:
+            raise RuntimeError("linalg.eigh: the algorithm failed to converge")
+        return super().step(closure)
+
+
+class NoMemoryAbove(torch.optim.SGD):
+    """Runs out of memory where its rate is high."""
+
+    def step(self, closure: Any = None) -> Any:
+        if self.param_groups[0]["lr"] > 0.05:
+            raise MemoryError
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "reason"),
+    [("fails_above", FailsAbove, "failed to converge"), ("no_memory_above", NoMemoryAbove, "out of memory")],
+)
+def test_a_trial_that_raises_costs_its_contender_and_nobody_else(
+    tmp_path: Path, name: str, part: type[torch.optim.Optimizer], reason: str
+) -> None:
+    metaopt.register(optimizers={name: part})
+    asked = {"specs": ("sgd", name), "trials": 3, "steps": 5}
+    comparison = run_comparison(small(tmp_path, **asked))
+    first, second = comparison.contenders
+    assert not any(trial["failed"] for trial in first.trials)
+    failed = [trial for trial in second.trials if trial["failed"]]
+    assert failed and all(reason in trial["failed"] and trial["diverged"] for trial in failed)
+    # each study keeps the best of what did not fail
+    assert all(math.isfinite(loss) for loss in second.losses)
+    assert f"{len(failed)} of them failed" in rows(comparison)[1]["diverged"]
+    assert any(reason in remark and "--retry-failed" in remark for remark in remarks(comparison))
+    # it is kept, and made again only if somebody asks
+    times = {path: os.stat(path).st_mtime_ns for path in (tmp_path / "trials").glob("*.json")}
+    assert run_comparison(small(tmp_path, **asked)).contenders[1].losses == second.losses
+    assert times == {path: os.stat(path).st_mtime_ns for path in times}
+    run_comparison(small(tmp_path, **asked), retry_failed=True)
+    assert sum(os.stat(path).st_mtime_ns != time for path, time in times.items()) == len(failed)
+
+
+@pytest.mark.parametrize(
+    ("loss", "initial", "lost"),
+    [
+        *((math.nan, 1.0, True), (math.inf, 1.0, True), (10.1, 1.0, True), (9.9, 1.0, False), (8.2e14, 8.5, True)),
+        *((-1.0, -2.0, False), (17.0, -2.0, True), (5.0, 0.0, False)),
+    ],
+)
+def test_a_run_that_explodes_and_stays_finite_has_diverged(loss: float, initial: float, lost: bool) -> None:
+    assert has_diverged(loss, initial) == lost
+
+
+def test_an_exploded_run_is_counted_and_the_rule_is_written(tmp_path: Path) -> None:
+    comparison = run_comparison(small(tmp_path, specs=("sgd(lr=0.1)", "sgd(lr=3.0)"), tune=False, steps=10))
+    fast = [run["fast"]["loss"] for run in comparison.contenders[1].runs]
+    assert all(math.isfinite(loss) and loss > 30 for loss in fast)
+    assert comparison.contenders[1].losses == [math.inf] * 3
+    assert any("more than ten times" in remark for remark in remarks(comparison))
+
+
+def test_a_file_that_holds_no_result_is_none(tmp_path: Path) -> None:
+    before = run_comparison(small(tmp_path))
+    paths = sorted((tmp_path / "trials").glob("*.json"))
+    for path, content in zip(paths, ("{}", "[]", "", "null", '{"failed": null}'), strict=False):
+        path.write_text(content)
+    after = run_comparison(small(tmp_path))
+    assert [c.losses for c in after.contenders] == [c.losses for c in before.contenders]
 
 
 # ---- what is refused
+
+
+class HasNoRate(torch.optim.SGD):
+    """Takes no learning rate."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
 
 
 @pytest.mark.parametrize(
@@ -313,21 +509,22 @@ def test_times_are_shown_for_runs_made_one_at_a_time(tmp_path: Path) -> None:
         ({"baseline": "adamw"}, "must be one of the contenders"),
         ({"specs": ("sgd",)}, "two contenders"),
         ({"specs": ("sgd", "adam", "sgd()")}, "the same, sgd"),
-        ({"specs": ("sgd", "sgd(lr=constant(0.1))")}, "schedule owns the learning rate"),
+        ({"specs": ("sgd", "adadelta(lr=0.0)")}, "rate of adadelta must be > 0"),
+        ({"specs": ("sgd", "has_no_lr")}, "has_no_lr has no lr"),
         ({"specs": ("sgd", "clip_grad_norm | sgd")}, "max_norm"),
         ({"specs": ("sgd", "sparse_adam")}, "sparse_adam.*cannot train noisyquadratic.*RuntimeError"),
         ({"specs": ("sgd", "evaluates_twice | sgd"), "steps": 1}, "more gradient evaluations than --steps 1"),
         ({"specs": ("sgd", "accumulate(4) | sgd"), "steps": 3}, "than --steps 3 .accumulated 3 of 4"),
-        ({"seeds": 1}, "--seeds must be 2 or more.*got 1"),
-        ({"lrs": 0}, "--lrs must be 1 or more.*got 0"),
+        ({"studies": 1}, "--studies must be 2 or more.*got 1"),
+        ({"studies": "many"}, "--studies must be a whole number or auto, got 'many'"),
+        ({"trials": 0}, "--trials must be 1 or more.*got 0"),
         ({"jobs": 0}, "--jobs must be 1 or more.*got 0"),
         ({"steps": 0}, "--steps must be 1 or more.*got 0"),
         ({"lr_min": 0.0}, "lr-min"),
         ({"lr_min": 1.0, "lr_max": 0.1}, "lr-min"),
         ({"lr_max": math.inf}, "lr-min"),
         ({"lr_min": math.nan}, "lr-min"),
-        ({"lrs": 1}, "--lrs must be 1 if --lr-min equals"),
-        ({"lrs": 2, "lr_min": 0.1, "lr_max": 0.1}, "--lrs must be 1 if --lr-min equals"),
+        ({"trials": 2, "lr_min": 0.1, "lr_max": 0.1}, "--trials must be 1 where --lr-min equals"),
         ({"problem": "nonsense"}, "no problem is called"),
         ({"device": "nosuch"}, "present: cpu"),
     ],
@@ -335,7 +532,7 @@ def test_times_are_shown_for_runs_made_one_at_a_time(tmp_path: Path) -> None:
 def test_what_cannot_be_compared_is_refused_before_anything_is_trained(
     tmp_path: Path, asked: dict[str, Any], told: str
 ) -> None:
-    metaopt.register(wrappers={"evaluates_twice": Twice})
+    metaopt.register(wrappers={"evaluates_twice": Twice}, optimizers={"has_no_lr": HasNoRate})
     with pytest.raises(MetaoptError, match=told):
         small(tmp_path / "out", **asked)
     assert not (tmp_path / "out").exists()
@@ -364,24 +561,20 @@ def read_back(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
 
-def test_there_is_a_tensorboard_run_per_seed_and_one_of_their_median(tmp_path: Path) -> None:
-    contenders = run_comparison(small(tmp_path))
+def test_there_is_a_tensorboard_run_per_study_and_one_of_their_median(tmp_path: Path) -> None:
+    contenders = run_comparison(small(tmp_path)).contenders
     folder = tmp_path / "tensorboard"
     assert sorted(path.name for path in folder.glob("[0-9]*")) == ["1-sgd", "2-sgd-lookahead"]
-    assert sorted(path.name for path in (folder / "2-sgd-lookahead").iterdir()) == [
-        "median",
-        "seed-0",
-        "seed-1",
-        "seed-2",
-    ]
-    seeds = [read_back(folder / "2-sgd-lookahead" / f"seed-{seed}") for seed in range(3)]
+    names = ["median", *(f"study-{number}" for number in range(3))]
+    assert sorted(path.name for path in (folder / "2-sgd-lookahead").iterdir()) == names
+    studies = [read_back(folder / "2-sgd-lookahead" / name) for name in names[1:]]
     together = read_back(folder / "2-sgd-lookahead" / "median")
-    assert set(together) == set(seeds[0]) >= {"train/loss", "validation/loss", "test/loss", "lookahead/distance"}
+    assert set(together) == set(studies[0]) >= {"train/loss", "validation/loss", "test/loss", "lookahead/distance"}
     for tag in ("train/loss", "validation/loss", "test/loss"):
-        middle = [sorted(seed[tag][i][1] for seed in seeds)[1] for i in range(len(together[tag]))]
+        middle = [sorted(study[tag][i][1] for study in studies)[1] for i in range(len(together[tag]))]
         assert [value for _, value in together[tag]] == pytest.approx(middle)
-        assert [step for step, _ in together[tag]] == [step for step, _ in seeds[0][tag]]
-    assert seeds[1]["test/loss"] == [(20, pytest.approx(contenders[1].losses[1]))]
+        assert [step for step, _ in together[tag]] == [step for step, _ in studies[0][tag]]
+    assert studies[1]["test/loss"] == [(20, pytest.approx(contenders[1].losses[1]))]
 
 
 def test_the_median_run_counts_what_diverged_as_infinite(tmp_path: Path) -> None:
@@ -391,22 +584,55 @@ def test_the_median_run_counts_what_diverged_as_infinite(tmp_path: Path) -> None
     assert lost["validation/loss"][-1][1] == math.inf
 
 
-def test_the_runs_of_an_earlier_comparison_are_not_left_beside(tmp_path: Path) -> None:
-    run_comparison(small(tmp_path))
-    shutil.rmtree(tmp_path / "tensorboard" / "1-sgd" / "seed-0")
-    run_comparison(small(tmp_path, specs=(SPECS[0], "adam"), seeds=2))
-    folder = tmp_path / "tensorboard"
-    assert sorted(path.name for path in folder.glob("[0-9]*")) == ["1-sgd", "2-adam"]
-    # a result that was read, not made again, has its run all the same
-    assert sorted(path.name for path in (folder / "1-sgd").iterdir()) == ["median", "seed-0", "seed-1"]
+# ---- a folder, its comparisons and its looks
 
 
-def test_a_folder_that_no_comparison_made_is_left_alone(tmp_path: Path) -> None:
-    kept = tmp_path / "tensorboard" / "months of work"
-    kept.mkdir(parents=True)
-    with pytest.raises(MetaoptError, match="no comparison made it"):
-        run_comparison(small(tmp_path))
-    assert kept.exists()
+def test_a_second_comparison_leaves_the_first_as_it_is(tmp_path: Path) -> None:
+    assert compared(tmp_path) == 0
+    written = {path: path.read_bytes() for path in tmp_path.glob("*.*") if path.is_file() and path.name != NAME}
+    assert compared(tmp_path, "-o", "adam") == 0
+    assert {path: path.read_bytes() for path in written} == written
+    second = tmp_path / "comparison-2"
+    assert len(json.loads((second / "results.json").read_text())["contenders"]) == 3
+    assert (second / "report.md").exists() and (second / "tensorboard").is_dir()
+    # each goes on in its own place
+    assert compared(tmp_path) == 0 and compared(tmp_path, "-o", "adam") == 0
+    assert not (tmp_path / "comparison-3").exists()
+
+
+@pytest.mark.parametrize("name", ["report.md", "curves.png", "tensorboard/months of work", "results.json"])
+def test_what_somebody_else_has_in_the_folder_is_left_alone(tmp_path: Path, name: str) -> None:
+    kept = tmp_path / name
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("a thesis")
+    (tmp_path / ".lock").write_text("another program's")
+    assert compared(tmp_path) == 0
+    assert kept.read_text() == "a thesis" and (tmp_path / ".lock").read_text() == "another program's"
+    assert (tmp_path / "comparison-2" / "report.md").exists()
+
+
+def test_more_studies_in_the_same_folder_are_another_look(tmp_path: Path) -> None:
+    first = run_comparison(small(tmp_path))
+    assert (first.level, first.earlier) == (0.05, [])
+    second = run_comparison(small(tmp_path, studies=5))
+    assert (second.level, second.earlier, second.folder) == (0.01, [3], tmp_path / "comparison-2")
+    assert any("looked at before in this folder, with 3 studies" in remark for remark in remarks(second))
+    third = run_comparison(small(tmp_path, studies=7))
+    assert (third.level, third.earlier) == (0.002, [3, 5])
+    # the same look is the same look, and another question is another question
+    assert run_comparison(small(tmp_path, studies=5)).level == 0.01
+    assert run_comparison(small(tmp_path)).level == 0.05
+    assert run_comparison(small(tmp_path, steps=19)).level == 0.05
+
+
+def test_declared_looks_stop_as_soon_as_it_is_clear(tmp_path: Path) -> None:
+    asked = {"tune": False, "studies": "auto", "steps": 5}
+    clear = run_comparison(small(tmp_path, specs=("sgd(lr=0.1)", "sgd(lr=0.001)"), **asked))
+    assert clear.plan.looks == (8, 14, 20) and clear.studies == 8
+    assert clear.level == pytest.approx(0.0229, abs=2e-4)
+    assert any("Declared looks at 8, 14 and 20 studies" in remark for remark in remarks(clear))
+    equal = run_comparison(small(tmp_path, specs=("sgd(lr=0.1)", "sgd(lr=0.1, dampening=0.5)"), **asked))
+    assert equal.studies == 20
 
 
 # ---- several processes
@@ -445,17 +671,57 @@ def running(pid: int) -> bool:
         return False
 
 
-def test_a_process_that_was_killed_from_outside_is_told(tmp_path: Path) -> None:
-    plan = small(tmp_path, problem="rosenbrock", specs=("sgd", "adam"), steps=3000, jobs=2)
+def test_a_trial_whose_process_is_killed_is_made_again(tmp_path: Path) -> None:
+    asked = {"problem": "rosenbrock", "specs": ("sgd", "adam"), "steps": 1000, "trials": 2}
     before = set(multiprocessing.active_children())
+    killed: list[Any] = []
 
     def kill_one(done: int, total: int) -> None:
-        worker = next(iter(set(multiprocessing.active_children()) - before))
-        worker.kill()
+        if not killed:
+            killed.append(next(iter(set(multiprocessing.active_children()) - before)))
+            killed[-1].kill()
 
-    with pytest.raises(MetaoptError, match=r"killed from outside.*fewer --jobs than 2"):
-        run_comparison(plan, kill_one)
-    assert set(multiprocessing.active_children()) == before
+    found = run_comparison(small(tmp_path / "killed", **asked, jobs=2), kill_one)
+    assert killed and set(multiprocessing.active_children()) == before
+    whole = run_comparison(small(tmp_path / "whole", **asked))
+    assert not any(trial["failed"] for contender in found.contenders for trial in contender.trials)
+    assert [c.losses for c in found.contenders] == [c.losses for c in whole.contenders]
+
+
+ENDS_ITSELF = """
+import os, signal
+import torch
+from metaopt import hookimpl
+
+
+class EndsItself(torch.optim.SGD):
+    # as a process is killed that takes all memory
+    def step(self, closure=None):
+        if self.param_groups[0]["lr"] > 0.3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(closure)
+
+
+@hookimpl
+def metaopt_optimizers():
+    return {"ends_itself": EndsItself}
+"""
+
+
+@pytest.mark.slow
+def test_a_trial_that_gets_its_process_killed_each_time_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ends_itself_plugin.py").write_text(ENDS_ITSELF)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    registry.load_plugin_module("ends_itself_plugin")
+    asked = {"specs": ("sgd", "ends_itself"), "plugins": ("ends_itself_plugin",), "trials": 10, "studies": 2}
+    comparison = run_comparison(small(tmp_path / "out", **asked, jobs=2))
+    fine, bad = comparison.contenders
+    assert not any(trial["failed"] for trial in fine.trials)
+    failed = {rate: trial["failed"] for study in bad.studies for rate, trial in study.trials.items()}
+    assert any(failed.values())
+    assert all(bool(why) == (rate > 0.3) for rate, why in failed.items() if rate is not None)
+    assert all("killed 3 times from outside" in why for why in failed.values() if why)
 
 
 def heed_interrupts() -> None:
@@ -465,9 +731,9 @@ def heed_interrupts() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
 def test_an_interrupted_comparison_goes_on_and_leaves_no_process_behind(tmp_path: Path) -> None:
-    asked = {"problem": "rosenbrock", "specs": ("sgd", "adam"), "seeds": 4, "steps": 400, "lrs": 3}
+    asked = {"problem": "rosenbrock", "specs": ("sgd", "adam"), "studies": 4, "steps": 400, "trials": 3}
     command = [sys.executable, "-m", "metaopt", "compare", "--problem=rosenbrock", "-o", "sgd", "-o", "adam"]
-    command += ["--seeds=4", "--steps=400", "--lrs=3", "--jobs=2", f"--out={tmp_path / 'killed'}"]
+    command += ["--studies=4", "--steps=400", "--trials=3", "--jobs=2", f"--out={tmp_path / 'killed'}"]
 
     def finished() -> int:
         return len(list((tmp_path / "killed" / "trials").glob("*.json")))
@@ -493,8 +759,13 @@ def test_an_interrupted_comparison_goes_on_and_leaves_no_process_behind(tmp_path
             assert told.splitlines()[-1].startswith("metaopt: interrupted: ")
             assert "interrupted" in told and "the same command goes on from there" in told
     kept = finished()
-    assert 2 <= kept < 20
-    continued = run_comparison(small(tmp_path / "killed", **asked))
-    whole = run_comparison(small(tmp_path / "whole", **asked))
-    assert [contender.losses for contender in continued] == [contender.losses for contender in whole]
-    assert [contender.tuning for contender in continued] == [contender.tuning for contender in whole]
+    assert 2 <= kept < 24
+    continued, whole = (run_comparison(small(tmp_path / name, **asked)) for name in ("killed", "whole"))
+    assert without_times(document(continued)) == without_times(document(whole))
+
+
+def without_times(found: Any) -> Any:
+    """Return results without what may differ between two runs of one comparison: times, processes and places."""
+    if isinstance(found, dict):
+        return {k: without_times(v) for k, v in found.items() if k not in ("seconds", "jobs", "out")}
+    return [without_times(item) for item in found] if isinstance(found, list) else found

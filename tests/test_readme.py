@@ -2,17 +2,13 @@
 
 import json
 import re
-import runpy
 import shlex
 
 import page_runner
 import pytest
 from documents import ROOT, blocks, python
 
-from metaopt.specs.pipeline import parse
-
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMPARING = (ROOT / "docs" / "guides" / "comparing.md").read_text(encoding="utf-8")
 CLIENTS = (ROOT / "docs" / "guides" / "clients.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in blocks("README.md", "sh") for line in block.splitlines()]
 SET_UP = [line for line in COMMANDS if line.startswith("python -m venv")]
@@ -74,16 +70,6 @@ def test_the_plugin_has_no_more_than_fifteen_lines():
 
 def test_the_readme_fits_on_a_few_screens():
     assert len(README.splitlines()) <= 140
-
-
-def test_the_measured_comparison_is_the_example_s():
-    found = runpy.run_path(str(ROOT / "examples" / "compare_charlm.py"), run_name="read")
-    rows = [line for line in COMPARING.splitlines() if line.startswith("| adamw")]
-    assert [row.removeprefix("| ").partition(" | ")[0].replace("\\|", "|") for row in rows] == [
-        str(parse(spec)) for spec in found["CONTENDERS"]
-    ]
-    budget, seeds = re.search(r"--steps (\d+) --seeds (\d+)", found["FULL"]).groups()
-    assert f"{budget} gradient evaluations per run" in COMPARING and seeds == "10"
 
 
 def test_the_name_on_the_index_is_explained():

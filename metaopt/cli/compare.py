@@ -19,30 +19,36 @@ def compare(
         str | None, typer.Option(metavar="SPEC", help="The contender to compare with; the first by default.")
     ] = None,
     problem: Annotated[str, typer.Option(help="What is trained; see: metaopt list problems.")] = "digits",
-    seeds: Annotated[int, typer.Option(help="Seeds of the final runs.")] = 10,
+    studies: Annotated[
+        str,
+        typer.Option("--studies", "--seeds", metavar="N|auto", help="Tunings per contender; auto: until it is clear."),
+    ] = "10",
+    trials: Annotated[int, typer.Option("--trials", "--lrs", help="Learning rates that each study tries.")] = 5,
     steps: Annotated[
         int | None, typer.Option(help="Gradient evaluations per run; the problem's own number by default.")
     ] = None,
-    lrs: Annotated[int, typer.Option(help="Learning rates in the grid.")] = 5,
-    lr_min: Annotated[float, typer.Option(help="The grid's lowest rate.")] = 1e-3,
-    lr_max: Annotated[float, typer.Option(help="The grid's highest rate; those between are log-spaced.")] = 0.5,
+    lr_min: Annotated[float, typer.Option(help="The lowest learning rate.")] = 1e-3,
+    lr_max: Annotated[float, typer.Option(help="The highest; a study's rates are log-spaced, its start random.")] = 0.5,
     no_tune: Annotated[bool, typer.Option("--no-tune", help="Use the rates in the specs; names no winner.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run trials that failed again.")] = False,
     jobs: Annotated[int, typer.Option(help="Processes, one thread each; times are shown with 1 alone.")] = 2,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    figures: Annotated[list[str], typer.Option(metavar="FORM", help="png, pdf or svg; may be repeated.")] = ["png"],  # noqa: B006
     out: Annotated[Path, typer.Option(help="Where results go; an interrupted comparison continues there.")] = Path(
         "runs/compare"
     ),
     plugin: Plugins = [],  # noqa: B006 - typer reads the default and never changes it
 ) -> None:
-    """Compare optimizers: tune each on validation data, train the best rates with other seeds, test once."""
-    figures, comparing, planning, report = _lab()
+    """Compare optimizers over studies: each tunes on validation data with a random placement; verdicts are over all."""
+    drawing, comparing, planning, report, results = _lab()
+    drawing.check_forms(figures)
     plan = planning.plan_comparison(
         problem=problem,
         specs=specs or (),
         baseline=baseline,
-        seeds=seeds,
+        studies=studies,
+        trials=trials,
         steps=steps,
-        lrs=lrs,
         lr_min=lr_min,
         lr_max=lr_max,
         tune=not no_tune,
@@ -51,17 +57,17 @@ def compare(
         jobs=jobs,
         plugins=plugin,
     )
+    print(fitted(plan.promise(), hanging=2), flush=True)
     with _progress(out) as progress:
-        contenders = comparing.run_comparison(plan, progress)
-        report.write_results(plan, contenders)
-        figures.draw_curves(plan, contenders)
-        if plan.tune:
-            figures.draw_sensitivity(plan, contenders)
-    print(report.headline(plan, contenders))
-    _print(report.rows(plan, contenders), report.remarks(plan, contenders))
-    pictures = "curves.png, sensitivity.png" if plan.tune else "curves.png"
-    written = f"Written to {out}: report.md, results.json, {pictures}; look at: "
-    print(fitted(f"{written}tensorboard --logdir {out / 'tensorboard'}", hanging=2))
+        comparison = comparing.run_comparison(plan, progress, retry_failed)
+        results.write_results(comparison)
+        pictures = drawing.write_figures(comparison, figures)
+    print(report.headline(comparison))
+    _print(report.rows(comparison), report.remarks(comparison))
+    folder = comparison.folder
+    other = "; another comparison is in the folder above" if folder != out else ""
+    written = f"Written to {folder}: report.md, results.json, trials.csv, {', '.join(pictures)}{other}; look at: "
+    print(fitted(f"{written}tensorboard --logdir {folder / 'tensorboard'}", hanging=2))
 
 
 def _lab() -> list[Any]:
@@ -71,7 +77,7 @@ def _lab() -> list[Any]:
     from metaopt.errors import ProblemError
 
     try:
-        return [import_module(f"metaopt.lab.{name}") for name in ("figures", "compare", "plan", "report")]
+        return [import_module(f"metaopt.lab.{name}") for name in ("figures", "comparison", "plan", "report", "results")]
     except ImportError as error:
         raise ProblemError(
             f"compare needs {error.name}: pip install scikit-learn scipy matplotlib (the extra lab)"
@@ -98,9 +104,10 @@ def _progress(out: Path) -> Iterator[Progress]:
 
 # a table of so many columns fits no terminal: one block per contender, the answer first
 BLOCK = (
-    ("verdict", "difference [95%]", "p (Holm)", "could have shown"),
-    ("lr", "weights", "test loss", "diverged"),
-    ("target reached", "evaluations", "updates", "seconds"),
+    ("verdict", "difference [95%]", "p (Holm)", "better in", "could have shown"),
+    ("time to target", "target reached", "evaluations saved"),
+    ("test loss", "accuracy", "weights", "diverged"),
+    ("lr", "evaluations", "updates", "seconds"),
 )
 
 

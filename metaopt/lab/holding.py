@@ -8,13 +8,31 @@ from filelock import FileLock, Timeout
 
 from metaopt.errors import LogError
 
-# no name that a user, or another program, would give to a file
+# no names that a user, or another program, would give to files
 SCRATCH = ".metaopt-{}.tmp"
+LOCK = ".metaopt.lock"
 
 
 def scratch_of(path: Path) -> Path:
     """Return the file beside `path` that is written first and then renamed to it."""
     return path.with_name(SCRATCH.format(path.name))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of a held folder whole or not at all. Raises LogError."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file of a held folder whole or not at all. Raises LogError."""
+    scratch = scratch_of(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_bytes(content)
+        scratch.replace(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)  # a full disk is no fuller for it
+        raise LogError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 @contextmanager
@@ -26,7 +44,7 @@ def held(folder: Path, what: str) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
+        lock = FileLock(folder / LOCK)
         lock.acquire(timeout=0)
     except Timeout:
         raise LogError(f"another process is writing {what} into {folder}: wait for it, or choose another") from None

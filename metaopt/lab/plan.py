@@ -1,19 +1,20 @@
 """What a comparison will do, checked before anything is trained."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from metaopt.errors import ProblemError, SpecError
 from metaopt.lab.circumstances import circumstances, digest
 from metaopt.lab.device import usable_device
+from metaopt.lab.looks import auto_looks, pocock
 from metaopt.lab.named import problem_named
+from metaopt.lab.placement import placed
+from metaopt.lab.power import MOST_STUDIES, detectable, fewest_studies, studies_for
+from metaopt.lab.rates import with_rate
 from metaopt.lab.trial import Trial, cost_of_an_update
-from metaopt.schedule import Schedule
 from metaopt.specs.pipeline import Part, Pipeline, parse
 
 DEFAULT_SPECS = (
@@ -23,63 +24,108 @@ DEFAULT_SPECS = (
     "adamw | lookahead(k=5)",
 )
 LOWEST, HIGHEST = 1e-3, 0.5
-TUNING_SEEDS = (1000, 1001)
+STUDIES, TRIALS = 10, 5
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a comparison does: contenders, their common grid of rates, seeds and budget of gradient evaluations."""
+    """What a comparison does: contenders, studies of so many trials each, and a budget of gradient evaluations.
+
+    A study is a contender tuned once: `trials` rates between `lowest` and `highest`, placed at random by the study and
+    the contender, all trained with the study's own seed. `looks` are the numbers of studies at which the results are
+    looked at, declared beforehand; the last is the most that is run. `circumstances` are those of the whole comparison,
+    `own` those of each contender: its results stay what they are when another one is added.
+    """
 
     problem: str
     specs: tuple[str, ...]
     updates: tuple[int, ...]
     steps: tuple[int, ...]
     baseline: int
-    seeds: int
+    looks: tuple[int, ...]
+    trials: int
     budget: int
-    rates: tuple[float, ...]
+    lowest: float
+    highest: float
     tune: bool
     device: str
     out: Path
     jobs: int
     plugins: tuple[str, ...]
     circumstances: dict[str, Any]
+    own: tuple[dict[str, Any], ...]
 
-    def trial(self, position: int, rate: float | None, seed: int, *, final: bool) -> Trial:
+    @property
+    def studies(self) -> int:
+        """The most studies that are run for a contender."""
+        return self.looks[-1]
+
+    @property
+    def level(self) -> float:
+        """What a p is held against at every look, so that all looks together give 5% of false verdicts."""
+        return pocock(self.looks)
+
+    def study(self, position: int, number: int) -> dict[float | None, Trial]:
+        """Return the trials of a study by their rates; a rate of None leaves the spec's own."""
+        if not self.tune:
+            return {None: self.trial(position, None, number)}
+        name = f"{self.problem} {self.specs[position]} {number}"
+        span = math.log(self.highest / self.lowest)
+        # three digits: nobody tunes finer, and the rates stay readable in names and legends
+        digits = 3 if span > 0.02 * self.trials else 8
+        rates = [float(f"{self.lowest * math.exp(span * x):.{digits}g}") for (x,) in placed(name, self.trials)]
+        return {rate: self.trial(position, rate, number) for rate in rates}
+
+    def trial(self, position: int, rate: float | None, seed: int) -> Trial:
         """Return one run of a contender; a rate of None leaves the spec's own."""
-        spec = self.specs[position] if rate is None else with_rate(self.specs[position], rate)
-        common = digest(self.circumstances)
-        updates, steps = self.updates[position], self.steps[position]
-        return Trial(self.problem, spec, seed, self.budget, updates, steps, self.device, final, common)
+        spec, updates, steps = self.specs[position], self.updates[position], self.steps[position]
+        trained = spec if rate is None else with_rate(spec, rate, updates)
+        own = digest(self.own[position])
+        return Trial(self.problem, trained, seed, self.budget, updates, steps, self.device, own)
 
-    def tuning(self, position: int) -> dict[float, list[Trial]]:
-        """Return the runs that choose a contender's rate: every rate of the grid with every tuning seed."""
-        return {rate: [self.trial(position, rate, seed, final=False) for seed in TUNING_SEEDS] for rate in self.rates}
+    def promise(self) -> str:
+        """Return what this budget can show, before any of it is spent."""
+        others, total = len(self.specs) - 1, len(self.specs) * self.studies * self.trials
+        most = "at most " if len(self.looks) > 1 else ""
+        said = (
+            f"{len(self.specs)} contenders, {most}{self.studies} studies of {self.trials} "
+            f"trial{'' if self.trials == 1 else 's'}: {most}{total} runs of {self.budget} gradient evaluations. "
+        )
+        least = detectable(self.studies, others, self.level)
+        if least is None:
+            return f"{said}A verdict takes {fewest_studies(others, self.level)} studies: no difference can be shown."
+        half = studies_for(0.5, others, self.level)
+        return (
+            f"{said}{self.studies} studies show a difference of {least:.1f} standard deviations (of the studies' "
+            "paired differences) with a chance of 80%; one of 0.5 takes "
+            f"{half if half < MOST_STUDIES else f'over {half}'}."
+        )
 
 
 def plan_comparison(
     *,
     problem: str,
     specs: Sequence[str],
-    baseline: str | None,
-    seeds: int,
-    steps: int | None,
-    lrs: int,
-    tune: bool,
-    device: str,
+    baseline: str | None = None,
+    studies: int | str = STUDIES,
+    trials: int = TRIALS,
+    steps: int | None = None,
+    tune: bool = True,
+    device: str = "cpu",
     out: Path,
-    jobs: int,
+    jobs: int = 1,
     lr_min: float = LOWEST,
     lr_max: float = HIGHEST,
     plugins: Sequence[str] = (),
 ) -> Plan:
     """Check what a user asked for; every contender makes one update, thrown away. Raises MetaoptError."""
-    for value, what, least in ((seeds, "--seeds", 2), (lrs, "--lrs", 1), (jobs, "--jobs", 1)):
+    for value, what, least in ((trials, "--trials", 1), (jobs, "--jobs", 1)):
         if value < least:
             raise ProblemError(f"{what} must be {least} or more, got {value}")
     if steps is not None and steps < 1:
         raise ProblemError(f"--steps must be 1 or more gradient evaluations, got {steps}")
-    rates = _grid(lr_min, lr_max, lrs) if tune else ()
+    if tune:
+        _check_range(lr_min, lr_max, trials)
     found = problem_named(problem)
     pipelines = [parse(spec) for spec in (specs or DEFAULT_SPECS)]
     chosen = tuple(str(pipeline) for pipeline in pipelines)
@@ -88,38 +134,51 @@ def plan_comparison(
     twice = next((spec for position, spec in enumerate(chosen) if spec in chosen[:position]), None)
     if twice is not None:
         raise SpecError(f"two contenders are the same, {twice}: give each -o SPEC once")
+    looks = _looks(studies, len(chosen) - 1)
     first = _position(baseline, chosen)
     device, budget = usable_device(device), steps or found.default_steps
-    costs = [cost_of_an_update(found, with_rate(spec, rates[0]) if tune else spec, device, budget) for spec in chosen]
-    common = circumstances(problem, pipelines, device, plugins)
+    # of a schedule the curve over the whole budget: how many updates that is, is found with it
+    costs = [
+        cost_of_an_update(found, with_rate(spec, lr_min, budget) if tune else spec, device, budget) for spec in chosen
+    ]
     return Plan(
         problem=problem,
         specs=chosen,
         updates=tuple(budget // evaluations for _, evaluations in costs),
         steps=tuple(steps for steps, _ in costs),
         baseline=first,
-        seeds=seeds,
+        looks=looks,
+        trials=trials if tune else 1,
         budget=budget,
-        rates=rates,
+        lowest=lr_min,
+        highest=lr_max,
         tune=tune,
         device=device,
         out=out,
         jobs=jobs,
         plugins=tuple(plugins),
-        circumstances=common,
+        circumstances=circumstances(problem, pipelines, device, plugins),
+        own=tuple(circumstances(problem, [pipeline], device, ()) for pipeline in pipelines),
     )
 
 
-def _grid(lowest: float, highest: float, count: int) -> tuple[float, ...]:
-    if not 0.0 < lowest <= highest < float("inf"):
+def _looks(studies: int | str, others: int) -> tuple[int, ...]:
+    if str(studies) == "auto":
+        return auto_looks(others)
+    try:
+        number = int(studies)
+    except ValueError:
+        raise ProblemError(f"--studies must be a whole number or auto, got {studies!r}") from None
+    if number < 2:
+        raise ProblemError(f"--studies must be 2 or more, got {number}")
+    return (number,)
+
+
+def _check_range(lowest: float, highest: float, trials: int) -> None:
+    if not 0.0 < lowest <= highest < math.inf:
         raise ProblemError(f"--lr-min must be > 0 and at most --lr-max, got {lowest:g} and {highest:g}")
-    if (count == 1) != (lowest == highest):
-        raise ProblemError(
-            f"--lrs must be 1 if --lr-min equals --lr-max, and more than 1 otherwise, got {count} from {lowest:g} to "
-            f"{highest:g}"
-        )
-    # three digits: nobody tunes finer, and the rates stay readable in names and legends
-    return tuple(float(f"{rate:.3g}") for rate in np.geomspace(lowest, highest, count))
+    if lowest == highest and trials > 1:
+        raise ProblemError(f"--trials must be 1 where --lr-min equals --lr-max, {lowest:g}, got {trials}")
 
 
 def _position(baseline: str | None, specs: Sequence[str]) -> int:
@@ -131,29 +190,6 @@ def _position(baseline: str | None, specs: Sequence[str]) -> int:
             f"the baseline must be one of the contenders, got {wanted}: give it with -o as well, word for word"
         )
     return list(specs).index(wanted)
-
-
-def with_rate(spec: str, rate: float) -> str:
-    """Return the spec with another learning rate. Raises SpecError where it has none, or a schedule owns it."""
-    pipeline = parse(spec)
-    return str(changed(pipeline, parts=tuple(_with_rate(part, spec, rate) for part in pipeline)))
-
-
-def _with_rate(part: Part, spec: str, rate: float) -> Part:
-    if part.kind != "optimizer":
-        return part
-    if "lr" not in part.hyperparameters:
-        raise SpecError(f"{spec}: {part.name} has no lr, so no grid can be tried: give --no-tune")
-    if isinstance(part.arguments.get("lr"), Schedule):
-        raise SpecError(f"{spec}: a schedule owns the learning rate, so no grid can be tried: give --no-tune")
-    made: Part = part(lr=rate)
-    return made
-
-
-def given_rate(spec: str) -> float | None:
-    """Return the learning rate that a spec gives itself, or None."""
-    given = next((part.arguments.get("lr") for part in parse(spec) if part.kind == "optimizer"), None)
-    return float(given) if isinstance(given, int | float) else None
 
 
 def expanded(spec: str) -> str:

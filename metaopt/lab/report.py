@@ -1,187 +1,267 @@
-"""What a comparison writes: results.json, report.md and the same table for the terminal."""
+"""What a comparison says in words: a table with a row per contender, remarks beside it, and both as Markdown."""
 
-import json
 import math
-from dataclasses import asdict
-from pathlib import Path
-from statistics import mean, median
-from typing import Any
+from collections.abc import Sequence
+from statistics import mean, median, quantiles, stdev
 
-from metaopt.errors import LogError
-from metaopt.lab.compare import Contender
-from metaopt.lab.holding import scratch_of
+from metaopt.lab.comparison import Comparison, Contender
+from metaopt.lab.looks import FALLS_BY, pocock
 from metaopt.lab.named import problem_named
-from metaopt.lab.plan import Plan, expanded, given_rate
-from metaopt.lab.statistics import DRAWS, EXACT_UP_TO, LEVEL, fewest_seeds
+from metaopt.lab.power import detectable, fewest_studies
+from metaopt.lab.rates import given_rate
+from metaopt.lab.savings import evaluations_saved
+from metaopt.lab.statistics import LEVEL, Verdict, paired_differences
+
+NONE_SHOWN = "no difference shown"
 
 
-def rows(plan: Plan, contenders: list[Contender]) -> list[dict[str, str]]:
-    """Return the table: one row per contender, every cell as text."""
-    timed = all(run["jobs"] == 1 for contender in contenders for run in contender.runs)
-    baseline = contenders[plan.baseline]
-    return [_row(plan, contender, baseline, timed) for contender in contenders]
+def rows(comparison: Comparison) -> list[dict[str, str]]:
+    """Return the table: one row per contender, every cell as text; a column that no row fills is left out."""
+    timed = all(run["jobs"] == 1 for contender in comparison.contenders for run in contender.runs)
+    table = [_row(comparison, contender, timed) for contender in comparison.contenders]
+    return [{name: cell for name, cell in row.items() if any(other[name] for other in table)} for row in table]
 
 
-def _row(plan: Plan, contender: Contender, baseline: Contender, timed: bool) -> dict[str, str]:
-    runs = contender.runs
-    row = {
+def _row(comparison: Comparison, contender: Contender, timed: bool) -> dict[str, str]:
+    runs, verdict, baseline = contender.runs, contender.verdict, comparison.baseline
+    metrics = dict.fromkeys(name for run in _of_all(comparison) for name in run["test"] if name != "loss")
+    return {
         "stack": contender.spec,
-        "lr": "as given" if contender.rate is None else f"{contender.rate:.3g}{' (edge)' if contender.at_edge else ''}",
+        "lr": _rate(contender),
         "weights": str(runs[0]["weights"]),
-        "test loss": _loss(contender),
-        "diverged": f"{contender.diverged} of {len(runs)}",
-        "target reached": _reached([run["reached"] for run in runs]),
+        "test loss": _spread(contender.losses),
+        **{name: _spread([_number(run["test"].get(name), -math.inf) for run in runs]) for name in metrics},
+        "difference [95%]": _difference(verdict),
+        "p (Holm)": "" if verdict is None else f"{verdict.corrected_p:.3g}",
+        "verdict": _word(comparison, contender, verdict),
+        "better in": "" if verdict is None else f"{100 * verdict.superiority:.0f}% of studies",
+        "evaluations saved": "" if verdict is None else f"{evaluations_saved(runs, baseline.runs):+.0f}",
+        "target reached": _reached(contender.reached),
+        "time to target": _time(comparison, contender),
+        "diverged": _diverged(contender),
         "evaluations": str(max(run["evaluations"] for run in runs)),
         "updates": str(max(run["updates"] for run in runs)),
-        "difference [95%]": _difference(contender),
-        "p (Holm)": "" if contender.verdict is None else f"{contender.verdict.corrected_p:.3g}",
-        "verdict": _word(plan, contender, baseline),
-        "could have shown": _smallest(contender),
+        "could have shown": _detectable(comparison, contender),
+        "seconds": f"{median(run['seconds'] for run in runs):.2f}" if timed else "",
     }
-    if timed:
-        row["seconds"] = f"{median(run['seconds'] for run in runs):.2f}"
-    return row
 
 
-def _loss(contender: Contender) -> str:
-    """Return the mean over seeds; where runs diverged the median, which counts them as the largest."""
-    if not contender.diverged:
-        return f"{mean(contender.losses):.4f}"
-    middle = median(contender.losses)
-    return f"median {middle:.4f}" if math.isfinite(middle) else "diverged"
+def _of_all(comparison: Comparison) -> list[dict[str, dict[str, float]]]:
+    return [run for contender in comparison.contenders for run in contender.runs]
 
 
-def _reached(reached: list[int | None]) -> str:
-    """Return how many runs met the target, and the median over all runs: one that missed it took longer than any."""
-    met = sum(at is not None for at in reached)
-    middle = median(math.inf if at is None else at for at in reached)
+def _number(value: float | None, lost: float) -> float:
+    return lost if value is None else float(value)
+
+
+def _rate(contender: Contender) -> str:
+    rates = [study.rate for study in contender.studies if study.rate is not None]
+    if not rates:
+        return "as given"
+    edge = " (edge)" if contender.edge else ""
+    return f"{median(rates):.3g} ({min(rates):.3g} to {max(rates):.3g}){edge}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Return mean and standard deviation over studies; where some diverged median and quartiles, which count them."""
+    if all(map(math.isfinite, values)):
+        return f"{mean(values):.4f} ± {stdev(values):.4f}"
+    low, middle, high = quantiles(_ordered(values), n=4, method="inclusive") if len(values) > 3 else _ends(values)
+    return f"median {middle:.4f} [{low:.4f}, {high:.4f}]" if math.isfinite(middle) else "diverged"
+
+
+def _ordered(values: Sequence[float]) -> list[float]:
+    # large, but of a kind that can be interpolated: infinity times zero is no number
+    return [math.copysign(1e308, value) if math.isinf(value) else value for value in values]
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float, float]:
+    return min(values), median(values), max(values)
+
+
+def _reached(reached: Sequence[float]) -> str:
+    """Return how many studies met the target, and the median over all: one that missed it took longer than any."""
+    met = sum(map(math.isfinite, reached))
+    middle = median(reached)
     return f"{met} of {len(reached)}" + (f", median {middle:g}" if math.isfinite(middle) else "")
 
 
-def _difference(contender: Contender) -> str:
-    v = contender.verdict
-    return "" if v is None else f"{v.difference:+.4f} [{v.low:+.4f}, {v.high:+.4f}]"
+def _diverged(contender: Contender) -> str:
+    trials = contender.trials
+    lost = sum(trial["diverged"] for trial in trials)
+    failed = sum(trial["failed"] is not None for trial in trials)
+    said = f"{lost} of {len(trials)} trials" + (f", {failed} of them failed" if failed else "")
+    whole = sum(map(math.isinf, contender.losses))
+    return (
+        f"{said}; {whole} of {len(contender.studies)} studies" if whole and len(trials) > len(contender.runs) else said
+    )
 
 
-def _word(plan: Plan, contender: Contender, baseline: Contender) -> str:
-    verdict = contender.verdict
+def _difference(verdict: Verdict | None) -> str:
+    return "" if verdict is None else f"{verdict.difference:+.4f} [{verdict.low:+.4f}, {verdict.high:+.4f}]"
+
+
+def _time(comparison: Comparison, contender: Contender) -> str:
+    verdict = contender.target_verdict
     if verdict is None:
-        return "baseline"
-    word = verdict.word
-    if not plan.tune and word in ("better", "worse"):
-        word = "settings differ"
-    beaten = {"better": baseline, "worse": contender}.get(word)
-    if beaten is not None and beaten.at_edge:
-        word = f"{word} on a grid too small for {'the baseline' if beaten is baseline else 'it'}"
-    return f"{word} (by ranks)" if verdict.by_ranks else word
-
-
-def _smallest(contender: Contender) -> str:
-    """Return the least difference that runs spread like these show."""
-    verdict = contender.verdict
-    if verdict is None or verdict.by_ranks:
         return ""
-    return f"{verdict.smallest:.4f}" if math.isfinite(verdict.smallest) else "none"
+    numbers = f"{verdict.difference:+.0f} [{verdict.low:+.0f}, {verdict.high:+.0f}], p {verdict.corrected_p:.3g}"
+    word = {"better": "sooner", "worse": "later"}.get(verdict.word, verdict.word)
+    return f"{_qualified(comparison, contender, verdict, word)}: {numbers}"
 
 
-def remarks(plan: Plan, contenders: list[Contender]) -> list[str]:
+def _word(comparison: Comparison, contender: Contender, verdict: Verdict | None) -> str:
+    return "baseline" if verdict is None else _qualified(comparison, contender, verdict, verdict.word)
+
+
+def _qualified(comparison: Comparison, contender: Contender, verdict: Verdict, word: str) -> str:
+    """Return the word with what takes from it: settings that nobody tuned, a range that was too small."""
+    if verdict.word == NONE_SHOWN:
+        return NONE_SHOWN
+    if not comparison.plan.tune:
+        return "settings differ"
+    beaten, whose = (comparison.baseline, "the baseline") if verdict.word == "better" else (contender, "it")
+    return f"{word} on a range too small for {whose}" if beaten.edge else word
+
+
+def _detectable(comparison: Comparison, contender: Contender) -> str:
+    """Return the difference that studies spread like these show with a chance of 80%."""
+    if contender.verdict is None:
+        return ""
+    least = detectable(comparison.studies, len(comparison.contenders) - 1, comparison.level)
+    differences = paired_differences(contender.losses, comparison.baseline.losses)
+    if least is None:
+        return "none"
+    return f"{least * stdev(differences):.4f}" if all(map(math.isfinite, differences)) else ""
+
+
+def remarks(comparison: Comparison) -> list[str]:
     """Return what has to be said beside the table."""
-    others = len(contenders) - 1
-    least = fewest_seeds(others)
-    said = [
-        f"A verdict takes a 95% interval without zero and p <= {LEVEL:g} after Holm's correction for {others} "
-        f"contender{'s' if others > 1 else ''}: at least {least} seeds; this run has {plan.seeds}"
-        + (", so no difference of any size could be shown." if plan.seeds < least else ".")
+    return [
+        *_on_verdicts(comparison),
+        *_on_looks(comparison),
+        *_on_targets(comparison),
+        *_on_trials(comparison),
+        *_on_rates(comparison),
     ]
-    if plan.seeds > EXACT_UP_TO:
-        said.append(f"p is of {DRAWS:,} random choices of signs, not of all 2^{plan.seeds}.")
-    said.append("Could have shown: the smallest difference in loss that runs spread like these make a verdict of.")
-    said += _targets(plan)
-    said += [
-        f"{contender.diverged} of {plan.seeds} runs of {contender.spec} diverged: they count as the worst, by ranks."
-        for contender in contenders
-        if contender.diverged
+
+
+def _on_verdicts(comparison: Comparison) -> list[str]:
+    plan, others, made = comparison.plan, len(comparison.contenders) - 1, comparison.studies
+    least = fewest_studies(others, comparison.level)
+    short = ", so no difference of any size could be shown." if made < least else "."
+    study = (
+        f"A study is a tuning of its own: {plan.trials} rates placed at random, the best on validation data counts."
+        if plan.tune
+        else "Fixed rates rank settings, not optimizers: no winner is named."
+    )
+    return [
+        study,
+        f"A verdict takes p <= {comparison.level:g} by Wilcoxon's signed ranks over the studies, after Holm's "
+        f"correction for {others} contender{'' if others == 1 else 's'}, and an interval without zero: at least "
+        f"{least} studies; this comparison has {made}{short}",
+        "Difference: the median of the means of all pairs of studies (Hodges and Lehmann). Could have shown: the "
+        "difference that studies spread like these show with a chance of 80%. Evaluations saved: how many fewer the "
+        "better one takes to the other's final validation loss.",
     ]
-    said += [
-        f"Grid too small: the best rate of {contender.spec} is at the edge, {contender.rate:.3g}; "
-        f"widen it with {'--lr-min' if contender.rate == plan.rates[0] else '--lr-max'}."
-        for contender in contenders
-        if contender.at_edge and contender.rate is not None
+
+
+def _on_looks(comparison: Comparison) -> list[str]:
+    plan, earlier = comparison.plan, comparison.earlier
+    said = []
+    if len(plan.looks) > 1:
+        said.append(
+            f"Declared looks at {_listed(plan.looks)} studies, each at Pocock's level {pocock(plan.looks):g}: "
+            f"together {LEVEL:.0%} of false verdicts. This comparison ended at {comparison.studies}."
+        )
+    if earlier:
+        said.append(
+            f"Look {len(earlier) + 1}: the same question was looked at before in this folder, with "
+            f"{_listed(earlier)} studies, and no further look was declared. Each such look has a level "
+            f"{FALLS_BY:.0f} times smaller than the one before, here {comparison.level:g}. --studies auto declares "
+            "its looks."
+        )
+    return said
+
+
+def _on_targets(comparison: Comparison) -> list[str]:
+    metric, goal = next(iter(problem_named(comparison.plan.problem).targets.items()), (None, None))
+    if metric is None:
+        return []
+    return [
+        f"Target, fixed beforehand: {metric} {'<=' if metric == 'loss' else '>='} {goal:g} on validation data, held "
+        "at the next point as well. Time to target is in gradient evaluations, by the same test on the same pairs: "
+        "a study that misses the target takes longer than any other, two that miss it are a tie. Its verdicts have "
+        "a level of their own."
     ]
-    said += [
-        f"The grid replaces lr={given_rate(spec):g} of {spec}; --no-tune keeps it."
-        for spec in plan.specs
-        if plan.tune and given_rate(spec) is not None
-    ]
-    if not plan.tune:
-        said.append("Fixed rates rank settings, not optimizers: no winner is named.")
+
+
+def _on_trials(comparison: Comparison) -> list[str]:
+    said = []
+    for contender in comparison.contenders:
+        whole = sum(map(math.isinf, contender.losses))
+        if whole:
+            said.append(
+                f"{whole} of {comparison.studies} studies of {contender.spec} diverged: they count as the worst."
+            )
+        reasons = [trial["failed"] for trial in contender.trials if trial["failed"]]
+        if reasons:
+            said.append(
+                f"{len(reasons)} of {len(contender.trials)} trials of {contender.spec} failed and count as diverged; "
+                f"the first: {reasons[0]}. --retry-failed runs them again."
+            )
+    if any(trial["diverged"] for contender in comparison.contenders for trial in contender.trials):
+        said.append(
+            "A trial has diverged if its loss on validation data is not finite, or at the end more than ten times "
+            "that of the initial weights (loss > initial + 9 |initial|)."
+        )
     said.append("Every run had one thread; times are shown where all runs were made with --jobs 1, one at a time.")
     return said
 
 
-def _targets(plan: Plan) -> list[str]:
-    targets = problem_named(plan.problem).targets
-    metric, goal = next(iter(targets.items()), (None, None))
-    if metric is None:
-        return []
-    sign = "<=" if metric == "loss" else ">="
-    return [
-        f"Target, fixed beforehand: {metric} {sign} {goal:g} on validation data. Counted in gradient evaluations; "
-        f"a run that misses it is censored, as longer than any other."
+def _on_rates(comparison: Comparison) -> list[str]:
+    plan = comparison.plan
+    said = [
+        f"Range too small: {contender.spec} is best at its {contender.edge} rates; widen the range with "
+        f"{'--lr-min' if contender.edge == 'lowest' else '--lr-max'}."
+        for contender in comparison.contenders
+        if contender.edge
     ]
+    for spec in plan.specs if plan.tune else ():
+        given = given_rate(spec)
+        if given is not None:
+            said.append(
+                f"Tuning replaces lr={given} of {spec} by rates whose largest value is tuned; --no-tune keeps it."
+                if "(" in given
+                else f"Tuning replaces lr={given} of {spec}; --no-tune keeps it."
+            )
+    return said
 
 
-def write_results(plan: Plan, contenders: list[Contender]) -> None:
-    """Write results.json and report.md into the comparison's folder, each whole or not at all. Raises LogError."""
-    shown = {**asdict(plan), "out": str(plan.out)}
-    results: dict[str, Any] = {
-        "problem": plan.problem,
-        **plan.circumstances,
-        "targets": problem_named(plan.problem).targets,
-        "plan": {key: value for key, value in shown.items() if key != "circumstances"},
-        "fewest_seeds": fewest_seeds(len(contenders) - 1),
-        "contenders": [_contender(contender) for contender in contenders],
-    }
-    _write(plan.out / "results.json", json.dumps(_plain(results), indent=1) + "\n")
-    _write(plan.out / "report.md", markdown(plan, contenders))
+def _listed(numbers: Sequence[int]) -> str:
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
-def _contender(contender: Contender) -> dict[str, Any]:
-    return {**asdict(contender), "expanded": expanded(contender.trained), "losses": contender.losses}
+def headline(comparison: Comparison) -> str:
+    """Return what was compared, in one line."""
+    plan = comparison.plan
+    return (
+        f"{plan.problem}: {len(plan.specs)} contenders, {comparison.studies} studies of {plan.trials} "
+        f"trial{'' if plan.trials == 1 else 's'}, {plan.budget} gradient evaluations each"
+    )
 
 
-def markdown(plan: Plan, contenders: list[Contender]) -> str:
+def markdown(comparison: Comparison) -> str:
     """Return the report as Markdown."""
-    table = rows(plan, contenders)
+    table = rows(comparison)
     head = list(table[0])
-    lines = [f"# {headline(plan, contenders)}", ""]
+    lines = [f"# {headline(comparison)}", ""]
     lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     lines += ["| " + " | ".join(row[name].replace("|", "\\|") for name in head) + " |" for row in table]
-    lines += ["", *(f"- {remark}" for remark in remarks(plan, contenders)), ""]
+    lines += ["", *(f"- {remark}" for remark in remarks(comparison)), ""]
     lines += ["![validation loss against gradient evaluations](curves.png)", ""]
-    if plan.tune:
+    lines += ["![paired differences in test loss, study by study](differences.png)", ""]
+    if comparison.plan.tune:
         lines += ["![validation loss against learning rate](sensitivity.png)", ""]
     return "\n".join(lines)
-
-
-def headline(plan: Plan, contenders: list[Contender]) -> str:
-    """Return what was compared, in one line."""
-    return f"{plan.problem}: {len(contenders)} contenders, {plan.seeds} seeds, {plan.budget} gradient evaluations"
-
-
-def _plain(value: Any) -> Any:
-    """Return a value with text in place of numbers that JSON does not have."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _write(path: Path, text: str) -> None:
-    scratch = scratch_of(path)
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(path)
-    except OSError as error:
-        raise LogError(f"{path} cannot be written: {error.strerror or error}") from None

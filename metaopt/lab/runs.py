@@ -1,9 +1,10 @@
-"""The TensorBoard runs of a comparison: one per contender and seed, and one per contender of the median."""
+"""The TensorBoard runs of a comparison: one per contender and study, and one per contender of the median."""
 
 import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,32 +22,37 @@ Result = dict[str, Any]
 
 
 class Runs:
-    """The folder `tensorboard` of a comparison. Raises LogError where one is there that no comparison made."""
+    """The folder `tensorboard` of a comparison: the best run of every study. Raises LogError."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, folder: Path) -> None:
         self._plan = plan
-        self._folder = plan.out / "tensorboard"
+        self._folder = folder / "tensorboard"
         if self._folder.exists() and not (self._folder / MARK).exists():
             raise LogError(f"{self._folder} is there and no comparison made it: choose another --out")
 
-    def begin(self) -> None:
-        """Make the folder, without what an earlier comparison left there."""
+    def write(self, contenders: Sequence[Any]) -> None:
+        """Write all runs, in place of what an earlier call left there."""
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
         (self._folder / MARK).touch()  # nothing else is ever removed
+        for position, contender in enumerate(contenders):
+            for number, run in enumerate(contender.runs):
+                self._study(position, number, run)
+            self._median(position, contender.runs)
 
     def name(self, position: int) -> str:
         """Return a contender's name in TensorBoard: its place and its parts, `2-sgd-lookahead`."""
         parts = [part.label or part.name for part in parse(self._plan.specs[position])]
         return re.sub(r"[^a-z0-9_.-]+", "", f"{position + 1}-{'-'.join(parts)}")[:80]
 
-    def write(self, position: int, seed: int, result: Result) -> None:
-        """Write the run of one seed; x is the number of updates."""
+    def _study(self, position: int, number: int, result: Result) -> None:
+        """Write the run of one study; x is the number of updates."""
         points = {int(step): _numbers(values) for step, values in result["points"]}
-        self._run(f"{self.name(position)}/seed-{seed}", result, points, _number(result["evaluated"]["loss"]))
+        self._run(f"{self.name(position)}/study-{number}", result, points, _number(result["test"]["loss"]))
 
-    def write_median(self, position: int, results: Sequence[Result]) -> None:
-        """Write the median over seeds, under the tags of the seeds' own runs; one that diverged has infinite losses."""
+    def _median(self, position: int, results: Sequence[Result]) -> None:
+        """Write the median over studies, under the tags of the studies' own runs; one that diverged has "
+        "infinite losses."""
         runs = [{int(step): _numbers(values) for step, values in result["points"]} for result in results]
         steps = sorted({step for run in runs for step in run})
         tags = list(dict.fromkeys(tag for run in runs for values in run.values() for tag in values))
@@ -58,7 +64,7 @@ class Runs:
                     values += [math.inf] * sum(not run.get(step) for run in runs)
                 if values:
                     points.setdefault(step, {})[tag] = median(values)
-        final = median([_number(result["evaluated"]["loss"]) for result in results])
+        final = median([_number(result["test"]["loss"]) for result in results])
         self._run(f"{self.name(position)}/{MEDIAN}", results[0], points, final)
 
     def _run(self, name: str, result: Result, points: Mapping[int, Mapping[str, float]], final: float) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from metaopt.construction.building import build
-from metaopt.errors import ProblemError
+from metaopt.errors import MetaoptError, ProblemError
 from metaopt.lab.circumstances import digest
 from metaopt.lab.named import problem_named
 from metaopt.lab.telling import told
@@ -19,6 +19,8 @@ from metaopt.problem import Problem
 from metaopt.stack import Stack
 
 POINTS = 20
+# a loss that has grown by so many times the initial one has exploded
+EXPLODED = 9.0
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,7 @@ class Trial:
     """What is run: a problem, a spec with its learning rate, a seed, a budget of gradient evaluations.
 
     `updates` is how many updates the budget pays for, `steps` how many `step()`s each takes: more than one where
-    gradients are accumulated. A `final` run is looked at as it goes and reads the test data
-    once; one that only tunes is evaluated at its end, on validation data. `circumstances` is the rest, hashed.
+    gradients are accumulated. `circumstances` is the rest, hashed.
     """
 
     problem: str
@@ -37,7 +38,6 @@ class Trial:
     updates: int
     steps: int
     device: str
-    final: bool
     circumstances: str
 
     def key(self) -> str:
@@ -108,63 +108,113 @@ def cost_of_an_update(problem: Problem, spec: str, device: str, budget: int) -> 
 
 
 def run_trial(trial: Trial) -> dict[str, Any]:
-    """Train once; return the final losses of the fast and the evaluated weights, and the curve of a final run.
+    """Train once; return the curve on validation data, and the final numbers on validation and on test data.
 
-    Raises MetaoptError, for whatever the optimizer or the problem raised.
+    A run that raised, or ran out of memory, is a result as well: `failed` says why, and it counts as diverged.
     """
-    with told(f"{trial.spec} cannot train {trial.problem}, seed {trial.seed}"):
-        return {**asdict(trial), **_run(trial)}
+    try:
+        with told(f"{trial.spec} cannot train {trial.problem}, seed {trial.seed}"):
+            return {**asdict(trial), **_run(trial), "failed": None}
+    except MetaoptError as error:
+        return failed(trial, str(error))
+
+
+def failed(trial: Trial, reason: str) -> dict[str, Any]:
+    """Return the result of a trial that has none of its own."""
+    lost: dict[str, Any] = {"loss": None}
+    return {
+        **asdict(trial),
+        "curve": [],
+        "points": [],
+        "hparams": {},
+        "validation": lost,
+        "test": lost,
+        "fast": lost,
+        "weights": FAST,
+        "reached": None,
+        "updates": 0,
+        "evaluations": 0,
+        "seconds": 0.0,
+        "diverged": True,
+        "failed": reason,
+    }
+
+
+def has_diverged(loss: float, initial: float) -> bool:
+    """Tell whether a run has diverged: its loss is not finite, or above the initial weights' by ten times that loss.
+
+    The rule for both is on validation data: loss > initial + 9 |initial|. An initial loss of 0 sets no limit.
+    """
+    return not math.isfinite(loss) or (initial != 0.0 and loss > initial + EXPLODED * abs(initial))
 
 
 def _run(trial: Trial) -> dict[str, Any]:
     problem = problem_named(trial.problem)
     points = Points()
     every = max(1, trial.updates // POINTS)
-    log = {"log": points, "log_every": every} if trial.final else {}
-    run = _Run(problem, trial.spec, trial.seed, trial.device, trial.updates, **log)
+    run = _Run(problem, trial.spec, trial.seed, trial.device, trial.updates, log=points, log_every=every)
+    initial = problem.evaluate(run.model, "validation")["loss"]
     per_update = max(1, trial.budget // trial.updates)
-    metric, goal = next(iter(problem.targets.items()), ("loss", -math.inf))
+    watched = _Target(problem)
     curve: list[tuple[int, float | None]] = []
-    reached: int | None = None
-    diverged = False
+    measured: dict[str, float] = {"loss": initial}
     seconds, began = 0.0, time.perf_counter()
     while run.evaluations + per_update <= trial.budget:
-        loss = run.update(trial.steps)
+        run.update(trial.steps)
         last = run.evaluations + per_update > trial.budget
         if run.opt.updates % every and not last:
             continue
         _settle(trial.device)
         seconds += time.perf_counter() - began
-        if trial.final:
-            measured = _evaluate(run, "validation")
-            points.scalars(run.opt.updates, {f"validation/{name}": value for name, value in measured.items()})
-            curve.append((run.evaluations, _finite(measured["loss"])))
-            met = measured[metric] <= goal if metric == "loss" else measured[metric] >= goal
-            reached = run.evaluations if reached is None and met else reached
-            loss = torch.tensor(measured["loss"])
-        diverged = not bool(loss.isfinite())
-        if diverged:
+        measured = _evaluate(run, "validation")
+        points.scalars(run.opt.updates, {f"validation/{name}": value for name, value in measured.items()})
+        curve.append((run.evaluations, _finite(measured["loss"])))
+        watched.look(run.evaluations, measured)
+        if not math.isfinite(measured["loss"]):
             break
         began = time.perf_counter()
     run.opt.close()
-    split = "test" if trial.final else "validation"
-    fast = problem.evaluate(run.model, split)
-    measured = fast if evaluated(run.opt) == FAST else _evaluate(run, split)
-    diverged = diverged or not math.isfinite(measured["loss"])
+    fast = problem.evaluate(run.model, "test")
+    test = fast if evaluated(run.opt) == FAST else _evaluate(run, "test")
+    diverged = has_diverged(measured["loss"], initial) or not math.isfinite(test["loss"])
     return {
         "curve": curve,
         "points": sorted(points.values.items()),
         "hparams": points.hparams,
-        "fast": {name: _finite(value) for name, value in fast.items()},
-        # a run that was stopped has no final loss, whatever its weights give
-        "evaluated": {name: None if diverged else _finite(value) for name, value in measured.items()},
+        # a run that diverged has no final numbers, whatever its weights give
+        "validation": _numbers(measured, diverged),
+        "test": _numbers(test, diverged),
+        "fast": _numbers(fast, False),
         "weights": evaluated(run.opt),
-        "reached": reached,
+        "reached": watched.reached,
         "updates": run.opt.updates,
         "evaluations": run.evaluations,
         "seconds": seconds,
         "diverged": diverged,
     }
+
+
+class _Target:
+    """When a run meets the problem's target: at the first point after which the next, if there is one, meets it too."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.metric, self.goal = next(iter(problem.targets.items()), ("loss", -math.inf))
+        self.reached: int | None = None
+        self._confirmed = False
+
+    def look(self, evaluations: int, measured: Mapping[str, float]) -> None:
+        value = measured[self.metric]
+        met = value <= self.goal if self.metric == "loss" else value >= self.goal
+        if self._confirmed:
+            return
+        if met and self.reached is not None:
+            self._confirmed = True
+        else:
+            self.reached = evaluations if met else None
+
+
+def _numbers(measured: Mapping[str, float], lost: bool) -> dict[str, float | None]:
+    return {name: None if lost else _finite(value) for name, value in measured.items()}
 
 
 def _evaluate(run: _Run, split: str) -> dict[str, float]:

@@ -5,8 +5,9 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,15 @@ import torch
 from metaopt.errors import LogError, ProblemError
 from metaopt.lab.circumstances import THREADS
 from metaopt.lab.holding import scratch_of
-from metaopt.lab.trial import Trial, run_trial
+from metaopt.lab.trial import Trial, failed, run_trial
 from metaopt.registry import registry
 
 Result = dict[str, Any]
+
+TRIES = 3
+# without any result between: nothing can be run here
+KILLED_IN_A_ROW = 8
+KILLED = f"its process was killed {TRIES} times from outside, most likely for want of memory"
 
 
 class Workers:
@@ -28,10 +34,11 @@ class Workers:
     Left by an exception, a Ctrl-C among them, it ends at once what still runs.
     """
 
-    def __init__(self, folder: Path, jobs: int, plugins: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, jobs: int, plugins: Sequence[str] = (), retry_failed: bool = False) -> None:
         self.folder = folder.absolute()  # a process may begin in another one
         self.jobs = jobs
         self.plugins = tuple(plugins)
+        self.retry_failed = retry_failed
         self._pool: ProcessPoolExecutor | None = None
         self._others: set[Any] = set()
         self._threads = torch.get_num_threads()
@@ -43,21 +50,17 @@ class Workers:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         torch.set_num_threads(self._threads)
-        if self._pool is not None:
-            self._pool.shutdown(wait=kind is None, cancel_futures=True)
-            for worker in set(multiprocessing.active_children()) - self._others:
-                worker.kill()
-                worker.join()
+        self._end_pool(patiently=kind is None)
 
     def results(self, trials: Iterable[Trial]) -> Iterator[tuple[Trial, Result]]:
         """Yield each trial with its result as it comes; one that lies in the folder is read, not made again.
 
-        Raises MetaoptError for a trial that cannot be run, and where a process was killed.
+        A trial that raises is a result, and so is one whose process was killed `TRIES` times. Raises LogError.
         """
         missing = []
         for trial in trials:
             found = stored(trial, self.folder)
-            if found is None:
+            if found is None or (self.retry_failed and found["failed"]):
                 missing.append(trial)
             else:
                 yield trial, found
@@ -68,27 +71,66 @@ class Workers:
             yield from self._elsewhere(missing)
 
     def _elsewhere(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, Result]]:
-        if self._pool is None:
-            self._others = set(multiprocessing.active_children())
-            self._pool = ProcessPoolExecutor(self.jobs, _context(), initializer=_begin, initargs=(self.plugins,))
-        try:
-            pending = {self._pool.submit(_run_and_store, trial, self.folder, self.jobs): trial for trial in trials}
-            for future in as_completed(pending):
-                yield pending[future], future.result()
-        except BrokenProcessPool:
-            raise ProblemError(
-                f"a training process was killed from outside, most likely for want of memory: "
-                f"give fewer --jobs than {self.jobs}; the same command goes on from what is done"
-            ) from None
+        waiting, suspects = deque(trials), deque[Trial]()
+        killed: Counter[Trial] = Counter()
+        running: dict[Future[Result], Trial] = {}
+        in_a_row = 0
+        while waiting or suspects or running:
+            try:
+                self._submit(waiting, suspects, running)
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    result = future.result()
+                    in_a_row = 0
+                    yield running.pop(future), result
+            except BrokenProcessPool:
+                in_a_row += 1
+                if in_a_row > KILLED_IN_A_ROW:
+                    raise ProblemError(
+                        f"training processes are killed as soon as they start, {in_a_row} in a row, most likely for "
+                        f"want of memory: give fewer --jobs than {self.jobs}; the same command goes on "
+                        "from what is done"
+                    ) from None
+                # one of these was it: each is tried again by itself
+                for trial in running.values():
+                    done = stored(trial, self.folder)
+                    if done is not None and not done["failed"]:
+                        yield trial, done
+                        continue
+                    killed[trial] += 1
+                    if killed[trial] < TRIES:
+                        suspects.append(trial)
+                    else:
+                        yield trial, _store(failed(trial, KILLED), self.folder, self.jobs, trial)
+                running.clear()
+                self._end_pool()
+
+    def _submit(self, waiting: deque[Trial], suspects: deque[Trial], running: dict[Future[Result], Trial]) -> None:
+        """Keep all processes busy, or one of them with a trial that may have got another one killed."""
+        source, most = (suspects, 1) if suspects else (waiting, 2 * self.jobs)
+        while source and len(running) < most:
+            if self._pool is None:
+                self._others = set(multiprocessing.active_children())
+                self._pool = ProcessPoolExecutor(self.jobs, _context(), initializer=_begin, initargs=(self.plugins,))
+            future = self._pool.submit(_run_and_store, source[0], self.folder, self.jobs)
+            running[future] = source.popleft()
+
+    def _end_pool(self, patiently: bool = False) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=patiently, cancel_futures=True)
+            for worker in set(multiprocessing.active_children()) - self._others:
+                worker.kill()
+                worker.join()
+            self._pool = None
 
 
 def stored(trial: Trial, folder: Path) -> dict[str, Any] | None:
-    """Return the result of a trial that was run before, or None."""
+    """Return the result of a trial that was run before, or None; a file that holds something else is none."""
     try:
-        found: dict[str, Any] = json.loads(_file(trial, folder).read_text())
+        found = json.loads(_file(trial, folder).read_text())
     except (FileNotFoundError, ValueError):
         return None
-    return found
+    whole = isinstance(found, dict) and {"validation", "test", "failed", "jobs"} <= found.keys()
+    return found if whole else None
 
 
 def _file(trial: Trial, folder: Path) -> Path:
@@ -96,16 +138,20 @@ def _file(trial: Trial, folder: Path) -> Path:
 
 
 def _run_and_store(trial: Trial, folder: Path, jobs: int) -> dict[str, Any]:
+    return _store(run_trial(trial), folder, jobs, trial)
+
+
+def _store(result: Result, folder: Path, jobs: int, trial: Trial) -> dict[str, Any]:
     # read back: the same types whether a result is new or old
-    result = json.dumps({**run_trial(trial), "jobs": jobs})
+    text = json.dumps({**result, "jobs": jobs})
     path = _file(trial, folder)
     scratch = scratch_of(path.with_suffix(f".{os.getpid()}"))
     try:
-        scratch.write_text(result)
+        scratch.write_text(text)
         scratch.replace(path)
     except OSError as error:
         raise LogError(f"a result cannot be written to {folder}: {error.strerror or error}") from None
-    found: dict[str, Any] = json.loads(result)
+    found: dict[str, Any] = json.loads(text)
     return found
 
 

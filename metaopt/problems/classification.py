@@ -115,7 +115,7 @@ class Digits(Problem):
     """1797 real handwritten digits of 8x8 pixels (scikit-learn's): 1000 to train, 397 to validate, 400 to test."""
 
     targets = {"accuracy": 0.95}
-    default_steps = 150
+    default_steps = 100
     batch_size: int = hyper(64, ge=1, doc="images in a batch")
 
     def _split(self, split: str) -> Data:

@@ -1,4 +1,4 @@
-"""Schedules made of schedules: a warm-up before one, several in sequence."""
+"""Schedules made of schedules: a warm-up before one, several in sequence, one times a factor."""
 
 from collections.abc import Callable
 from typing import Any
@@ -73,6 +73,21 @@ class Sequence(Schedule):
         return None if after is None else begin + after
 
 
+class Scale(Schedule):
+    """v(t) = factor s(t): a schedule as a whole, made larger or smaller."""
+
+    known_as = ("scale_schedule",)
+    schedule: Any = hyper(doc="the schedule, or a number")
+    factor: float = hyper(doc="multiplies every value")
+
+    def curve(self, run: int | None, span: int | None) -> Callable[[float], float]:
+        inner = self.curve_of(self.schedule, run, span)
+        return lambda t: self.factor * inner(t)
+
+    def length(self, run: int | None, span: int | None) -> int | None:
+        return self.schedule.length(run, span) if isinstance(self.schedule, Schedule) else 0
+
+
 def _check_reached(where: str, what: str, begin: int, span: int | None) -> None:
     """Refuse what the run ends before: it would be ignored. A curve that the run merely cuts short is a choice."""
     if span is not None and begin >= max(1, span):
@@ -84,9 +99,12 @@ def _check_reached(where: str, what: str, begin: int, span: int | None) -> None:
 
 @hookimpl
 def metaopt_schedules() -> dict[str, type[Schedule]]:
-    return {"warmup": Warmup, "sequence": Sequence}
+    return {"warmup": Warmup, "sequence": Sequence, "scale": Scale}
 
 
 @hookimpl
 def metaopt_examples() -> dict[str, Example]:
-    return {"sequence": Example("sequence(linear(0.0, 0.1), 10, 0.1, 0.5, cosine(0.1))")}
+    return {
+        "sequence": Example("sequence(linear(0.0, 0.1), 10, 0.1, 0.5, cosine(0.1))"),
+        "scale": Example("scale(cosine(0.1), 0.5)"),
+    }

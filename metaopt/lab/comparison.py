@@ -1,0 +1,176 @@
+"""Which optimizer is better on a problem, as far as these studies can tell."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from metaopt.lab.holding import held
+from metaopt.lab.ledger import Ledger
+from metaopt.lab.looks import level_after
+from metaopt.lab.plan import Plan
+from metaopt.lab.runs import Runs
+from metaopt.lab.statistics import Verdict, verdicts
+from metaopt.lab.trial import Trial
+from metaopt.lab.workers import Workers
+
+Progress = Callable[[int, int], None]
+Result = dict[str, Any]
+# a third of the studies or more are best within this part of the range from its end: it may be too small
+NEAR, OFTEN, LEAST = 0.1, 1 / 3, 2
+
+
+@dataclass
+class Study:
+    """A contender tuned once: its trials by rate, in rising order, and the rate with the least loss on validation data.
+
+    What a user would keep of a tuning is its best run: `run` is the study's result.
+    """
+
+    number: int
+    trials: dict[float | None, Result]
+
+    @property
+    def rate(self) -> float | None:
+        """The rate of the best trial, the first of equal ones."""
+        return min(self.trials, key=lambda rate: loss_of(self.trials[rate], "validation"))
+
+    @property
+    def run(self) -> Result:
+        """The best trial."""
+        return self.trials[self.rate]
+
+
+@dataclass
+class Contender:
+    """One row of the report: a spec with all its studies and the verdicts on it, on the loss and on the target.
+
+    `edge` is "lowest" or "highest" where the studies were best near that end of the rates.
+    """
+
+    spec: str
+    studies: list[Study]
+    verdict: Verdict | None = None
+    target_verdict: Verdict | None = None
+    edge: str | None = None
+
+    @property
+    def runs(self) -> list[Result]:
+        """The result of each study."""
+        return [study.run for study in self.studies]
+
+    @property
+    def losses(self) -> list[float]:
+        """The loss of each study on test data, of the weights that count; infinite where all its trials diverged."""
+        return [loss_of(run, "test") for run in self.runs]
+
+    @property
+    def reached(self) -> list[float]:
+        """After how many gradient evaluations each study met the target; infinite where it missed it."""
+        return [math.inf if run["reached"] is None else float(run["reached"]) for run in self.runs]
+
+    @property
+    def trials(self) -> list[Result]:
+        """All trials of all studies."""
+        return [trial for study in self.studies for trial in study.trials.values()]
+
+
+@dataclass
+class Comparison:
+    """A finished comparison: its plan, its contenders, where it is written, and how often its question was looked at.
+
+    `earlier` holds the numbers of studies at which the same question was looked at before, without being declared.
+    """
+
+    plan: Plan
+    contenders: list[Contender]
+    folder: Path
+    level: float
+    earlier: list[int] = field(default_factory=list)
+
+    @property
+    def studies(self) -> int:
+        """How many studies were made: at the look at which the comparison ended."""
+        return len(self.contenders[0].studies)
+
+    @property
+    def baseline(self) -> Contender:
+        """The contender that the others are compared with."""
+        return self.contenders[self.plan.baseline]
+
+
+def run_comparison(plan: Plan, progress: Progress = lambda done, total: None, retry_failed: bool = False) -> Comparison:
+    """Make the studies of every contender; stop at the first declared look at which every verdict is clear.
+
+    Finished trials lie in `<out>/trials`: an interrupted comparison continues where it stopped. Raises MetaoptError.
+    """
+    trials, contenders = plan.out / "trials", range(len(plan.specs))
+    with (
+        held(plan.out, "a comparison"),
+        held(trials, "results"),
+        Workers(trials, plan.jobs, plan.plugins, retry_failed) as workers,
+    ):
+        ledger = Ledger(plan.out)
+        folder, earlier = ledger.enter(plan), ledger.earlier(plan)
+        runs = Runs(plan, folder)
+        found = Comparison(plan, [], folder, level_after(len(earlier), plan.looks), earlier)
+        done: dict[Trial, Result] = {}
+        for studies in plan.looks:
+            asked = dict.fromkeys(trial for position in contenders for trial in _trials(plan, position, studies))
+            for trial, result in workers.results([trial for trial in asked if trial not in done]):
+                done[trial] = result
+                progress(len(done), len(asked))
+            found.contenders = [_contender(plan, position, studies, done) for position in contenders]
+            judge(found)
+            if all(c.verdict is None or c.verdict.word != "no difference shown" for c in found.contenders):
+                break
+        runs.write(found.contenders)
+        ledger.looked(plan, found.studies)
+    return found
+
+
+def judge(comparison: Comparison) -> None:
+    """Give every contender but the baseline its verdicts: on the loss, and on the time to the target."""
+    contenders, baseline, level = comparison.contenders, comparison.plan.baseline, comparison.level
+    losses = verdicts([c.losses for c in contenders], baseline, level)
+    times = verdicts([c.reached for c in contenders], baseline, level)
+    met = any(math.isfinite(at) for c in contenders for at in c.reached)
+    for contender, loss, time in zip(contenders, losses, times, strict=True):
+        contender.verdict = loss
+        contender.target_verdict = time if met else None
+
+
+def _trials(plan: Plan, position: int, studies: int) -> list[Trial]:
+    return [trial for number in range(studies) for trial in plan.study(position, number).values()]
+
+
+def _contender(plan: Plan, position: int, studies: int, done: dict[Trial, Result]) -> Contender:
+    made = [
+        Study(number, {rate: done[trial] for rate, trial in plan.study(position, number).items()})
+        for number in range(studies)
+    ]
+    return Contender(
+        plan.specs[position],
+        made,
+        edge=edge_of([study.rate for study in made if study.rate], plan.lowest, plan.highest),
+    )
+
+
+def edge_of(best: Sequence[float], lowest: float, highest: float) -> str | None:
+    """Return at which end of the rates too many studies were best, "lowest" or "highest", or None."""
+    span = math.log(highest / lowest)
+    places = [math.log(rate / lowest) for rate in best]
+    for name, near in (
+        ("lowest", [x < NEAR * span for x in places]),
+        ("highest", [x > (1 - NEAR) * span for x in places]),
+    ):
+        if sum(near) >= max(LEAST, OFTEN * len(best)):
+            return name
+    return None
+
+
+def loss_of(run: Result, split: str) -> float:
+    """Return the loss of a trial at its end, infinite where it diverged or failed."""
+    loss = run[split]["loss"]
+    return math.inf if loss is None else float(loss)

@@ -1,0 +1,111 @@
+"""A comparison as data: results.json, trials.csv and the rows that both are made of."""
+
+import csv
+import io
+import json
+import math
+from dataclasses import asdict
+from typing import Any
+
+from metaopt.lab.comparison import Comparison, Contender
+from metaopt.lab.holding import write_text
+from metaopt.lab.named import problem_named
+from metaopt.lab.plan import expanded
+from metaopt.lab.power import fewest_studies
+from metaopt.lab.report import markdown
+
+
+def write_results(comparison: Comparison) -> None:
+    """Write results.json, trials.csv and report.md into the comparison's folder, each whole or not at all."""
+    folder = comparison.folder
+    write_text(folder / "results.json", json.dumps(document(comparison), indent=1) + "\n")
+    write_text(folder / "trials.csv", trials_csv(comparison))
+    write_text(folder / "report.md", markdown(comparison))
+
+
+def document(comparison: Comparison) -> dict[str, Any]:
+    """Return everything that a comparison found, as plain values that JSON has; infinite numbers as text."""
+    plan = comparison.plan
+    shown = {key: value for key, value in asdict(plan).items() if key not in ("circumstances", "own")}
+    found = {
+        "problem": plan.problem,
+        **plan.circumstances,
+        "targets": problem_named(plan.problem).targets,
+        "plan": {**shown, "out": str(plan.out)},
+        "studies": comparison.studies,
+        "level": comparison.level,
+        "earlier_looks": comparison.earlier,
+        "fewest_studies": fewest_studies(len(comparison.contenders) - 1, comparison.level),
+        "contenders": [_contender(contender) for contender in comparison.contenders],
+    }
+    plain: dict[str, Any] = _plain(found)
+    return plain
+
+
+def _contender(contender: Contender) -> dict[str, Any]:
+    return {
+        "spec": contender.spec,
+        "edge": contender.edge,
+        "verdict": None if contender.verdict is None else asdict(contender.verdict),
+        "target_verdict": None if contender.target_verdict is None else asdict(contender.target_verdict),
+        "losses": contender.losses,
+        "reached": contender.reached,
+        "rates": [study.rate for study in contender.studies],
+        "expanded": [expanded(run["spec"]) for run in contender.runs],
+        "runs": contender.runs,
+    }
+
+
+def trial_rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """Return a row per trial, of all contenders and studies; infinite where a trial diverged."""
+    found = []
+    for contender in comparison.contenders:
+        for study in contender.studies:
+            for rate, trial in study.trials.items():
+                found.append(
+                    {
+                        "problem": comparison.plan.problem,
+                        "contender": contender.spec,
+                        "baseline": contender is comparison.baseline,
+                        "study": study.number,
+                        "lr": math.nan if rate is None else rate,
+                        "spec": trial["spec"],
+                        "chosen": rate == study.rate,
+                        "seed": trial["seed"],
+                        **{f"validation_{name}": _lost(value, name) for name, value in trial["validation"].items()},
+                        **{f"test_{name}": _lost(value, name) for name, value in trial["test"].items()},
+                        "reached": math.inf if trial["reached"] is None else float(trial["reached"]),
+                        "diverged": trial["diverged"],
+                        "failed": trial["failed"] or "",
+                        "evaluations": trial["evaluations"],
+                        "updates": trial["updates"],
+                        "seconds": trial["seconds"],
+                    }
+                )
+    return found
+
+
+def trials_csv(comparison: Comparison) -> str:
+    """Return the rows of all trials as a table of text."""
+    rows = trial_rows(comparison)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _lost(value: float | None, name: str) -> float:
+    if value is not None:
+        return value
+    return math.inf if name.endswith("loss") else math.nan
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with text in place of numbers that JSON does not have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
