@@ -577,6 +577,27 @@ class _Mechanic(_Part):
 
 mechanic: _Mechanic
 
+class _Monitor(_Part):
+    def __call__(self, tensors: str | Sequence[Any] | None = None, update_ratio: bool = True, grad_norm: bool = True, param_norm: bool = True, effective_lr: bool = False, alignment: bool = False, sign_agreement: bool = False, moments: bool = False, noise_scale: bool = False, sharpness: int = 0, iterations: int = 4, histograms: bool = False, *, label: str | None = None) -> _Part:
+        """Measures logged updates and changes nothing; w are the weights, g is the gradient, d the change of w.
+
+        Args:
+            tensors: patterns of names, such as 'blocks.*': these tensors are shown; without, the 5 largest and the 5 smallest
+            update_ratio: measure |d| / |w|
+            grad_norm: measure |g|
+            param_norm: measure |w|
+            effective_lr: measure |d| / |g|
+            alignment: measure cos(d, -g) and cos(g, last g)
+            sign_agreement: measure the share of elements with d g < 0
+            moments: measure the norms of the base's moments
+            noise_scale: measure the gradient noise scale; needs accumulate in the stack
+            sharpness: updates between two measurements of the Hessian's largest eigenvalue; 0: none
+            iterations: power iterations of `sharpness`
+            histograms: histograms of weights, gradients and changes
+        """
+
+monitor: _Monitor
+
 class _Orthograd(_Part):
     def __call__(self, *, label: str | None = None) -> _Part:
         """a = g - (w g / (w w + 1e-30)) w; g <- a |g| / (|a| + 1e-30) for each tensor, so that w g = 0. arXiv:2501.04697"""

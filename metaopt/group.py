@@ -42,6 +42,21 @@ class Group(_Log):
 
     params: list[torch.Tensor]
     updates: int
+
+    @property
+    @abstractmethod
+    def names(self) -> list[str]:
+        """The names of the parameters: the user's, such as `blocks.0.weight`, or `#3`, its position in the run."""
+
+    @property
+    @abstractmethod
+    def sizes(self) -> list[int]:
+        """How many elements the parameters have, over all shards."""
+
+    @abstractmethod
+    def base_setting(self, name: str, default: Any = None) -> Any:
+        """Return an entry of the base's in the group, such as its `eps`, or the default if the base has none."""
+
     # of a block: where in the group's lists each of its tensors, or the tensor of its rows, is
     index: list[int]
 
@@ -85,6 +100,10 @@ class Group(_Log):
 
         Without `rows`, sums over a tensor's parts will do as well as its elements.
         """
+
+    @abstractmethod
+    def sum_over_shards(self, numbers: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return tensors of one shape, one for each parameter, plus those of its other shards: for counts and sums."""
 
     @abstractmethod
     def dots(self, a: list[torch.Tensor], b: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -187,6 +206,17 @@ class Groups(_Log):
 
         Statistics of batch norm then count a batch once.
         """
+
+    @abstractmethod
+    def measure_tensors(self, name: str, tensors: Sequence[str], values: torch.Tensor, most: int | None = None) -> None:
+        """Log a number for each of many tensors as `<label>/<name>/<tensor>`; never waits for the device.
+
+        With `most`, so many of the largest and of the smallest are written at a point, with their names.
+        """
+
+    @abstractmethod
+    def measure_histogram(self, name: str, edges: Sequence[float], counts: torch.Tensor) -> None:
+        """Log how many numbers lie between each two edges as `<label>/<name>`; never waits for the device."""
 
     @property
     @abstractmethod

@@ -22,9 +22,12 @@ class Metrics:
     callables, asked when the run opens: a checkpoint has been loaded by then.
     """
 
-    def __init__(self, logger: Logger | None = None, *, every: int | None = None, **run: Any) -> None:
-        # somebody reads what is measured, also if there is no log
-        self._asked = every is not None
+    def __init__(
+        self, logger: Logger | None = None, *, every: int | None = None, asked: bool = False, **run: Any
+    ) -> None:
+        # somebody reads what is measured, also if there is no log: here, or on the rank that writes it, because what is
+        # measured over all shards is measured by all ranks
+        self._asked = asked or every is not None
         every = 50 if every is None else every
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise LogError(f"log_every must be an integer >= 1 (updates), got {every!r}")

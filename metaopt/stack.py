@@ -95,6 +95,8 @@ class Stack(torch.optim.Optimizer):
         self._patch_step_function()
         param_state.take_constructor_state(self._run)
         self._run.complete_groups()
+        for placed in structure.observers:
+            placed.wrapper.validate_names(list(self._run.names().values()))
         clips = [w.label for chain in structure.chains for w in chain.ordered if w.clips_gradients]
         if clips and not self._run.has_zero_shard:
             self._run.second_clip = SecondClip(base.param_groups, list(dict.fromkeys(clips)))

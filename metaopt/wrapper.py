@@ -1,7 +1,7 @@
 """Wrapper: all that the author of a wrapper must know."""
 
 from abc import ABC
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -26,6 +26,7 @@ HOOKS = (
     "after_update",
     "averaged",
     "on_record",
+    *("observe", "observe_gradients", "observe_loss"),
 )
 BEFORE_BASE = frozenset({"around", "on_gradients", "before_update"})
 
@@ -84,7 +85,7 @@ Reduce = Literal["mean", "norm"]
 
 
 class Wrapper(ABC):
-    """A part around the base: declares hyperparameters and state, and any of the eight hooks below.
+    """A part around the base: declares hyperparameters and state, and any of the hooks below.
 
     `class W(Wrapper, every="k")`: the hooks behind the base run only when the hyperparameter `k` divides the count.
     `class W(Wrapper, elementwise=True)`: the rule treats every element alike, so `on_update` and `after_update` may be
@@ -212,6 +213,31 @@ class Wrapper(ABC):
 
     def on_record(self, groups: Groups, name: str, value: Any) -> None:  # noqa: B027
         """Act on a value that the user gives to `opt.record(name=value)`, between two updates."""
+
+    # ---- hooks of a part that only looks (`observes = True`)
+
+    def looks_with(self, hook: str) -> bool:
+        """Return whether this configuration needs an observing hook that the class defines; the default needs all."""
+        return True
+
+    def looks_ahead(self) -> bool:
+        """Return whether `observe` is also called at the update before a logged one, without `group.update`."""
+        return False
+
+    def validate_names(self, names: Sequence[str]) -> None:  # noqa: B027
+        """Raise HyperparameterError if patterns of names match none of the parameters; the default accepts all."""
+
+    def observe(self, groups: Groups) -> None:  # noqa: B027
+        """Look at an update that is logged, after all other parts: `group.update` is all that was added to the weights.
+
+        The gradients are those that the base was given.
+        """
+
+    def observe_gradients(self, groups: Groups, *, gathered: bool) -> None:  # noqa: B027
+        """Look at gradients before any part changes them; again, `gathered`, when those of several steps are one."""
+
+    def observe_loss(self, closure: Closure, groups: Groups) -> None:  # noqa: B027
+        """Evaluate the loss once more, at `step(closure)`: leave weights and gradients as they were, bit for bit."""
 
     @classmethod
     def implemented_hooks(cls) -> frozenset[str]:

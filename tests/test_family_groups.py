@@ -83,6 +83,7 @@ TOGETHER = {
     *(f"plateau.{name}" for name in ("metric", "factor", "patience", "mode", "threshold", "threshold_mode")),
     *(f"plateau.{name}" for name in ("cooldown", "min_lr", "eps")),
     "skip_spikes.window",
+    *(f"monitor.{name}" for name in metaopt.monitor.hyperparameters),
     *(f"zclip.{name}" for name in ("alpha", "z_thresh", "warmup", "mode")),
     *(f"mechanic.{name}" for name in ("s_init", "num_betas", "eps", "weight_decay")),
 }
@@ -193,6 +194,8 @@ def test_what_all_groups_share_is_refused_in_one_of_them(key: str) -> None:
         "metric": "loss",  # the name that plateau waits for
         "plateau.mode": "max",
         "threshold_mode": "abs",
+        **{name: not h.default for name, h in metaopt.monitor.hyperparameters.items() if h.type is bool},
+        "tensors": "*",
     }
     name, _, hyperparameter = key.partition(".")
     groups = [{"params": [start(0)]}, {"params": [start(1)], key: other.get(key, other.get(hyperparameter, 3))}]

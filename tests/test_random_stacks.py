@@ -94,7 +94,11 @@ class Trial:
             later = {choice([2, 3, 6]): choice(BASES), 7: choice(BASES)} if choice([0, 0, 1]) else {}
             lanes["*"] = Lane([], lanes["*"].base, [], later)
         middle = f"partition({{{', '.join(f'{n!r}: {lane}' for n, lane in lanes.items())}}})" if self.parted else None
-        self.spec = " | ".join([*map(str, before), middle or str(lanes["*"]), *map(str, behind)])
+        parts = [*map(str, before), middle or str(lanes["*"]), *map(str, behind)]
+        if choice([0, 0, 1]):  # what only looks may be written anywhere, and no rule follows it
+            looks = ("alignment=True", "moments=True, sign_agreement=True", "histograms=True", "noise_scale=True")
+            parts.insert(self.random.randint(0, len(parts)), f"monitor({choice(looks)})")
+        self.spec = " | ".join(parts)
         self.rules = PlainStack(before, lanes, behind)
         self.groups: list[list[int]] = []
         self.built = self.numbers = 0
@@ -132,7 +136,7 @@ class Trial:
         """Return parameters with these weights, and a stack over them in the groups as they are now."""
         params = [torch.nn.Parameter(w.clone()) for w in weights]
         groups = [{"params": [self._named(i, params[i]) for i in group]} for group in self.groups]
-        opt = metaopt.build(groups[: self.built], self.spec)
+        opt = metaopt.build(groups[: self.built], self.spec, log_every=2)
         for group in groups[self.built :]:
             opt.add_param_group(group)
         return params, opt

@@ -161,4 +161,4 @@ def _hint_at_decay(model: Any, base: torch.optim.Optimizer) -> None:
 
 def _metrics(log: Any, log_every: int | None) -> Metrics:
     logger = as_logger(log, lambda directory: registry.find("tensorboard", "logger").target(directory))
-    return Metrics(logger, every=plain(log_every))
+    return Metrics(logger, every=plain(log_every), asked=log is not None)

@@ -39,6 +39,9 @@ def arrange(pipeline: Pipeline) -> tuple[Part, tuple[Wrapper, ...]]:
             continue
         wrapper = part.build_wrapper()
         base = pipeline.parts[bases[0]].name
+        if wrapper.observes:
+            wrappers.append(wrapper)
+            continue
         if wrapper.runs_before_base() and position > bases[0]:
             raise SpecError(f"{wrapper.label} works on what {base} has used by then: write it before {base}")
         if not wrapper.runs_before_base() and position < bases[0]:

@@ -70,6 +70,30 @@ def norm_over_shards(values: torch.Tensor, parameter: torch.Tensor, *, rows: boo
     return sum_over_shards(norm.square(), parameter, rows=rows).sqrt()
 
 
+def norms_over_shards(values: list[torch.Tensor], parameters: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the 2-norm of each of many local parts over all its shards; see `sums_over_shards`."""
+    norms = [torch.linalg.vector_norm(v, dtype=_wide(v.dtype)) for v in values]
+    if not any(map(is_sharded, parameters)):
+        return norms
+    return [total.sqrt() for total in sums_over_shards([norm.square() for norm in norms], parameters)]
+
+
+def sums_over_shards(sums: list[torch.Tensor], parameters: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return local sums of one shape plus those of other shards, with one reduction for all that are split alike."""
+    kinds: dict[Any, list[int]] = {}
+    for i, parameter in enumerate(parameters):
+        if is_sharded(parameter):
+            sharded: Any = parameter
+            split = tuple(placement.is_shard() for placement in sharded.placements)
+            kinds.setdefault((sharded.device_mesh, split), []).append(i)
+    totals = list(sums)
+    for members in kinds.values():
+        whole = sum_over_shards(torch.stack([sums[i] for i in members]), parameters[members[0]])
+        for i, total in zip(members, whole.unbind(), strict=True):
+            totals[i] = total
+    return totals
+
+
 def mean_over_shards(values: torch.Tensor, parameter: torch.Tensor, *, rows: bool) -> torch.Tensor:
     """Return the mean of `values`, a local part of something like `parameter`, over all shards; `rows` as there."""
     count = parameter.numel()
@@ -82,9 +106,20 @@ def mean_over_shards(values: torch.Tensor, parameter: torch.Tensor, *, rows: boo
 
 def dot_over_shards(a: torch.Tensor, b: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Return the real inner product of local parts of two tensors like `parameter`, over all shards; >= float32."""
+    return sum_over_shards(_dot(a, b), parameter)
+
+
+def dots_over_shards(
+    a: list[torch.Tensor], b: list[torch.Tensor], parameters: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Return the real inner product of each two local parts over all shards; see `sums_over_shards`."""
+    return sums_over_shards([_dot(x, y) for x, y in zip(a, b, strict=True)], parameters)
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     wide = _wide(torch.promote_types(a.dtype, b.dtype))
     product = torch.vdot(a.reshape(-1).to(wide), b.reshape(-1).to(wide))
-    return sum_over_shards(product.real if wide.is_complex else product, parameter)
+    return product.real if wide.is_complex else product
 
 
 def sum_over_shards(sums: torch.Tensor, parameter: torch.Tensor, *, rows: bool = False) -> torch.Tensor:

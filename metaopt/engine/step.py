@@ -71,6 +71,8 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
     if closure is not None or ((structure.needs_closure or structure.around) and not run.flushing):
         try:
             evaluation.evaluate(lambda wrapper, inner: wrapper.around(inner, GroupsView(update, Placed(wrapper, None))))
+            if closure is not None and structure.loss_observers:
+                _observe_loss(update, evaluation.with_gradients)
         except BaseException:
             abandon(update)
             raise
@@ -82,7 +84,7 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
         if structure.keeps_early_state:
             param_state.add_early_state(update)
         param_state.collect_initial(update)
-        if structure.on_gradients or update.is_logged:
+        if structure.on_gradients or structure.gradient_observers or update.is_logged:
             filter_gradients(update)
             if update.skip_reason is not None:
                 update.take_back()
@@ -126,6 +128,8 @@ def filter_gradients(update: Update) -> None:
     _coalesce(update)
     if update.is_logged and not run.has_zero_shard:
         run.metrics.measure("train/grad_norm", gradient_norm(update, run.structure.chains, run.param_groups))
+    if run.structure.gradient_observers:
+        _observe_gradients(update, gathered=False)
     for placed in run.structure.on_gradients:
         groups = groups_of(update, placed)
         if placed.chain is not None and not any(update.gather(group)[0] for group in groups):
@@ -137,6 +141,8 @@ def filter_gradients(update: Update) -> None:
         view.write_back()
         if update.skip_reason is not None:
             return
+        if placed.wrapper.spans_steps and run.structure.gradient_observers:
+            _observe_gradients(update, gathered=True)
 
 
 def _coalesce(update: Update) -> None:
@@ -168,6 +174,8 @@ def _prepare_base(update: Update) -> None:
         for group in run.param_groups:
             if structure.chain_of(group).needs_weights_before:
                 update.keep_weights(update.members_of(group))
+    if structure.observers and update.is_logged:
+        update.keep_observed()
     for chain in list(update.scale):
         _leave_kernel_for_gradients(update, chain)
         update.fold_scale(chain)
@@ -351,6 +359,8 @@ def finish(update: Update, loss: Any) -> None:
             _act_behind(update, placed)
         if run.still_watch is not None:
             run.still_watch = run.still_watch.look(run.base.state, run.updates)
+        if run.structure.observers:
+            _observe(update)
         _measure(update, loss)
     except BaseException:
         run.metrics.drop_update()
@@ -361,6 +371,33 @@ def finish(update: Update, loss: Any) -> None:
         if run.has_schedules:
             run.write_schedules()
     run.metrics.end_update(run.updates)
+
+
+def _observe(update: Update) -> None:
+    """Let the parts that only look see a logged update, and those that look ahead the one before it."""
+    run = update.run
+    if update.is_logged:
+        update.begin_observing()
+    for placed in run.structure.observers:
+        ahead = placed.wrapper.looks_ahead() and run.metrics.wanted(run.updates + 1)
+        groups = groups_of(update, placed)
+        if (update.is_logged or ahead) and any(map(update.members_of, groups)):
+            view = GroupsView(update, placed, groups)
+            placed.wrapper.observe(view)
+            view.write_back()
+    update.observing = False
+
+
+def _observe_gradients(update: Update, *, gathered: bool) -> None:
+    for placed in update.run.structure.gradient_observers:
+        groups = groups_of(update, placed)
+        if any(update.gather(group)[0] for group in groups):
+            placed.wrapper.observe_gradients(GroupsView(update, placed, groups), gathered=gathered)
+
+
+def _observe_loss(update: Update, closure: Closure) -> None:
+    for placed in update.run.structure.loss_observers:
+        placed.wrapper.observe_loss(closure, GroupsView(update, placed))
 
 
 def _act_behind(update: Update, placed: Placed) -> None:

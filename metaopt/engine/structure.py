@@ -51,6 +51,10 @@ class Structure:
         self.on_gradients = _with_hook("on_gradients", (*outer, *inner))
         self.before_update = _with_hook("before_update", (*outer, *inner))
         self.on_record = _with_hook("on_record", (*outer, *inner))
+        looking = [p for p in (*outer, *inner) if p.wrapper.observes]
+        self.observers = tuple(looking)
+        self.gradient_observers = _looking_with("observe_gradients", looking)
+        self.loss_observers = _looking_with("observe_loss", looking)
         behind = {"on_update", "after_updates", "after_update"}
         self.acts_behind = tuple(p for p in (*inner, *outer) if p.wrapper.implemented_hooks() & behind)
         self.exchanges = tuple(p for p in self.acts_behind if p.wrapper.takes_means)
@@ -112,6 +116,10 @@ def _with_hook(name: str, placed: Sequence[Placed]) -> tuple[Placed, ...]:
     return tuple(p for p in placed if name in p.wrapper.implemented_hooks())
 
 
+def _looking_with(hook: str, placed: Sequence[Placed]) -> tuple[Placed, ...]:
+    return tuple(p for p in placed if hook in p.wrapper.implemented_hooks() and p.wrapper.looks_with(hook))
+
+
 # ---- what is refused
 
 
@@ -160,7 +168,7 @@ def _validate_base(base: torch.optim.Optimizer) -> None:
 
 def _validate_evaluation(chain: Chain, wrapper: Wrapper) -> None:
     hooks = wrapper.implemented_hooks()
-    owns = "around" in hooks
+    owns = "around" in hooks or (wrapper.observes and "observe_loss" in hooks and wrapper.looks_with("observe_loss"))
     if chain.needs_closure and (owns or wrapper.may_skip_updates):
         what = "evaluates the loss itself" if owns else "skips updates"
         raise SpecError(

@@ -44,6 +44,8 @@ class Update:
         "is_logged",
         "members",
         "names",
+        "observed",
+        "observing",
         "parked",
         "replaced",
         "rewound",
@@ -80,6 +82,9 @@ class Update:
         self.storage: dict[object, torch.Tensor] = {}
         # parameters that hold the weights from before, and whose change is yet to be added
         self.rewound: set[torch.Tensor] = set()
+        # copies of the weights from before for parts that only look, which later become the change of the weights
+        self.observed: dict[torch.Tensor, torch.Tensor] = {}
+        self.observing = False
         # versions of change and weights when the weights were last set to their sum
         self.applied: dict[torch.Tensor, tuple[int, int]] = {}
         # how often a wrapper has drawn random numbers for a parameter
@@ -95,6 +100,8 @@ class Update:
 
     def members_of(self, group: ParamGroup) -> Members:
         """Return the parameters of a group that the base updates; until it does, those with a gradient."""
+        if self.observing:
+            return [p for p in group["params"] if p in self.observed]
         members = self.members.get(id(group))
         return self.gather(group)[0] if members is None else members
 
@@ -159,6 +166,21 @@ class Update:
         """Copy the weights of some parameters, right before the base moves them."""
         for p in members:
             self.before[p] = local(p).clone()
+
+    def keep_observed(self) -> None:
+        """Copy the weights of all parameters that are updated, for parts that only look."""
+        for group in self.run.param_groups:
+            for p in self.members_of(group):
+                self.observed[p] = local(p).clone()
+
+    def begin_observing(self) -> None:
+        """Let parts that only look see all that was added to the weights."""
+        self.observing = True
+        for p, before in self.observed.items():
+            weights = local(p)
+            wide = torch.promote_types(weights.dtype, torch.float32)
+            out = before if wide == weights.dtype else torch.empty_like(weights, dtype=wide)
+            self.observed[p] = torch.sub(weights.to(wide), before, out=out)
 
     def keep_block(self, members: Members) -> None:
         """Copy the weights of a block of parameters into memory that the next block uses again.
@@ -280,7 +302,7 @@ class Evaluation:
             )
         if self._closure is None:
             return
-        evaluate: Closure = self._with_gradients
+        evaluate: Closure = self.with_gradients
         for wrapper in reversed(structure.around):  # the first one outermost
             evaluate = partial(around, wrapper, evaluate)
         self.loss = evaluate()
@@ -305,13 +327,14 @@ class Evaluation:
 
     def _reevaluate(self) -> Any:
         assert self.update is not None
-        loss = self._with_gradients()
+        loss = self.with_gradients()
         self._filter_gradients(self.update)
         for chain in list(self.update.scale):
             self.update.apply_scale(chain)
         return loss
 
-    def _with_gradients(self) -> Any:
+    def with_gradients(self) -> Any:
+        """Call the closure with gradients enabled."""
         assert self._closure is not None
         try:
             with torch.enable_grad():

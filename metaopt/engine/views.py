@@ -11,13 +11,15 @@ from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState, is_
 from metaopt.engine.shards import (
     all_local,
     dense,
-    dot_over_shards,
+    dots_over_shards,
     is_sharded,
     like_parameter,
     local,
     mean_over_shards,
     norm_over_shards,
+    norms_over_shards,
     random_like,
+    sums_over_shards,
     total_dot,
     total_norm,
 )
@@ -206,9 +208,23 @@ class GroupView(Group):
     @property
     def update(self) -> list[torch.Tensor]:
         update = self._update
+        if update.observing:
+            return self._cut([update.observed[p] for p in self.parameters])
         if any(p not in update.before for p in self.parameters):
             raise StepError(f"{self._wrapper.label}: group.update exists only in on_update and in after_updates")
         return self._cut([update.change_of(p) for p in self.parameters])
+
+    @property
+    def names(self) -> list[str]:
+        self._update.names = self._update.names or self._update.run.names()
+        return [self._update.names[p] for p in self.parameters]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [p.numel() for p in self.parameters]
+
+    def base_setting(self, name: str, default: Any = None) -> Any:
+        return self._group.get(name, default) if self._chain.is_base_key(name) else default
 
     @property
     def base_lr(self) -> Any:
@@ -277,13 +293,18 @@ class GroupView(Group):
     # ---- numbers
 
     def norms(self, tensors: list[torch.Tensor], *, rows: bool = False) -> list[torch.Tensor]:
+        if not rows:
+            return norms_over_shards(tensors, self.parameters)
         return [norm_over_shards(t, p, rows=rows) for t, p in zip(tensors, self.parameters, strict=True)]
 
     def means(self, tensors: list[torch.Tensor], *, rows: bool = False) -> list[torch.Tensor]:
         return [mean_over_shards(t, p, rows=rows) for t, p in zip(tensors, self.parameters, strict=True)]
 
+    def sum_over_shards(self, numbers: list[torch.Tensor]) -> list[torch.Tensor]:
+        return sums_over_shards(numbers, self.parameters)
+
     def dots(self, a: list[torch.Tensor], b: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [dot_over_shards(x, y, p) for x, y, p in zip(a, b, self.parameters, strict=True)]
+        return dots_over_shards(a, b, self.parameters)
 
     def random_like(self, tensors: Any, distribution: Literal["normal", "uniform"] = "normal") -> Any:
         if isinstance(tensors, torch.Tensor):
@@ -450,6 +471,12 @@ class GroupsView(Groups):
     def measure(self, name: str, value: torch.Tensor | float) -> None:
         self._update.run.metrics.measure(f"{self._wrapper.label}/{name}", value)
 
+    def measure_tensors(self, name: str, tensors: Sequence[str], values: torch.Tensor, most: int | None = None) -> None:
+        self._update.run.metrics.measure_tensors(f"{self._wrapper.label}/{name}", tensors, values, most)
+
+    def measure_histogram(self, name: str, edges: Sequence[float], counts: torch.Tensor) -> None:
+        self._update.run.metrics.measure_histogram(f"{self._wrapper.label}/{name}", edges, counts)
+
     def __getattr__(self, name: str) -> Any:
         wrapper = self.__dict__["_wrapper"]
         key = f"{wrapper.label}.{name}"
@@ -487,7 +514,7 @@ def views_of(
         return []
     kinds: list[Any] = [(p.dtype, p.device) for p in parameters]
     chain = update.run.structure.chain_of(group)
-    if chain.layout(wrapper).keeps_moments:
+    if chain.layout(wrapper).keeps_moments or wrapper.observes:
         moments = [tuple(_base_keys(chain, update.run.state[p])) for p in parameters]
         kinds = list(zip(kinds, moments, strict=True))
     if len(set(kinds)) == 1:

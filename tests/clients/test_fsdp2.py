@@ -2,11 +2,12 @@
 
 import torch
 from clients.ranks import on_two_ranks
-from clients.training import assert_same, batch, small_model, train, weights
+from clients.training import assert_same, batch, loss_of, share, small_model, train, weights
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import metaopt
+from metaopt.measurements import OfBins
 
 SPEC = "clip_grad_norm(0.5) | adamw(lr=0.05) | lookahead(k=3)"
 
@@ -181,3 +182,33 @@ def test_averages_over_shards_are_those_of_the_whole() -> None:
             with opt.averaged(), plain.averaged():
                 torch.testing.assert_close(weights(model), weights(twin), msg=lambda text, s=spec: f"{s}: {text}")
         torch.testing.assert_close(weights(model), weights(twin), msg=lambda text, s=spec: f"{s}: {text}")
+
+
+MEASURED = "monitor(effective_lr=True, alignment=True, sign_agreement=True, moments=True, sharpness=2, histograms=True)"
+
+
+@on_two_ranks
+def test_what_is_measured_over_shards_is_that_of_the_whole_model() -> None:
+    spec = f"clip_grad_norm(0.5) | adamw(lr=0.05) | {MEASURED}"
+    model, twin = sharded(small_model()), small_model()
+    found, expected = (metaopt.build(m, spec, log_every=1) for m in (model, twin))
+    for step in range(5):
+        for m, opt in ((model, found), (twin, expected)):
+
+            def closure(m: nn.Module = m, opt: metaopt.Stack = opt, step: int = step) -> torch.Tensor:
+                opt.zero_grad()
+                loss = loss_of(m, share(batch(step), m))
+                loss.backward()
+                return loss
+
+            opt.step(closure)
+        numbers, others = found.metrics(), expected.metrics()
+        assert numbers.keys() == others.keys() and len(numbers) > 40
+        binned, whole_bins = (
+            {t: b.values for t, b in opt.log._last_many.items() if isinstance(b, OfBins)} for opt in (found, expected)
+        )
+        for tag, counts in whole_bins.items():  # a number at the edge of a bin may be rounded over it
+            assert binned[tag].sum() == counts.sum() and (binned[tag] - counts).abs().sum() <= 2, tag
+        for tag, number in others.items():
+            if tag != "train/loss":  # each rank has the loss of its share of the batch
+                assert abs(numbers[tag] - number) <= 1e-3 * abs(number) + 1e-5, (tag, numbers[tag], number)

@@ -28,7 +28,7 @@ def train(model: nn.Module, opt: torch.optim.Optimizer, first: int, last: int) -
 
         def closure(step: int = step) -> torch.Tensor:
             opt.zero_grad()
-            loss = loss_of(model, _share(batch(step), model))
+            loss = loss_of(model, share(batch(step), model))
             loss.backward()
             return loss
 
@@ -39,7 +39,8 @@ def train(model: nn.Module, opt: torch.optim.Optimizer, first: int, last: int) -
             opt.step()
 
 
-def _share(rows: torch.Tensor, model: nn.Module) -> torch.Tensor:
+def share(rows: torch.Tensor, model: nn.Module) -> torch.Tensor:
+    """Return this rank's share of a batch; all of it for a model that no rank shares."""
     if not hasattr(model, "reducer") and not any(hasattr(p, "to_local") for p in model.parameters()):
         return rows  # a model that no rank shares
     each = ROWS // torch.distributed.get_world_size()
