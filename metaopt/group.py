@@ -45,12 +45,12 @@ class Group(_Log):
 
     @property
     @abstractmethod
-    def names(self) -> list[str]:
+    def param_names(self) -> list[str]:
         """The names of the parameters: the user's, such as `blocks.0.weight`, or `#3`, its position in the run."""
 
     @property
     @abstractmethod
-    def sizes(self) -> list[int]:
+    def numels(self) -> list[int]:
         """How many elements the parameters have, over all shards."""
 
     @abstractmethod

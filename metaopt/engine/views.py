@@ -215,12 +215,12 @@ class GroupView(Group):
         return self._cut([update.change_of(p) for p in self.parameters])
 
     @property
-    def names(self) -> list[str]:
+    def param_names(self) -> list[str]:
         self._update.names = self._update.names or self._update.run.names()
         return [self._update.names[p] for p in self.parameters]
 
     @property
-    def sizes(self) -> list[int]:
+    def numels(self) -> list[int]:
         return [p.numel() for p in self.parameters]
 
     def base_setting(self, name: str, default: Any = None) -> Any:

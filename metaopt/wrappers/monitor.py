@@ -154,7 +154,7 @@ class Monitor(Wrapper):
     def _show(self, groups: Groups, views: list[Group], name: str, values: torch.Tensor, whole: torch.Tensor) -> None:
         """Log the number of the whole model, and those of the chosen tensors."""
         groups.measure(name, whole)
-        names = [n for view in views for n in view.names]
+        names = [n for view in views for n in view.param_names]
         if self.tensors is None:
             groups.measure_tensors(name, names, values, MOST)
             return
@@ -179,7 +179,7 @@ class Monitor(Wrapper):
     ) -> None:
         """Log the share of elements that are marked by a 1."""
         shares = _joined(views, lambda v: v.means(marks(v)))
-        sizes = torch.tensor([float(size) for v in views for size in v.sizes], device=shares.device)
+        sizes = torch.tensor([float(size) for v in views for size in v.numels], device=shares.device)
         self._show(groups, views, name, shares, (shares * sizes).sum() / sizes.sum())
 
     def _measure_moments(self, groups: Groups, views: list[Group]) -> None:
@@ -208,7 +208,7 @@ class Monitor(Wrapper):
             counts: torch.Tensor | None = None
             for view in views:
                 counted = view.sum_over_shards([_counted(tensor) for tensor in tensors(view)])
-                for name, found in zip(view.names, counted, strict=True):
+                for name, found in zip(view.param_names, counted, strict=True):
                     if self.tensors is not None and self._is_chosen(name):
                         groups.measure_histogram(f"{kind}/{name}", EDGES, found)
                     counts = found if counts is None else counts + found.to(counts.device)
