@@ -109,6 +109,7 @@ function runEntry({ run, spec, kinds }) {
 
 async function showChosen() {
   const answer = ++state.answer;
+  main.setAttribute("aria-busy", "true");
   const chosen = state.runs.filter(({ run }) => state.chosen.has(run));
   const few = chosen.slice(0, MOST_RUNS);
   const stacks = few.filter(({ kinds }) => kinds.includes("stack"));
@@ -128,6 +129,7 @@ async function showChosen() {
   if (!state.runs.length) shown = [message("No run here has a stack of metaopt in its log.")];
   else if (!chosen.length) shown = [message("Choose a run on the left, or several to compare their stacks.")];
   main.replaceChildren(...shown);
+  main.setAttribute("aria-busy", "false");
 }
 
 function all(run) {
