@@ -86,6 +86,7 @@ class StackPlugin(base_plugin.TBPlugin):
         found = _read(texts)
         parts = list(_flat(found["parts"]))
         tags = log.scalar_tags(run)
+        _find_rates(found["parts"], set(tags))
         owned = [_owned(part, tags) for part in parts]
         rows = [row for part in parts for row in part["hyperparameters"]]
         its_own = {row["tag"] for row in rows}.union(*owned)
@@ -179,7 +180,7 @@ class Log:
         """Return the tags of a run's scalars, in order."""
         wanted = provider.RunTagFilter(runs=[run])
         found = self._data.list_scalars(**self._of, plugin_name="scalars", run_tag_filter=wanted)
-        return sorted(found.get(run, {}))
+        return sorted(found.get(run, {}), key=_natural)
 
     def points(self, run: str, tags: Sequence[str]) -> dict[str, list[list[float]]]:
         """Return some points of each curve, the last among them."""
@@ -326,12 +327,31 @@ def _flat(parts: Sequence[Json]) -> Iterator[Json]:
             yield from _flat(branch["parts"])
 
 
+def _find_rates(parts: Sequence[Json], tags: set[str], branch: str | None = None) -> None:
+    """Give a base that has the parameters of a branch the rate that is logged for these."""
+    own = f"{RATE}/group {branch}"
+    for part in parts:
+        if part["branches"]:  # each has bases of its own
+            part["measures"] = [tag for tag in part["measures"] if tag != RATE]
+        for row in part["hyperparameters"]:
+            if row["tag"] == RATE and own in tags:
+                row["tag"] = own
+                part["measures"] = [tag for tag in part["measures"] if tag != RATE]
+        for inner in part["branches"]:
+            _find_rates(inner["parts"], tags, inner["pattern"])
+
+
 def _owned(part: Json, tags: Sequence[str]) -> list[str]:
     """Return the tags of what a part measures: those that it names, those below them, and those that bear its label."""
     named = {*part["measures"], part["label"]}
     drawn = {row["tag"] for row in part["hyperparameters"]}
     ways = {tag: [tag[: slash.start()] for slash in re.finditer("/", tag)] for tag in tags}
     return [tag for tag in tags if tag not in drawn and (tag in part["measures"] or not named.isdisjoint(ways[tag]))]
+
+
+def _natural(tag: str) -> list[tuple[int, str]]:
+    """Return what sorts `layer 2` before `layer 10`."""
+    return [(int(word) if word.isdecimal() else -1, word) for word in re.split(r"(\d{1,18})", tag)]
 
 
 def _curves(tags: Sequence[str], points: Mapping[str, list[list[float]]], label: str) -> list[Json]:

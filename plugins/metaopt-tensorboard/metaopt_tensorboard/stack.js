@@ -284,7 +284,8 @@ function differing(row) {
   for (const { part } of entries) {
     for (const hyper of part.hyperparameters) texts.set(hyper.name, [...(texts.get(hyper.name) ?? []), said(hyper)]);
   }
-  const partial = entries.some((entry) => entry.partial);
+  // what another optimizer does not take, or a spec leaves out, is no difference of its own
+  const partial = entries.some((entry) => entry.partial || entry.part.name !== entries[0].part.name);
   const same = ([, its]) => its.every((text) => text === its[0]) && (partial || its.length === entries.length);
   return new Set([...texts].filter((entry) => !same(entry)).map(([name]) => name));
 }
@@ -478,13 +479,16 @@ h3 small { float: right; font-weight: 400; font-size: 12px; }
 h4 { margin: 0 0 6px; font: 12px "Roboto Mono", "DejaVu Sans Mono", monospace; color: var(--quiet); }
 .spec { display: block; margin: 4px 0 10px; }
 .message { padding: 8px 12px; border-left: 3px solid var(--accent); background: var(--card); }
-.flow { max-width: 860px; margin-top: 14px; }
+.flow { max-width: 940px; margin-top: 14px; }
 .end { width: max-content; padding: 3px 12px; border-radius: 12px; color: var(--page); background: var(--quiet); }
 .step { margin-left: 22px; border-left: 2px solid var(--quiet); padding: 10px 0 10px 18px; position: relative; }
 .step::after { content: ""; position: absolute; left: -6px; bottom: -1px; border: 5px solid transparent; border-top-color: var(--quiet); border-bottom: 0; }
 .branch > .step:last-child::after { display: none; }
 .part { padding: 10px 12px; border: 1px solid var(--line); border-radius: 6px; background: var(--card); }
 .part.optimizer { border-left: 4px solid var(--accent); }
+.flow > .step > .part { display: grid; grid-template-columns: auto 1fr; column-gap: 28px; align-items: start; }
+.flow > .step > .part > h3, .branches { grid-column: 1 / 3; }
+.flow > .step > .part > .curves { margin-top: 0; }
 .branches { display: flex; flex-wrap: wrap; gap: 12px; margin-top: 8px; }
 .branch { flex: 1; min-width: 240px; }
 .hyper { border-collapse: collapse; width: 100%; }

@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.slow,
 ]
 
+playwright.expect.set_options(timeout=15_000)
 PICTURES = Path(__file__).parents[3] / "build" / "screenshots"
 # what TensorBoard loads into the tab
 ENTRY = "data/plugin_entry.html?name=metaopt_stack"
@@ -251,6 +252,17 @@ def test_the_hparams_tab_has_the_columns_that_differ(tab):
     tab.window.get_by_role("tab", name="HParams").click()
     playwright.expect(tab.window.get_by_text("lookahead.k").first).to_be_visible()
     tab.keep("hparams")
+    tab.window.get_by_role("tab", name="Stack").click()
+
+
+def test_the_custom_scalars_tab_opens_as_a_dashboard(tab):
+    tab.window.get_by_role("tab", name="Custom Scalars").click()
+    page = tab.window.locator("tf-custom-scalar-dashboard")
+    for section in ("training", "rates", "clipping", "slow weights"):
+        playwright.expect(page.get_by_role("button", name=section).first).to_be_visible()
+    # curves are drawn, not only their frames: the losses of all runs
+    playwright.expect(page.get_by_text(f"Matches ({len(RUNS)})").first).to_be_visible()
+    tab.keep("custom scalars")
     tab.window.get_by_role("tab", name="Stack").click()
 
 

@@ -152,6 +152,24 @@ def test_many_curves_of_one_part_are_sent_when_they_are_asked_for(tmp_path):
     assert (len(every["curves"]), every["more"]) == (30, 0)
 
 
+def test_a_base_of_a_branch_has_the_rate_of_its_branch(tmp_path):
+    logdir = tmp_path / "runs"
+    partition = "partition({'weight': sgd(lr=cosine(0.1)), '*': adamw(lr=0.01)})"
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 1)
+    stack = metaopt.build(model, partition, total_steps=3, log=logdir / "run", log_every=1)
+    for _ in range(3):
+        model(torch.ones(1, 4)).sum().backward()
+        stack.step()
+    stack.close()
+    with tensorboard(logdir) as server:
+        sent = server.get("plugin/metaopt_stack/stack", run="run")
+    bases = [branch["parts"][0] for branch in sent["parts"][0]["branches"]]
+    rates = [next(row for row in base["hyperparameters"] if row["name"] == "lr") for base in bases]
+    assert [row["points"][0][1] for row in rates] == [pytest.approx(0.1), pytest.approx(0.01)]
+    assert [base["curves"] for base in bases] == [[], []]  # a rate is drawn once, beside its name
+
+
 def test_a_description_is_read_with_its_branches_in_order():
     clip, partition = read_stack(json.dumps(STACK))["parts"]
     assert clip["label"] == "clip" and values(clip) == {"max_norm": "inf"}
