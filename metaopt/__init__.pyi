@@ -53,6 +53,9 @@ from metaopt.slots import zeros as zeros
 from metaopt.space import Space as Space
 from metaopt.specs.pipeline import Part as _Part
 from metaopt.stack import Stack as Stack
+from metaopt.tuner import Task as Task
+from metaopt.tuner import Tried as Tried
+from metaopt.tuner import Tuner as Tuner
 from metaopt.wrapper import Wrapper as Wrapper
 
 __version__: str
@@ -977,6 +980,27 @@ class _Uniform(_Part):
         """
 
 uniform: _Uniform
+
+class _Halving(_Part):
+    def __call__(self, keep: int = 3, rungs: int = 3) -> Tuner:
+        """All settings are trained for share^(rungs - 1) of the run, the best `1 / keep` of them for `keep` times as long, ...
+
+        Args:
+            keep: one of so many settings goes on
+            rungs: how often a choice is made, the last one included
+        """
+
+halving: _Halving
+
+class _Sobol(_Part):
+    def __call__(self, near: _Rate = 0.4) -> Tuner:
+        """A scrambled Sobol sequence over the whole space, then boxes around the best setting that become smaller.
+
+        Args:
+            near: the share of the trials that are made near the best so far
+        """
+
+sobol: _Sobol
 
 class _Jsonl(_Part):
     def __call__(self, path: Any) -> Logger:

@@ -16,6 +16,7 @@ HOOKS = {
     "wrapper": "metaopt_wrappers",
     "schedule": "metaopt_schedules",
     "space": "metaopt_spaces",
+    "tuner": "metaopt_tuners",
     "logger": "metaopt_loggers",
     "problem": "metaopt_problems",
 }
@@ -66,6 +67,11 @@ def metaopt_schedules() -> dict[str, Any]:  # type: ignore[empty-body]
 @hookspec
 def metaopt_spaces() -> dict[str, Any]:  # type: ignore[empty-body]
     """Offer search spaces: subclasses of metaopt.Space."""
+
+
+@hookspec
+def metaopt_tuners() -> dict[str, Any]:  # type: ignore[empty-body]
+    """Offer ways to choose values for spaces: subclasses of metaopt.Tuner."""
 
 
 @hookspec

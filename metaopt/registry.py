@@ -14,7 +14,7 @@ from metaopt import hooks
 from metaopt.errors import PluginError, UnknownPart, did_you_mean, with_article
 
 KINDS = tuple(hooks.HOOKS)
-BUILT_IN = ("optimizers", "wrappers", "schedules", "spaces", "loggers", "problems")
+BUILT_IN = ("optimizers", "wrappers", "schedules", "spaces", "tuners", "loggers", "problems")
 LONGEST_DESCRIPTION = 150
 # the origin of what `metaopt.register` was given
 THIS_PROGRAM = "this program"
@@ -284,6 +284,7 @@ def register(
     wrappers: dict[str, Any] | None = None,
     schedules: dict[str, Any] | None = None,
     spaces: dict[str, Any] | None = None,
+    tuners: dict[str, Any] | None = None,
     loggers: dict[str, Any] | None = None,
     problems: dict[str, Any] | None = None,
 ) -> None:
@@ -296,6 +297,7 @@ def register(
         wrappers=wrappers,
         schedules=schedules,
         spaces=spaces,
+        tuners=tuners,
         loggers=loggers,
         problems=problems,
     )

@@ -27,7 +27,7 @@ __version__: str
 _Rate = float | Tensor | Schedule | Callable[[int], float]
 """
 # a space may stand in the place of any value
-RETURNS = {"schedule": "Schedule", "space": "Any", "logger": "Logger", "problem": "Problem"}
+RETURNS = {"schedule": "Schedule", "space": "Any", "tuner": "Tuner", "logger": "Logger", "problem": "Problem"}
 PLAIN = {int: "int", bool: "bool", str: "str", dict: "Mapping[str, Any]", list: "Sequence[Any]", type(None): "None"}
 
 

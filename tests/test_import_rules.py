@@ -23,6 +23,7 @@ BOTTOM: dict[str, set[str]] = {
     "checkpoint_file": {"errors"},
     "deferred": {"errors", "hyperparameters"},
     "space": {"errors", "hyperparameters", "deferred"},
+    "tuner": {"errors", "hyperparameters", "deferred", "space"},
     "schedule": {"errors", "hyperparameters", "deferred", "space"},
     "scheduled_values": {"errors", "schedule"},
     "group_entries": {"errors", "hyperparameters", "schedule", "space"},

@@ -19,6 +19,7 @@ KINDS = {
     "wrapper": "Wrappers",
     "schedule": "Schedules",
     "space": "Search spaces",
+    "tuner": "Tuners",
     "logger": "Loggers",
     "problem": "Problems",
 }
@@ -79,6 +80,8 @@ def page(entry: Entry) -> str:
         body += ["## Picture", pictures.schedule(entry), "Over a run of 1,000 updates, drawn when this page was built."]
     elif entry.kind == "space":
         body += ["## Values", *_values_of_space(entry)]
+    elif entry.kind == "tuner":
+        pass
     elif entry.kind == "problem":
         body += ["## Picture", *pictures.problem(entry)]
     else:
@@ -117,6 +120,11 @@ def _use(entry: Entry) -> list[str]:
         return ["## Use", f"```sh\nmetaopt train --problem {entry.name} --stack 'adamw(lr=1e-2)'\n```"]
     if entry.kind == "logger":
         return []
+    if entry.kind == "tuner":
+        return [
+            "## Use",
+            f"```sh\nmetaopt tune 'adamw(lr=log(1e-4, 1e-1))' --problem digits --method {entry.name}\n```",
+        ]
     if entry.kind == "space":
         example = registry.examples(entry.name)[0].spec
         return ["## Use", f"```sh\nmetaopt tune '{SPACES.get(entry.name, f'sgd(lr={example})')}' --problem digits\n```"]

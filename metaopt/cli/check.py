@@ -15,7 +15,7 @@ from metaopt.errors import SpecError, did_you_mean
 if TYPE_CHECKING:
     from metaopt.testing import Case, Result
 
-KINDS = ("optimizers", "wrappers", "schedules", "spaces", "loggers", "problems")
+KINDS = ("optimizers", "wrappers", "schedules", "spaces", "tuners", "loggers", "problems")
 SIGNS = {
     "passed": "ok",
     "failed": "FAILED",

@@ -22,6 +22,7 @@ class Kinds(StrEnum):
     WRAPPERS = "wrappers"
     SCHEDULES = "schedules"
     SPACES = "spaces"
+    TUNERS = "tuners"
     LOGGERS = "loggers"
     PROBLEMS = "problems"
 

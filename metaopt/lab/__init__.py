@@ -1,1 +1,13 @@
-"""Training, comparing, statistics, figures."""
+"""Training, tuning, comparing, statistics, figures: `metaopt.lab.tune(...)` is what `metaopt tune` does."""
+
+from importlib import import_module
+from typing import Any
+
+# public name -> the module that defines it; imported when it is asked for, since some need the extra `lab`
+_HOMES = {"tune": "tuning"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"metaopt.lab.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'metaopt.lab' has no attribute {name!r}")

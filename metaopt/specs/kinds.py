@@ -6,9 +6,10 @@ from typing import Any
 from metaopt.errors import PluginError
 from metaopt.schedule import Schedule
 from metaopt.space import Space
+from metaopt.tuner import Tuner
 from metaopt.wrapper import Wrapper
 
-BASES: dict[str, type] = {"wrapper": Wrapper, "schedule": Schedule, "space": Space}
+BASES: dict[str, type] = {"wrapper": Wrapper, "schedule": Schedule, "space": Space, "tuner": Tuner}
 
 
 def check_kind(kind: str, name: str, target: Any, origin: str) -> None:

@@ -26,4 +26,4 @@ def spec_with_allowed(name: str, kind: str) -> str:
     found = part(name, kind)
     required = {n: allowed(h) for n, h in found.hyperparameters.items() if h.required}
     text = str(changed(found, arguments=required))
-    return text if required or kind not in ("schedule", "space") else f"{text}()"
+    return text if required or kind not in ("schedule", "space", "tuner") else f"{text}()"

@@ -20,11 +20,12 @@ from metaopt.testing.problems import ProblemSubject
 from metaopt.testing.schedules import ScheduleSubject
 from metaopt.testing.spaces import SpaceSubject
 from metaopt.testing.subject import StackSubject, Subject, refused
+from metaopt.testing.tuners import TunerSubject
 
 # each adds its checks, which are shown in this order
 for _module in (
     *("training", "groups", "states", "resuming", "distributed", "averages"),
-    *("laws", "declarations", "agreement", "references", "schedules", "spaces", "loggers", "problems"),
+    *("laws", "declarations", "agreement", "references", "schedules", "spaces", "tuners", "loggers", "problems"),
 ):
     import_module(f"metaopt.testing.{_module}")
 
@@ -73,6 +74,9 @@ def _subjects(entry: Entry, example: Example, device: torch.device) -> Iterator[
         return
     if entry.kind == "schedule":
         yield ScheduleSubject(entry, example, example.spec or spec_with_allowed(entry.name, entry.kind), device)
+        return
+    if entry.kind == "tuner":
+        yield TunerSubject(entry, example, example.spec or spec_with_allowed(entry.name, entry.kind), device)
         return
     if entry.kind == "space":
         yield SpaceSubject(entry, example, example.spec or spec_with_allowed(entry.name, entry.kind), device)
