@@ -61,6 +61,7 @@ _HOMES = {
     "LogError": "errors",
     "HintWarning": "errors",
     "ProblemError": "errors",
+    "MissingExtra": "errors",
 }
 
 

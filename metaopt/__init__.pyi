@@ -20,6 +20,7 @@ from metaopt.errors import HyperparameterError as HyperparameterError
 from metaopt.errors import LogError as LogError
 from metaopt.errors import MetaoptError as MetaoptError
 from metaopt.errors import MetaoptWarning as MetaoptWarning
+from metaopt.errors import MissingExtra as MissingExtra
 from metaopt.errors import ParameterError as ParameterError
 from metaopt.errors import PluginError as PluginError
 from metaopt.errors import ProblemError as ProblemError
@@ -983,7 +984,7 @@ uniform: _Uniform
 
 class _Halving(_Part):
     def __call__(self, keep: int = 3, rungs: int = 3) -> Tuner:
-        """All settings are trained for share^(rungs - 1) of the run, the best `1 / keep` of them for `keep` times as long, ...
+        """Train all settings for a part of the run, the better ones for longer, the best to its end. arXiv:1502.07943
 
         Args:
             keep: one of so many settings goes on

@@ -48,6 +48,13 @@ class ProblemError(MetaoptError, ValueError):
     """A problem that does not exist or cannot be trained as asked."""
 
 
+class MissingExtra(MetaoptError, ImportError):
+    """A package that a feature needs and that is not installed: which, and how to install it."""
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        super().__init__(f"{what} needs {package}, which is not installed: pip install 'metaopt-torch[{extra}]'")
+
+
 class MetaoptWarning(UserWarning):
     """What metaopt warns of: `warnings.filterwarnings("ignore", category=metaopt.MetaoptWarning)` silences it."""
 

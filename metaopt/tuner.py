@@ -27,6 +27,8 @@ class Task(ABC):
     after a crash, it costs nothing. A copy of the task in another process reads and writes the same folder.
     """
 
+    # the same for the same question, so that several processes can work at one search
+    name: str
     spaces: Mapping[str, Space]
     trials: int
     seed: int
@@ -42,6 +44,9 @@ class Task(ABC):
     def values(self, point: Sequence[float]) -> dict[str, Any]:
         """Return the values of all spaces at a point, by path."""
         return {path: space.value(u) for (path, space), u in zip(self.spaces.items(), point, strict=True)}
+
+    def begin_process(self) -> None:  # noqa: B027 - nothing is needed by default
+        """Make a new process ready for `loss`: it ends with the one that started it."""
 
     @abstractmethod
     def losses(self, tried: Sequence[Tried]) -> list[float]:

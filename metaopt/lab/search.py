@@ -3,7 +3,7 @@
 from dataclasses import replace as changed
 from typing import Any
 
-from metaopt.errors import SpecError
+from metaopt.errors import MissingExtra, SpecError
 from metaopt.registry import registry
 from metaopt.schedule import Schedule
 from metaopt.space import Space
@@ -17,8 +17,10 @@ RATES = (1e-4, 1.0)
 
 def points(dimensions: int, count: int, seed: int) -> list[Point]:
     """Return the first points of a scrambled Sobol sequence in the unit cube; more points begin with the same ones."""
-    from scipy.stats import qmc
-
+    try:
+        from scipy.stats import qmc
+    except ImportError as error:
+        raise MissingExtra("a search", error.name or "scipy", "lab") from None
     sequence = qmc.Sobol(dimensions, scramble=True, rng=seed)
     drawn = sequence.random_base2(max(0, count - 1).bit_length())
     return [tuple(float(u) for u in point) for point in drawn[:count]]

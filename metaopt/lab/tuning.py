@@ -18,6 +18,7 @@ from metaopt.lab.search import points, with_rate_space
 from metaopt.lab.trial import Trial, cost_of_an_update
 from metaopt.lab.whole_file import write_whole
 from metaopt.lab.workers import Workers
+from metaopt.lab.workers import _begin as begin
 from metaopt.problem import Problem
 from metaopt.space import Space
 from metaopt.specs.pipeline import as_pipeline, parse, parse_value
@@ -95,8 +96,16 @@ class ProblemTask(Task):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what only the process that shows progress has, and what is worked out anew."""
-        kept = {name: value for name, value in self.__dict__.items() if name not in ("spaces", "_made")}
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("name", "spaces", "_made")}
         return {**kept, "progress": None, "done": set()}
+
+    @cached_property
+    def name(self) -> str:  # type: ignore[override]
+        """A digest of the question: of all but how many trials are made, where and by how many processes."""
+        return digest([self.problem, self.spec, self.seed, self.budget, self.device, self.common])
+
+    def begin_process(self) -> None:
+        begin(self.plugins)
 
     @cached_property
     def spaces(self) -> Mapping[str, Space]:  # type: ignore[override]

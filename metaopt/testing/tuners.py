@@ -21,7 +21,7 @@ class Valley(Task):
     def __init__(self, folder: Path, trials: int, seed: int) -> None:
         self.spaces: Mapping[str, Space] = {text.partition("(")[0]: parse_value(text) for text in SPACES}
         self.trials, self.seed, self.jobs, self.budget = trials, seed, 1, 90
-        self.folder = folder
+        self.folder, self.name = folder, f"valley-{seed}"
 
     def points(self, count: int) -> list[Point]:
         return points(len(self.spaces), count, self.seed)
@@ -43,7 +43,7 @@ class TunerSubject(Subject):
         if not isinstance(made, Tuner):
             raise CheckFailed(f"{self.text} is not a tuner", "It was registered as one", "Subclass metaopt.Tuner")
         with tempfile.TemporaryDirectory() as folder:
-            task = Valley(Path(folder), trials, seed)
+            task = Valley(Path(folder) / "trials", trials, seed)
             return task, made.run(task)
 
 
