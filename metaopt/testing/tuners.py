@@ -31,7 +31,8 @@ class Valley(Task):
 
     def loss(self, tried: Tried) -> float:
         rate, other, option = self.values(tried.point).values()
-        return (math.log10(rate) + 2.0) ** 2 + (other - 0.3) ** 2 + (0.5 if option == "a" else 0.0) + 1.0 / tried.share
+        bowl: float = (math.log10(rate) + 2.0) ** 2 + (other - 0.3) ** 2 + 1.0 / tried.share
+        return bowl + (0.5 if option == "a" else 0.0)
 
 
 class TunerSubject(Subject):
