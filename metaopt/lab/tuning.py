@@ -38,7 +38,8 @@ class Setting:
     """One setting that was tried: its values by path, the spec with them, and what came of it.
 
     `loss` is that on validation data, infinite where the run diverged or failed; `evaluations` are those of the
-    gradient that were made for it. `whole` is false for a run that was stopped on its way.
+    gradient that were made for it. `whole` is false for a run that was stopped on its way; `failed`
+    says why there is no result.
     """
 
     values: Mapping[str, Any]
@@ -46,6 +47,7 @@ class Setting:
     loss: float
     evaluations: int
     whole: bool
+    failed: str | None
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class ProblemTask(Task):
         steps, cost = cost_of_an_update(self._made, spec, self.device, self.budget)
         updates = self.budget // cost
         budget = self.budget if tried.share >= 1.0 else cost * max(1, round(tried.share * updates))
-        made = Trial(self.problem, spec, TRAINING_SEED, budget, updates, steps, self.device, False, self.common)
+        made = Trial(self.problem, spec, TRAINING_SEED, budget, updates, steps, self.device, self.common)
         return self.known.setdefault(tried, made)
 
     def losses(self, tried: Sequence[Tried]) -> list[float]:
@@ -155,13 +157,13 @@ class ProblemTask(Task):
         trial = self.trial(tried)
         with Workers(self.folder, 1) as workers:
             _, result = next(iter(workers.results([trial])))
-        whole = tried.share >= 1.0
-        return Setting(self.values(tried.point), trial.spec, loss_of(result), result["evaluations"], whole)
+        whole, values = tried.share >= 1.0, self.values(tried.point)
+        return Setting(values, trial.spec, loss_of(result), result["evaluations"], whole, result["failed"])
 
 
 def loss_of(result: Mapping[str, Any]) -> float:
     """Return the final loss on validation data of a trial's result, infinite where there is none."""
-    loss = result["evaluated"]["loss"]
+    loss = result["validation"]["loss"]
     return math.inf if loss is None else float(loss)
 
 
@@ -254,7 +256,8 @@ def _begin(task: ProblemTask, method: str, folder: Path) -> None:
 def _best(tried: Sequence[Setting]) -> Setting:
     best = min((setting for setting in tried if setting.whole), key=lambda setting: setting.loss)
     if math.isinf(best.loss):
-        raise ProblemError(f"every trial diverged or failed, {best.spec} among them: take smaller learning rates")
+        why = best.failed or f"{best.spec} diverged: search smaller learning rates"
+        raise ProblemError(f"every trial diverged or failed, among them: {why}")
     return best
 
 
