@@ -34,6 +34,9 @@ class Metrics:
         self.every = every
         self.describe(**run)
         self._now: dict[str, Parts] = {}  # of the update that is being made
+        # of earlier steps that the update is gathered from, and the tags that are kept of those
+        self._gathered: dict[str, Parts] = {}
+        self._recorded: set[str] = set()
         self._now_many: dict[str, OfTensors | OfBins] = {}
         self._last: dict[str, Value] = {}  # of the last update that measured the tag
         self._last_many: dict[str, OfTensors | OfBins] = {}
@@ -75,6 +78,11 @@ class Metrics:
         """
         self._now.setdefault(tag, Parts(reduce)).values.append(kept(tag, value))
 
+    def record(self, tag: str, value: Value) -> None:
+        """Keep one number as `measure` does; it counts also for a step that is gathered into a later update."""
+        self._recorded.add(tag)
+        self.measure(tag, value)
+
     def measure_tensors(self, tag: str, names: Sequence[str], values: torch.Tensor, most: int | None = None) -> None:
         """Keep one number for each of many tensors, logged as `<tag>/<name>`: the last ones before a point are written.
 
@@ -99,19 +107,37 @@ class Metrics:
             self._open(self._window, updates)
         self._window.points.append((step, tag, number))
 
-    def drop_update(self) -> None:
-        """Forget what was measured for an update that was then skipped."""
+    def drop_update(self, *, gathered: bool = False) -> None:
+        """Forget what was measured for an update that was then skipped; `gathered`: its earlier steps went with it."""
+        self._now.clear()
+        self._now_many.clear()
+        if gathered:
+            self._gathered.clear()
+
+    def gather_step(self) -> None:
+        """Keep what was recorded at a step that is gathered into a later update; forget what else was measured."""
+        for tag in self._recorded.intersection(self._now):
+            self._gathered.setdefault(tag, Parts("mean")).values.extend(self._now[tag].values)
         self._now.clear()
         self._now_many.clear()
 
+    def _measured(self) -> dict[str, Value]:
+        """Return one number for each tag of the update; what earlier steps of it recorded counts."""
+        parts = dict(self._now)
+        for tag, earlier in self._gathered.items():
+            parts[tag] = Parts("mean")
+            parts[tag].values += [*earlier.values, *(self._now[tag].values if tag in self._now else ())]
+        return {tag: part.whole() for tag, part in parts.items()}
+
     def end_update(self, update: int) -> None:
         """Close the update with this count; write a point where one is due. Raises LogError."""
-        if not self._now and not self._now_many and self._window is None:
+        if not self._now and not self._now_many and not self._gathered and self._window is None:
             return
-        now = {tag: parts.whole() for tag, parts in self._now.items()}
+        now = self._measured()
         many = dict(self._now_many)
         self._now.clear()
         self._now_many.clear()
+        self._gathered.clear()
         self._last.update(now)
         self._last_many.update(many)
         if self._window is None or rank() != 0:
@@ -130,7 +156,7 @@ class Metrics:
     def latest(self) -> dict[str, float]:
         """Return the last measured value of every tag; several of one update as `measure` says."""
         self._asked = True
-        now = {tag: parts.whole() for tag, parts in self._now.items()}
+        now = self._measured()
         many = {tag: found for tag, found in self._last_many.items() if isinstance(found, OfTensors)}
         values = read({tag: [value] for tag, value in {**self._last, **now}.items()})
         numbers = read({tag: [found.values] for tag, found in many.items()})
@@ -158,7 +184,7 @@ class Metrics:
         # a copy of a stack is another run: two must not write to one log
         state = dict(vars(self))
         state.update(_spec="", _hparams={}, _page=RunPage, _now={}, _last={}, _window=None)
-        state.update(_now_many={}, _last_many={})
+        state.update(_gathered={}, _now_many={}, _last_many={})
         return state
 
 

@@ -236,7 +236,7 @@ class Stack(torch.optim.Optimizer):
         metrics, updates = self._run.metrics, self._run.updates
         for name, value in {**(values or {}), **named}.items():
             if step is None and "/" not in name:
-                metrics.measure(f"train/{name}", value)
+                metrics.record(f"train/{name}", value)
             else:
                 tag = name if "/" in name else f"train/{name}"
                 metrics.point(tag, value, updates if step is None else step, updates)

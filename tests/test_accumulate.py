@@ -190,3 +190,34 @@ def test_a_base_that_differentiates_through_gradients_is_told_of_the_part_that_r
     loss_of(model, tokens(2, 0)).backward(create_graph=True)
     with pytest.raises(metaopt.StepError, match="AdaHessian differentiates through the gradients, and accumulate"):
         opt.step()
+
+
+def test_what_is_recorded_at_every_batch_is_the_mean_over_the_update() -> None:
+    weights = torch.nn.Parameter(torch.ones(2))
+    opt = metaopt.build([weights], "accumulate(3) | sgd(lr=0.1)", log_every=1)
+    for at in range(6):
+        weights.grad = torch.ones(2)
+        opt.record(loss=float(at))
+        opt.step()
+        expected = sum(range(at // 3 * 3, at + 1)) / (at % 3 + 1)
+        assert opt.metrics()["train/loss"] == pytest.approx(expected)
+    # a window that a part behind throws away takes its records along
+    opt = metaopt.build([weights], "accumulate(2) | skip_nonfinite(9) | sgd(lr=0.1)", log_every=1)
+    for loss, gradient in [(7.0, float("inf")), (8.0, 1.0), (1.0, 1.0), (2.0, 1.0)]:
+        weights.grad = torch.full((2,), gradient)
+        opt.record(loss=loss)
+        opt.step()
+    assert opt.updates == 1 and opt.metrics()["train/loss"] == pytest.approx(1.5)
+
+
+def test_the_loss_of_a_closure_counts_at_every_batch() -> None:
+    weights = torch.nn.Parameter(torch.ones(2))
+    opt = metaopt.build([weights], "accumulate(2) | sgd(lr=0.1)", log_every=1)
+    for value in (1.0, 5.0):
+
+        def closure(value: float = value) -> torch.Tensor:
+            weights.grad = torch.ones(2)
+            return torch.tensor(value)
+
+        opt.step(closure)
+    assert opt.updates == 1 and opt.metrics()["train/loss"] == pytest.approx(3.0)

@@ -141,3 +141,50 @@ def test_a_wrapper_that_raises_behind_the_update_leaves_count_and_schedule_toget
     train(twin, plain, range(8))
     assert opt.updates == 8
     assert_same_weights(model, twin)
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_a_window_whose_update_failed_is_what_it_was_before_the_step(weight: float) -> None:
+    model, opt, base = failing("accumulate(3) | lookahead(k=2)")
+    twin, plain, _ = failing("accumulate(3) | lookahead(k=2)")
+
+    def go(model: torch.nn.Module, opt: metaopt.Stack, steps: Any) -> None:
+        for at in steps:
+            opt.weigh(weight + at)
+            train(model, opt, [at])
+
+    go(twin, plain, range(9))
+    go(model, opt, range(5))
+    base.planned.append("before")
+    with pytest.raises(RuntimeError, match="before"):
+        go(model, opt, [5])
+    assert opt.updates == 1 and opt.param_groups[0]["accumulate.seen"] == 2
+    go(model, opt, range(5, 9))
+    assert opt.updates == 3
+    assert_same_weights(model, twin)
+
+
+class FailingDescent(torch.optim.SGD):
+    """SGD without momentum, and so without state, whose first update raises when every parameter has moved."""
+
+    fails = True
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        if self.fails:
+            self.fails = False
+            raise RuntimeError("after the update")
+        return loss
+
+
+def test_an_anchor_over_a_base_without_state_begins_before_the_update_that_failed() -> None:
+    model = small_model()
+    start = [p.detach().clone() for p in model.parameters()]
+    opt = metaopt.wrap(FailingDescent(model.parameters(), lr=0.1), "lookahead(k=2)")
+    with pytest.raises(RuntimeError, match="after"):
+        train(model, opt, [0])
+    moved = [p.detach().clone() for p in model.parameters()]
+    assert not any(map(torch.equal, moved, start))
+    train(model, opt, [1])
+    slow = [opt.state[p]["lookahead.slow"] for p in model.parameters()]
+    torch.testing.assert_close(slow, start, rtol=0, atol=0)

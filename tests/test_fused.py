@@ -264,3 +264,19 @@ def test_parts_on_the_update_are_the_same_over_copies_that_the_kernel_moves() ->
         opt.step()
         plain.step()
     torch.testing.assert_close(params, twins, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kernel_that_the_user_chose_is_left_with_a_warning_where_it_would_be_wrong(kind: str) -> None:
+    start = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    p, plain = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    base, _, settings = KINDS[kind].partition("(")
+    opt = metaopt.build([p], f"{base}(fused=True, {settings}")
+    twin = metaopt.build([plain], f"{base}(fused=False, foreach=False, {settings}")
+    gradient = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).mT
+    p.grad, plain.grad = gradient, gradient.contiguous()
+    with pytest.warns(metaopt.MetaoptWarning, match=r"fused=True.*wrong elements"):
+        opt.step()
+    twin.step()
+    torch.testing.assert_close(p.detach(), plain.detach(), rtol=1e-5, atol=1e-6)
+    assert opt.param_groups[0]["fused"] is None

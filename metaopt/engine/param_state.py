@@ -14,6 +14,7 @@ import torch
 
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState, is_moment
 from metaopt.engine.run import TEMPLATE, Run
+from metaopt.engine.shards import local
 from metaopt.engine.update import Update
 from metaopt.errors import StepError
 from metaopt.slots import Slot
@@ -210,10 +211,18 @@ def restore(update: Update) -> None:
     """After a failed update: put the wrappers' entries back. The base's state and the weights are not undone."""
     run = update.run
     for p, (chain, _) in _places(run, update.initial).items():
-        if run.state.get(p):  # the base has begun; it may have moved the parameter, whose copy is from before
+        # the base has begun, or keeps no state: it may have moved the parameter, whose copy is from before
+        if run.state.get(p) or _has_moved(chain, p, update.initial[p]):
             _store(run, chain, p, update.initial[p])
         elif p in update.parked:
             run.state[p] = update.parked[p]
+
+
+def _has_moved(chain: Chain, p: torch.Tensor, copies: ParamState) -> bool:
+    """Return whether a parameter differs from what wrappers have copied of it."""
+    kept = [copies[k.key] for k in chain.slots if k.slot.kind in ("anchor", "start") and k.key in copies]
+    weights = local(p).detach()
+    return any(not torch.equal(local(copy).to(weights.device), weights.to(copy.dtype)) for copy in kept)
 
 
 def _lacks_moments(chain: Chain, param_state: ParamState) -> bool:

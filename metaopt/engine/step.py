@@ -15,6 +15,7 @@ from metaopt.engine.update import Evaluation, Members, Update, blocks_of
 from metaopt.engine.views import GroupsView, GroupView, block_views_of, gradient_norm, groups_of, trained, views_of
 from metaopt.errors import StepError
 from metaopt.group import Group
+from metaopt.misuse.base import warn_of_kernel
 from metaopt.wrapper import Closure, Wrapper
 
 
@@ -104,13 +105,19 @@ def _skip(evaluation: Evaluation, reason: str) -> Evaluation:
     run.skipped = reason
     if run.exchange is not None and evaluation.update is not None:
         run.exchange.take_part(evaluation.update)
-    run.metrics.drop_update()
+    if evaluation.update is not None and evaluation.update.gathers:
+        _measure_loss(run, evaluation.loss)
+        run.metrics.gather_step()
+    else:
+        run.metrics.drop_update(gathered=evaluation.update is not None and bool(evaluation.update.replaced))
     evaluation.update = None
     return evaluation
 
 
 def abandon(update: Update) -> None:
-    """Leave an update that failed: wrappers' entries return to the state as they are now, nothing measured counts."""
+    """Leave an update that failed: wrappers' entries and counters return, nothing measured counts."""
+    for group, key, before in reversed(update.counters):
+        group[key] = before
     update.run.metrics.drop_update()
     param_state.restore(update)
     update.run.invalidate()
@@ -140,6 +147,7 @@ def filter_gradients(update: Update) -> None:
         placed.wrapper.on_gradients(view)
         view.write_back()
         if update.skip_reason is not None:
+            update.gathers = placed.wrapper.spans_steps
             return
         if placed.wrapper.spans_steps and run.structure.gradient_observers:
             _observe_gradients(update, gathered=True)
@@ -193,9 +201,14 @@ def _leave_unfit_kernels(run: Run) -> None:
 
 
 def _leave_kernel_for_gradients(update: Update, chain: Chain) -> None:
-    """Turn the fused kernel off, if it was our choice, for groups whose gradients now are not what it can read."""
-    for group in chain.groups_in(update.run.param_groups) if chain.fused_by_default else ():
-        if group.get("fused") and not fits_kernel(*update.gather(group)):
+    """Turn the fused kernel off for groups whose gradients now are not what it can read; see `warn_of_kernel`."""
+    for group in chain.groups_in(update.run.param_groups):
+        chosen = chain.fused_by_default or (group["params"] and group["params"][0].is_cpu)
+        if chosen and group.get("fused") and not fits_kernel(*update.gather(group)):
+            if not chain.fused_by_default:
+                if any(map(attrgetter("is_sparse"), update.gather(group)[1])):
+                    continue  # torch refuses them itself
+                warn_of_kernel(chain.base)
             group["fused"] = None
 
 
@@ -467,8 +480,7 @@ def record(run: Run, name: str, value: Any) -> None:
         placed.wrapper.on_record(GroupsView(Update(run), placed), name, value)
 
 
-def _measure(update: Update, loss: Any) -> None:
-    run = update.run
+def _measure_loss(run: Run, loss: Any) -> None:
     real = isinstance(loss, int | float) or (hasattr(loss, "__float__") and not isinstance(loss, torch.Tensor))
     if real and not isinstance(loss, bool):
         loss = float(loss)
@@ -476,7 +488,12 @@ def _measure(update: Update, loss: Any) -> None:
         loss = None
     if loss is not None:
         # at every update, as a loss that is recorded: a point is the mean of both kinds over the same updates
-        run.metrics.measure("train/loss", loss)
+        run.metrics.record("train/loss", loss)
+
+
+def _measure(update: Update, loss: Any) -> None:
+    run = update.run
+    _measure_loss(run, loss)
     if update.is_logged:
         for tag, group in zip(rate_tags(run.param_groups), run.param_groups, strict=True):
             if group.get("lr") is not None:

@@ -38,8 +38,10 @@ class Update:
         "change",
         "change_buffers",
         "count",
+        "counters",
         "draws",
         "gathered",
+        "gathers",
         "initial",
         "is_logged",
         "members",
@@ -62,6 +64,10 @@ class Update:
         self.count: int = run.param_groups[0][UPDATES]  # of the updates before this one
         # why a wrapper wants no update
         self.skip_reason: str | None = None
+        # by group and key: counters before this update changed them
+        self.counters: list[tuple[ParamGroup, str, Any]] = []
+        # the step is kept for a later update
+        self.gathers = False
         # by chain: the factor that gradients still wait for
         self.scale: dict[Chain, torch.Tensor | float] = {}
         # wrappers' state of parameters at their first update, until the base has begun them

@@ -450,8 +450,10 @@ class GroupsView(Groups):
     def set_counter(self, name: str, value: int | float) -> None:
         if name not in self._wrapper.counters:
             raise AttributeError(f"{self._wrapper.label} declares no counter called {name!r}")
+        key = f"{self._wrapper.label}.{name}"
         for group in self._groups:
-            group[f"{self._wrapper.label}.{name}"] = value
+            self._update.counters.append((group, key, group[key]))
+            group[key] = value
 
     def change_lr(self, change: Callable[[float], float]) -> None:
         for group in self._groups:

@@ -18,6 +18,15 @@ def warn_of_bare_step(base: torch.optim.Optimizer, wrappers: Sequence[Wrapper]) 
     )
 
 
+def warn_of_kernel(base: torch.optim.Optimizer) -> None:
+    """Warn that a kernel which the user chose would compute wrong updates without an error."""
+    _warn(
+        f"{type(base).__name__}(fused=True): if a gradient has other strides than its parameter, torch's fused kernel "
+        f"on a processor updates wrong elements, without an error (torch 2.13). The group runs with fused=None "
+        f"from now on; make weights and gradients contiguous, or leave fused out"
+    )
+
+
 def warn_of_fight(base: torch.optim.Optimizer, movers: Sequence[str]) -> None:
     """Warn that wrappers move weights, and the base takes the moves back."""
     _warn(f"{fight(base, movers)}. {FIGHT_FIX}")

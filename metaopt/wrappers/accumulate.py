@@ -37,34 +37,49 @@ class Accumulate(Wrapper):
             groups.skip_update("nothing accumulated")
             return
         if groups.seen == 0:
-            # here and not after the update: the mean that was lent for it is this very tensor
+            # here and not with the update, which may fail
             for group in groups.groups_with_state():
                 torch._foreach_zero_(group.sum)
             groups.extra_weight.zero_()
-        for group in fresh:
-            _add(group, groups.step_weight)
-        if fresh and (isinstance(groups.step_weight, torch.Tensor) or groups.step_weight != 1.0):
-            groups.extra_weight.add_(groups.step_weight - 1.0)
+        weight = groups.step_weight
+        weighs = bool(fresh) and (isinstance(weight, torch.Tensor) or weight != 1.0)
         if seen < groups.steps and not groups.is_flush:
             for group in fresh:
+                _add(group, group.sum, weight)
                 group.clear_grads()
+            if weighs:
+                groups.extra_weight.add_(weight - 1.0)
             groups.set_counter("seen", seen)
             groups.skip_update(f"accumulated {seen} of {groups.steps}")
             return
+        # the sum stays as it is: if the update fails, the window is what it was before this step
         groups.set_counter("seen", 0)
-        total = groups.extra_weight + seen
+        total = groups.extra_weight + (weight - 1.0) + seen if weighs else groups.extra_weight + seen
+        sums = _completed(fresh, weight)
         for group in groups.groups_with_state():
-            torch._foreach_div_(group.sum, total.to(group.sum[0].device))
-            group.replace_grads(group.sum)
+            pairs = zip(group.parameters, group.sum, strict=True)
+            means = [sums[id(p)] if id(p) in sums else kept.clone() for p, kept in pairs]
+            torch._foreach_div_(means, total.to(means[0].device))
+            group.replace_grads(means)
 
 
-def _add(group: Group, weight: float | torch.Tensor) -> None:
+def _completed(fresh: list[Group], weight: float | torch.Tensor) -> dict[int, torch.Tensor]:
+    """Return the sums with the last gradients, by the identity of the parameter, beside those that are kept."""
+    found: dict[int, torch.Tensor] = {}
+    for group in fresh:
+        sums = [s.clone() for s in group.sum]
+        _add(group, sums, weight)
+        found.update(zip(map(id, group.parameters), sums, strict=True))
+    return found
+
+
+def _add(group: Group, sums: list[torch.Tensor], weight: float | torch.Tensor) -> None:
     if isinstance(weight, torch.Tensor):
-        weight = weight.to(group.sum[0].device)
-        for total, gradient in zip(group.sum, group.grads, strict=True):
+        weight = weight.to(sums[0].device)
+        for total, gradient in zip(sums, group.grads, strict=True):
             total.addcmul_(gradient.to(total.dtype), weight.to(total.dtype))
     else:
-        torch._foreach_add_(group.sum, group.grads, alpha=weight)
+        torch._foreach_add_(sums, group.grads, alpha=weight)
 
 
 @hookimpl
