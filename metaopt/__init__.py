@@ -23,6 +23,7 @@ _HOMES = {
     "Wrapper": "wrapper",
     "Group": "group",
     "Groups": "group",
+    "elementwise": "rules",
     "hyper": "hyperparameters",
     "anchor": "slots",
     "start": "slots",

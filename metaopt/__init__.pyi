@@ -41,6 +41,7 @@ from metaopt.logger import Margin as Margin
 from metaopt.logger import Table as Table
 from metaopt.problem import Problem as Problem
 from metaopt.registry import register as register
+from metaopt.rules import elementwise as elementwise
 from metaopt.schedule import Schedule as Schedule
 from metaopt.slots import anchor as anchor
 from metaopt.slots import counter as counter

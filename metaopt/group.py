@@ -1,7 +1,7 @@
 """What a wrapper sees: one parameter group, and all groups at once."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -40,7 +40,6 @@ class Group(_Log):
     Hyperparameters, counters, scalars and state are attributes under the names that the wrapper declared.
     """
 
-    params: list[torch.Tensor]
     updates: int
 
     @property
@@ -59,6 +58,15 @@ class Group(_Log):
 
     # of a block: where in the group's lists each of its tensors, or the tensor of its rows, is
     index: list[int]
+
+    @property
+    @abstractmethod
+    def params(self) -> list[torch.Tensor]:
+        """The parameters, or this process's part of each."""
+
+    @abstractmethod
+    def apply(self, rule: Any, numbers: Mapping[str, Any]) -> None:
+        """Carry out a rule of elements (see `metaopt.elementwise`); a rule that is called with the group does so."""
 
     @abstractmethod
     def blocks(self) -> Sequence["Group"]:

@@ -10,6 +10,7 @@ import torch
 from metaopt.errors import HyperparameterError, SpecError
 from metaopt.group import Group, Groups
 from metaopt.hyperparameters import Hyperparameter, bind, declared
+from metaopt.rules import Rule
 from metaopt.schedule import validate_value
 from metaopt.slots import Counter, Scalar, Slot
 
@@ -104,6 +105,8 @@ class Wrapper(ABC):
     elementwise: ClassVar[bool] = False
     # the anchor from which the way to the weights is averaged over replicas, if the hyperparameter `across` says so
     anchor_across: ClassVar[str | None] = None
+    # the class has a rule of elements (`metaopt.elementwise`), as a hook or for one to call
+    has_rules: ClassVar[bool] = False
     known_as: ClassVar[tuple[str, ...]] = ()
     # the wrapper reads from the device to decide
     syncs_device: ClassVar[bool] = False
@@ -137,6 +140,7 @@ class Wrapper(ABC):
         cls.counters = {**cls.counters, **{n: v for n, v in own if isinstance(v, Counter)}}
         cls.scalars = {**cls.scalars, **{n: v for n, v in own if isinstance(v, Scalar)}}
         _refuse_taken_names(cls)
+        cls.has_rules = cls.has_rules or any(isinstance(value, Rule) for value in vars(cls).values())
         if elementwise:
             cls.elementwise = True
         if every is not None:

@@ -33,7 +33,9 @@ BOTTOM: dict[str, set[str]] = {
     "module_buffers": set(),
     "slots": set(),
     "group": set(),
-    "wrapper": {"errors", "hyperparameters", "schedule", "slots", "group"},
+    "rules": {"errors", "group"},
+    "programs": {"rules"},
+    "wrapper": {"errors", "hyperparameters", "schedule", "slots", "group", "rules"},
     "problem": {"errors", "hyperparameters"},
     "registry": {"errors", "hooks"},
     "lr_reporter": set(),
@@ -42,7 +44,7 @@ BOTTOM: dict[str, set[str]] = {
 }
 # what a stack is made of works without pluggy and without any registered part
 BELOW_ENGINE = {
-    *("errors", "hyperparameters", "deferred", "space", "schedule", "slots", "group", "wrapper"),
+    *("errors", "hyperparameters", "deferred", "space", "schedule", "slots", "group", "rules", "programs", "wrapper"),
     *("metrics", "logger", "measurements"),
     *("group_entries", "misuse", "module_buffers", "replicas", "scheduled_values", "torch_internals"),
 }

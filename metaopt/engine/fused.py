@@ -1,18 +1,22 @@
 """torch's fused updates, called directly: the lists that torch.optim gathers anew in every step are kept.
 
 Only for torch's own Adam, AdamW and SGD on a processor, from the second update of a parameter on. Everything else, and
-whatever has changed since the update before, goes through the base's own `step()`.
+whatever has changed since the update before, goes through the base's own `step()`. With the optional library the update
+waits for rules of elements behind it, and makes one pass over memory together with them.
 """
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Mapping, Sequence
 from itertools import repeat
-from operator import attrgetter, is_, itemgetter, methodcaller
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
 
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState
 from metaopt.engine.shards import PLAIN
+from metaopt.programs import GRAD, Compiled, Item, Unfit, kernels, library
+from metaopt.rules import Graph
 
 # settings under which torch does more than call the kernel
 CAREFUL = ("amsgrad", "capturable", "differentiable")
@@ -26,36 +30,59 @@ class FusedLists:
     """What a fused kernel takes of one group, as lists; valid while groups and state hold the same tensors."""
 
     def __init__(self, keys: tuple[str, ...], members: Tensors, states: list[ParamState]) -> None:
-        self._keys = keys
+        self.keys = keys
         self._members = list(members)
         self._states = states
-        self._kept: list[Tensors] = [list(map(itemgetter(key), states)) for key in keys]
+        self.kept: list[Tensors] = [list(map(itemgetter(key), states)) for key in keys]
         # the same tensors were updated twice: their counts may move into one tensor
         self._is_settled = False
         # the counts of all members, of which `state[p]["step"]` are views
         self._counts: torch.Tensor | None = None
+        # by what a waiting update is to do: its program for the library, None if it does not fit
+        self.programs: dict[Any, Compiled | None] = {}
+        # by list: the addresses at which its tensors were last found right for the library
+        self._checked: dict[Any, array[int]] = {}
+        self.sizes = array("q", map(torch.Tensor.numel, members))
+
+    @property
+    def kernel(self) -> str:
+        """The name of the base's update in the library."""
+        return "adam" if "step" in self.keys else "sgd"
 
     def are_valid(self, chain: Chain, group: ParamGroup, members: Tensors) -> bool:
         """Return whether a group with these members has the state that the lists hold."""
-        if _keys(chain, group) != self._keys or not _same(members, self._members):
+        if _keys(chain, group) != self.keys or not same(members, self._members):
             return False
-        if not self._keys:
+        if not self.keys:
             return True
-        if not _same(list(map(chain.base.state.get, members)), self._states):
+        if not same(list(map(chain.base.state.get, members)), self._states):
             return False
         try:
-            held = [list(map(itemgetter(key), self._states)) for key in self._keys]
+            held = [list(map(itemgetter(key), self._states)) for key in self.keys]
         except KeyError:
             return False
-        self._is_settled = all(map(_same, held, self._kept))
+        self._is_settled = all(map(same, held, self.kept))
         return self._is_settled
 
     def are_uniform(self, dtype: torch.dtype) -> bool:
         """Return whether the state can be handed to the kernel as it is; torch would sort it by dtype and device."""
         return all(
             is_uniform(kept, torch.float32 if key == "step" else dtype)
-            for key, kept in zip(self._keys, self._kept, strict=True)
+            for key, kept in zip(self.keys, self.kept, strict=True)
         )
+
+    def addresses(self, key: Any, tensors: Tensors) -> "array[int] | None":
+        """Return where the tensors of a list begin; None if they are not of the members' dtype and sizes."""
+        found = array("Q", map(torch.Tensor.data_ptr, tensors))
+        if self._checked.get(key) == found:
+            return found
+        dtype = torch.float32 if key == "step" else self._members[0].dtype
+        if not is_uniform(tensors, dtype) or (
+            key != "step" and array("q", map(torch.Tensor.numel, tensors)) != self.sizes
+        ):
+            return None
+        self._checked[key] = found
+        return found
 
     def step(
         self,
@@ -66,22 +93,22 @@ class FusedLists:
         part: slice = ALL,
     ) -> None:
         """Update `params` and the state: the members in `part`, or copies of them that are to be moved instead."""
-        if "step" in self._keys:
+        if "step" in self.keys:
             self._count(part)
         # a clip may have taken the norm on another device
         scale = None if scale is None else scale.to(params[0].device)
-        kernel = _adam if "step" in self._keys else _sgd
-        kernel(group, params, gradients, [kept[part] for kept in self._kept], scale)
+        kernel = _adam if "step" in self.keys else _sgd
+        kernel(group, params, gradients, [kept[part] for kept in self.kept], scale)
 
     def _count(self, part: slice) -> None:
         """Add 1 to the counts of some members: one call for all of them, however many tensors they are."""
         if not self._is_settled:
-            torch._foreach_add_(self._kept[-1][part], 1)
+            torch._foreach_add_(self.kept[-1][part], 1)
             return
         if self._counts is None:
-            self._counts = torch.stack(self._kept[-1])
-            self._kept[-1] = list(self._counts.unbind())
-            for state, count in zip(self._states, self._kept[-1], strict=True):
+            self._counts = torch.stack(self.kept[-1])
+            self.kept[-1] = list(self._counts.unbind())
+            for state, count in zip(self._states, self.kept[-1], strict=True):
                 state["step"] = count
         (self._counts if part == ALL else self._counts[part]).add_(1)
 
@@ -110,6 +137,112 @@ def lists_for(
     return lists
 
 
+class Waiting:
+    """An update of a group that the base has yet to make, with the rules of elements behind it.
+
+    It waits until somebody looks at the weights or at the state, at the latest until the step ends.
+    """
+
+    def __init__(self, lists: FusedLists, group: ParamGroup, members: Tensors, gradients: Tensors, scale: Any) -> None:
+        self.members = members
+        self.gradients, self.scale = gradients, scale
+        self._lists, self._group = lists, group
+        self._items: list[Item] = []
+        self._numbers: list[Mapping[str, Any]] = []
+        self._tensors: list[Tensors] = []
+        self._addresses: list[array[int]] = []
+        self._places: dict[Any, int] = {}
+        self._state = len(lists.keys) - ("step" in lists.keys)
+
+    def begin(self) -> bool:
+        """Return whether the library can make the update: it computes torch's numbers, and all lists are right."""
+        lists = self._lists
+        native = kernels()
+        if native is None or not native.knows(self.members[0].dtype, lists.kernel):
+            return False
+        # gradients are new tensors at every update: seen by `lists_for`
+        named = [("param", self.members), ("grad", self.gradients), *zip(lists.keys, lists.kept, strict=True)]
+        return all(self._place(key, tensors) is not None for key, tensors in named)
+
+    def add(self, graph: Graph, tensors: Mapping[str, tuple[Any, Tensors]], numbers: Mapping[str, Any]) -> bool:
+        """Let a rule act behind what waits already; `tensors` by name, with a key. Return False if it cannot."""
+        lists = [(name, self._place(key, each)) for name, (key, each) in tensors.items()]
+        if any(place is None for _, place in lists):
+            return False
+        self._items.append(
+            Item(graph, tuple((name, place) for name, place in lists if place is not None), on_update=False)
+        )
+        self._numbers.append(numbers)
+        if self._compiled() is None:
+            del self._items[-1], self._numbers[-1]
+            return False
+        return True
+
+    def make(self) -> None:
+        """Make the update."""
+        compiled, lists, group = self._compiled(), self._lists, self._group
+        assert compiled is not None
+        kernels().run(
+            self.members[0].dtype,
+            compiled.program,
+            array("Q", b"".join(self._addresses)),
+            lists.sizes,
+            compiled.numbers(self._numbers),
+            base=lists.kernel,
+            settings=_settings(group, lists.kernel),
+            count=self._addresses[self._places["step"]] if "step" in lists.keys else None,
+            divisor=self.scale,
+        )
+        torch.autograd.graph.increment_version([t for i, each in enumerate(self._tensors) if i != GRAD for t in each])
+
+    def _place(self, key: Any, tensors: Tensors) -> int | None:
+        if key not in self._places:
+            found = self._lists.addresses(key, tensors)
+            if found is None:
+                return None
+            self._places[key] = len(self._tensors)
+            self._tensors.append(tensors)
+            self._addresses.append(found)
+        return self._places[key]
+
+    def _compiled(self) -> Compiled | None:
+        key = self._lists.kernel, self._state, self.scale is None, tuple(self._items)
+        known = self._lists.programs
+        if key not in known:
+            try:
+                compiled = Compiled(key[0], GRAD + 1 if self._state else 0, self._items, scaled=self.scale is not None)
+                fits = kernels().knows(self.members[0].dtype, *compiled.needs)
+                known[key] = compiled if fits else None
+            except Unfit:
+                known[key] = None
+        return known[key]
+
+
+def waiting_update(
+    lists: FusedLists, group: ParamGroup, members: Tensors, gradients: Tensors, scale: Any
+) -> Waiting | None:
+    """Return an update that waits for rules behind it; None: it has to be made by torch, and now.
+
+    A profiler and whatever else watches torch's calls is to see them.
+    """
+    if kernels() is None or torch.autograd.profiler._is_profiler_enabled or torch._C._len_torch_dispatch_stack():
+        return None
+    waiting = Waiting(lists, group, members, gradients, scale)
+    return waiting if waiting.begin() else None
+
+
+def _settings(group: ParamGroup, kernel: str) -> tuple[float, ...]:
+    rest = group["weight_decay"], group["maximize"]
+    if kernel == "adam":
+        numbers = library.adam_settings(
+            group["lr"], group["betas"], group["eps"], *rest, group["decoupled_weight_decay"]
+        )
+    else:
+        numbers = library.sgd_settings(group["lr"], group["momentum"], group["dampening"], group["nesterov"], *rest)
+    found: tuple[float, ...] = numbers
+    return found
+
+
 def is_uniform(tensors: Tensors, dtype: torch.dtype) -> bool:
     """Return whether all are ordinary dense tensors of one dtype, row by row in the processor's memory."""
     return (
@@ -117,7 +250,7 @@ def is_uniform(tensors: Tensors, dtype: torch.dtype) -> bool:
         and all(map(is_, map(attrgetter("dtype"), tensors), repeat(dtype)))
         and all(map(is_, map(attrgetter("layout"), tensors), repeat(torch.strided)))
         and all(map(attrgetter("is_cpu"), tensors))
-        and all(map(methodcaller("is_contiguous"), tensors))
+        and all(map(torch.Tensor.is_contiguous, tensors))
     )
 
 
@@ -129,7 +262,7 @@ def fits_kernel(members: Tensors, gradients: Tensors) -> bool:
     """
     if any(map(attrgetter("is_sparse"), gradients)):
         return False
-    if all(map(methodcaller("is_contiguous"), members)) and all(map(methodcaller("is_contiguous"), gradients)):
+    if all(map(torch.Tensor.is_contiguous, [*members, *gradients])):
         return True
     return all(
         not p.is_cpu or (p.is_contiguous() and g.is_contiguous()) or (p.stride() == g.stride() and _fills_its_memory(p))
@@ -160,7 +293,8 @@ def _keys(chain: Chain, group: ParamGroup) -> tuple[str, ...]:
     return chain.fused_state if chain.fused_state and group.get("momentum", True) else ()
 
 
-def _same(found: Sequence[Any], kept: Sequence[Any]) -> bool:
+def same(found: Sequence[Any], kept: Sequence[Any]) -> bool:
+    """Return whether two lists hold the same objects."""
     return len(found) == len(kept) and all(map(is_, found, kept))
 
 

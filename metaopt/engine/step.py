@@ -8,7 +8,7 @@ import torch
 
 from metaopt.engine import averages, param_state
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, has_fused_kernel
-from metaopt.engine.fused import fits_kernel, lists_for
+from metaopt.engine.fused import fits_kernel, lists_for, waiting_update
 from metaopt.engine.run import AVERAGE_SHOWN, TEMPLATE, UPDATES, Run
 from metaopt.engine.structure import Placed
 from metaopt.engine.update import Evaluation, Members, Update, blocks_of
@@ -232,6 +232,8 @@ def step_bases(update: Update, closure: tuple[Closure, ...], keywords: dict[str,
             if keywords or not _step_directly(update, chain):
                 returned = _step_whole(update, chain, closure, keywords)
             change_updates(update, chain)
+        if update.waiting and not structure.acts_behind:
+            update.make_waiting()
     return returned
 
 
@@ -258,8 +260,15 @@ def _step_directly(update: Update, chain: Chain) -> bool:
             found.append((lists, group, members, gradients))
         elif members:
             return False
+    scale = vars(chain.base).get("grad_scale")
+    # what comes right after a first update, or looks at the update itself, reads the weights at once
+    may_wait = not update.initial and update.run.incomplete is not None and not chain.needs_weights_before
     for lists, group, members, gradients in found:
-        lists.step(group, members, gradients, vars(chain.base).get("grad_scale"))
+        waiting = waiting_update(lists, group, members, gradients, scale) if may_wait else None
+        if waiting is None:
+            lists.step(group, members, gradients, scale)
+        else:
+            update.waiting[id(group)] = waiting
     return True
 
 
@@ -370,6 +379,7 @@ def finish(update: Update, loss: Any) -> None:
             run.exchange.count_step()
         for placed in run.structure.acts_behind:
             _act_behind(update, placed)
+        update.make_waiting()
         if run.still_watch is not None:
             run.still_watch = run.still_watch.look(run.base.state, run.updates)
         if run.structure.observers:
@@ -377,6 +387,7 @@ def finish(update: Update, loss: Any) -> None:
         _measure(update, loss)
     except BaseException:
         run.metrics.drop_update()
+        update.make_waiting()
         raise
     finally:
         update.take_back()
@@ -421,6 +432,8 @@ def _act_behind(update: Update, placed: Placed) -> None:
     due = _due(update, placed, counted=True)
     if not due:
         return
+    if hooks & {"on_update", "after_updates"} or not wrapper.has_rules:
+        update.make_waiting()
     if "on_update" in hooks:
         for group in due:
             if wrapper not in update.run.structure.chain_of(group).leading_on_update:
@@ -434,7 +447,9 @@ def _act_behind(update: Update, placed: Placed) -> None:
             _follow(update, group, wrapper, update.apply_changed(update.members_of(group)))
     if "after_update" in hooks:
         for group in due:
-            _call(wrapper.after_update, block_views_of(update, group, wrapper, trained(update, group, wrapper)))
+            members = trained(update, group, wrapper)
+            cut = views_of if id(group) in update.waiting else block_views_of
+            _call(wrapper.after_update, cut(update, group, wrapper, members))
 
 
 def _change_later(update: Update, group: ParamGroup, wrapper: Wrapper) -> None:

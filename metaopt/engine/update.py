@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from metaopt.engine.chain import Chain, ParamGroup, ParamState
+from metaopt.engine.fused import Waiting
 from metaopt.engine.run import UPDATES, Run
 from metaopt.engine.shards import dense, local
 from metaopt.errors import StepError
@@ -56,6 +57,8 @@ class Update:
         "skip_reason",
         "step_weight",
         "storage",
+        "undivided",
+        "waiting",
     )  # fmt: skip
 
     def __init__(self, run: Run, *, is_logged: bool = False) -> None:
@@ -93,6 +96,9 @@ class Update:
         self.observing = False
         # versions of change and weights when the weights were last set to their sum
         self.applied: dict[torch.Tensor, tuple[int, int]] = {}
+        # by group: what the base has yet to do to it, with the rules of wrappers behind it
+        self.waiting: dict[int, Waiting] = {}
+        self.undivided: dict[int, Waiting] = {}
         # how often a wrapper has drawn random numbers for a parameter
         self.draws: dict[object, int] = {}
         self.names: dict[torch.Tensor, str] | None = None
@@ -125,6 +131,21 @@ class Update:
     def gradients_changed(self) -> None:
         """Look the gradients up again when they are next needed: some were made, replaced or taken away."""
         self.gathered.clear()
+
+    def make_waiting(self) -> None:
+        """Make the updates that wait: somebody looks at weights, gradients or state."""
+        if self.waiting:
+            waiting, self.waiting = self.waiting, {}
+            for key, each in waiting.items():
+                each.make()
+                if each.scale is not None:
+                    self.undivided[key] = each
+
+    def divide_gradients(self, group: ParamGroup) -> None:
+        """Divide gradients by what the base has divided them by only for itself."""
+        waiting = self.undivided.pop(id(group), None)
+        if waiting is not None:
+            torch._foreach_div_(waiting.gradients, waiting.scale)
 
     # ---- the factor that gradients wait for
 

@@ -1,6 +1,6 @@
 """What wrappers see: one group as aligned lists of local tensors of one device and dtype, and all groups at once."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from operator import attrgetter
 from typing import Any, Literal
@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState, is_moment
+from metaopt.engine.fused import Waiting, same
 from metaopt.engine.shards import (
     all_local,
     dense,
@@ -28,6 +29,8 @@ from metaopt.engine.update import Members, Update, block_size
 from metaopt.errors import HyperparameterError, StepError
 from metaopt.group import Group, Groups, Reduce
 from metaopt.module_buffers import buffers_kept
+from metaopt.rules import Rule
+from metaopt.rules import run as run_rule
 from metaopt.slots import Slot
 from metaopt.wrapper import Wrapper
 
@@ -56,7 +59,7 @@ class GroupView(Group):
         self._wrapper = wrapper
         self._rows = rows
         self.parameters = parameters
-        self.params = self._cut(all_local(parameters))
+        self._params: list[torch.Tensor] | None = None
         self.updates = group["metaopt.updates"] if updates is None else updates
         self.index = list(range(len(parameters))) if index is None else index
         # slots kept on another device: copies here, with the originals and their versions
@@ -64,6 +67,54 @@ class GroupView(Group):
         # set by an exchange: the means that came from it, and the share of their own that the weights keep
         self.means_of_ways: list[torch.Tensor] | None = None
         self.kept_share = 0.0
+
+    @property
+    def params(self) -> list[torch.Tensor]:
+        if self._update.waiting:
+            self._update.make_waiting()
+        if self._params is None:
+            self._params = self._cut(all_local(self.parameters))
+        return self._params
+
+    # ---- rules of elements
+
+    def apply(self, rule: Rule, numbers: Mapping[str, Any]) -> None:
+        graph = rule.graph
+        values = {
+            n: numbers[n] if n in numbers else self.base_lr if n == "lr" else getattr(self, n) for n in rule.numbers
+        }
+        waiting = self._update.waiting.get(id(self._group))
+        if waiting is not None and self._joins(waiting, rule, values):
+            return
+        # rows of a tensor do not have its sums
+        whole = graph.sums or (self.params[0].device.type != "cpu" and not self.keeps_elsewhere)
+        for block in [self] if whole else self.blocks():
+            run_rule(graph, block, {name: block._named(name) for name in rule.tensors}, values)
+            if "param" in graph.outputs:
+                block.move_inner_anchors()
+            block.write_back()
+
+    def _joins(self, waiting: Waiting, rule: Rule, numbers: Mapping[str, Any]) -> bool:
+        """Return whether a rule joins an update that waits for the same parameters, in its pass over memory."""
+        wrapper, state = self._wrapper, self._update.run.state
+        if self._rows is not None or not same(self.parameters, waiting.members) or self.keeps_elsewhere:
+            return False
+        tensors: dict[str, tuple[Any, list[torch.Tensor]]] = {}
+        for name in rule.tensors:
+            slot = wrapper.slots.get(name)
+            if name == "param":
+                tensors[name] = name, waiting.members
+            elif slot is not None and slot.kind in ("anchor", "start", "zeros"):
+                key = f"{wrapper.label}.{name}"
+                tensors[name] = key, [state[p][key] for p in self.parameters]
+            else:
+                return False
+        anchors = self._chain.layout(wrapper).inner_anchor_keys if "param" in rule.graph.outputs else ()
+        return not anchors and waiting.add(rule.graph, tensors, numbers)
+
+    def _named(self, name: str) -> list[torch.Tensor]:
+        tensors: list[torch.Tensor] = getattr(self, {"param": "params", "grad": "grads"}.get(name, name))
+        return tensors
 
     # ---- blocks
 
@@ -112,6 +163,7 @@ class GroupView(Group):
         slot = wrapper.slots.get(name)
         if slot is None:
             raise AttributeError(_unknown(wrapper, name, Groups, f"it belongs to all groups at once: groups.{name}"))
+        self._update.make_waiting()
         if slot.kind == "previous":
             return self._previous(name)
         if slot.kind == "moments":
@@ -171,6 +223,7 @@ class GroupView(Group):
 
     def own_state(self, p: torch.Tensor) -> list[Any]:
         """Return the wrapper's entries in a parameter's state."""
+        self._update.make_waiting()
         label = self._wrapper.label
         return [value for key, value in self._update.run.state[p].items() if str(key).startswith(f"{label}.")]
 
@@ -193,6 +246,8 @@ class GroupView(Group):
 
     @property
     def grads(self) -> list[torch.Tensor]:
+        self._update.make_waiting()
+        self._update.divide_gradients(self._group)
         self._update.apply_scale(self._chain)
         sparse = any(p.grad is not None and p.grad.is_sparse for p in self.parameters)
         if sparse and not self._wrapper.supports_sparse_grads:
@@ -238,6 +293,7 @@ class GroupView(Group):
 
     @property
     def base_moments(self) -> dict[str, list[torch.Tensor]]:
+        self._update.make_waiting()
         state, first = self._update.run.state, self.parameters[0]
         keys = [k for k in _base_keys(self._chain, state[first]) if is_moment(state[first][k], k, first)]
         return {key: [local(state[p][key]) for p in self.parameters] for key in keys}
@@ -288,6 +344,7 @@ class GroupView(Group):
                     self._update.run.copies_under_way = True
 
     def reset_base_state(self) -> None:
+        self._update.make_waiting()
         self._update.run.forget_base_state(self.parameters, self._chain)
 
     # ---- numbers

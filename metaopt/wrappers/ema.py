@@ -1,12 +1,13 @@
 """An exponential moving average of the weights."""
 
 import torch
+from torch import Tensor
 
-from metaopt import Example, Group, Wrapper, hookimpl, hyper
+from metaopt import Example, Group, Wrapper, elementwise, hookimpl, hyper
 from metaopt import start as copy_of_start
 
 
-class Ema(Wrapper, every="every", elementwise=True):
+class Ema(Wrapper, every="every"):
     """average <- d average + (1 - d) w after every update; `opt.averaged()` shows it. doi:10.1137/0330046
 
     d = decay; with `warmup` d = min(decay, (1 + t) / (10 + t)), t being how often the average has been updated, so that
@@ -40,22 +41,26 @@ class Ema(Wrapper, every="every", elementwise=True):
     )
     average = copy_of_start(dtype="average_dtype", device="device")
 
+    @elementwise
+    @staticmethod
+    def follow(param: Tensor, average: Tensor, *, share: float) -> dict[str, Tensor]:
+        return {"average": torch.lerp(average, param, share)}
+
+    @elementwise
+    @staticmethod
+    def begin(param: Tensor, average: Tensor) -> dict[str, Tensor]:
+        return {"average": param}
+
     def after_update(self, group: Group) -> None:
-        averages = group.average
         if group.updates <= group.start:
             if group.updates + group.every > group.start:  # the last time before averaging begins
-                torch._foreach_copy_(averages, group.params)
+                self.begin(group)
             return
         decay = group.decay
         if group.warmup:
             number = group.updates // group.every - group.start // group.every
             decay = min(decay, (1 + number) / (10 + number))
-        if all(a.dtype == p.dtype for a, p in zip(averages, group.params, strict=True)):
-            torch._foreach_lerp_(averages, group.params, 1.0 - decay)
-            return
-        # a multi-tensor lerp refuses mixed dtypes; cast one at a time, or all weights would be copied at once
-        for average, p in zip(averages, group.params, strict=True):
-            average.lerp_(p.to(average.dtype), 1.0 - decay)
+        self.follow(group, share=1.0 - decay)
 
     def averaged(self, group: Group) -> list[torch.Tensor] | None:
         average: list[torch.Tensor] = group.average

@@ -3,8 +3,9 @@
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from metaopt import Example, Group, Wrapper, anchor, hookimpl, hyper, moments
+from metaopt import Example, Group, Wrapper, anchor, elementwise, hookimpl, hyper, moments
 
 
 class Lookahead(Wrapper, every="k", elementwise=True, across="slow"):
@@ -55,15 +56,21 @@ class Lookahead(Wrapper, every="k", elementwise=True, across="slow"):
     def resets_base_state(self) -> bool:
         return self.pullback_momentum == "reset"
 
+    @elementwise
+    @staticmethod
+    def pull(param: Tensor, slow: Tensor, *, alpha: float) -> dict[str, Tensor]:
+        slow = torch.lerp(slow, param, alpha)
+        return {"slow": slow, "param": slow}
+
     def after_update(self, group: Group) -> None:
         if group.is_logged:
             group.measure("distance", _distance(group), reduce="norm")
-        slow = group.slow
         if group.across is None:
-            _lerp(slow, group.params, group.alpha)
+            self.pull(group)
         else:
+            slow = group.slow
             torch._foreach_add_(slow, group.mean_way, alpha=group.alpha)
-        group.set_params(slow)
+            group.set_params(slow)
         if self.pullback_momentum == "reset":
             group.reset_base_state()
         elif self.pullback_momentum == "pullback":
@@ -75,15 +82,6 @@ class Lookahead(Wrapper, every="k", elementwise=True, across="slow"):
     def averaged(self, group: Group) -> list[torch.Tensor]:
         slow: list[torch.Tensor] = group.slow
         return slow
-
-
-def _lerp(slow: list[torch.Tensor], fast: list[torch.Tensor], alpha: float) -> None:
-    if slow[0].dtype == fast[0].dtype:  # a group's tensors are of one dtype
-        torch._foreach_lerp_(slow, fast, alpha)
-        return
-    # a multi-tensor lerp refuses mixed dtypes; cast one at a time, or all weights would be copied at once
-    for s, f in zip(slow, fast, strict=True):
-        s.lerp_(f.to(s.dtype), alpha)
 
 
 def _distance(group: Group) -> torch.Tensor:

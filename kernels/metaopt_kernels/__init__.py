@@ -1,0 +1,280 @@
+"""Updates of many tensors in one pass over memory, by a small C++ library that torch's numbers are compared with once.
+
+The library is built when the package is installed, where there is a compiler. Without it `load()` returns None.
+"""
+
+import array
+import ctypes
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__version__ = "0.1.0"
+
+# of the interface between this file and kernels.cpp
+INTERFACE = 1
+OFF = "METAOPT_KERNELS"
+OPS = [
+    "move",
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "lt",
+    "le",
+    "gt",
+    "select",
+    "sqrt",
+    "abs",
+    "neg",
+    "hypot",
+    "max",
+    "lerp",
+    "addcmul",
+    "squares",
+    "products",
+    "sum",
+    "adam",
+    "sgd",
+]
+CODES = {name: code for code, name in enumerate(OPS)}
+# where an operand is: working memory, a list of tensors, a number of the program, a number of each tensor
+REGISTER, TENSOR, NUMBER, OF_TENSOR = (kind << 20 for kind in range(4))
+MOST_NUMBERS = 64
+# how a product and a sum round: twice, or once with the first product fused, or with the last
+TWICE, FIRST, LAST = range(3)
+# what torch calls the instructions that it uses, and the library that uses the same; bytes of a vector
+VARIANTS = {"AVX512": ("avx512", 64), "AVX2": ("avx2", 32), "DEFAULT": ("base", 32)}
+
+Tensors = Sequence[torch.Tensor]
+Instruction = tuple[int, ...]  # the operation, where the result goes, and three operands
+Way = tuple[int, int]  # how whole vectors round, and how the rest of a tensor does
+
+
+class _Job(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("code", "ends")),
+        *((name, ctypes.c_int64) for name in ("passes", "tensors", "lists", "kept", "threads")),
+        *((name, ctypes.c_void_p) for name in ("address", "size", "number", "count", "base", "divisor")),
+        *((name, ctypes.c_int64) for name in ("vector", "rounding", "rest_rounding", "lerp_rounding")),
+        *((name, ctypes.c_int64) for name in ("product_rounding", "quads")),
+    ]
+
+
+class Program:
+    """Instructions in passes: a sum over a tensor ends a pass. `kept` lists carry values to the next pass."""
+
+    def __init__(self, passes: Sequence[tuple[Sequence[Instruction], Sequence[Instruction]]], kept: int = 0) -> None:
+        code: list[int] = []
+        ends: list[int] = []
+        for part in itertools.chain.from_iterable(passes):
+            code.extend(itertools.chain.from_iterable(part))
+            ends.append(len(code) // 5)
+        self.kept = kept
+        self.passes = len(passes)
+        self.code, self.ends = array.array("i", code), array.array("i", ends)
+
+
+class Kernels:
+    """The library, and how torch rounds on this machine."""
+
+    def __init__(self, library: ctypes.CDLL, vector: int, variant: str) -> None:
+        self.vector = vector
+        self.variant = variant
+        self._run = {torch.float32: library.metaopt_run_float, torch.float64: library.metaopt_run_double}
+        for function in self._run.values():
+            function.argtypes, function.restype = [ctypes.POINTER(_Job)], None
+        self._norm = library.metaopt_norm_float
+        self._norm.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3]
+        self._norm.restype = ctypes.c_float
+        # by dtype and "adam", "sgd" and "lerp": how torch rounds; None: in no way that the library knows
+        self._roundings: dict[tuple[torch.dtype, str], Way | None] = {}
+        self._quads: int | None = None
+
+    def knows(self, dtype: torch.dtype, *names: str) -> bool:
+        """Return whether the library computes torch's numbers, bit for bit, for "adam", "sgd", "lerp", "addcmul"."""
+        return dtype in self._run and all(self._rounding(dtype, name) is not None for name in names)
+
+    @property
+    def knows_norms(self) -> bool:
+        """Return whether the library computes torch's norm of float32 tensors, bit for bit."""
+        if self._quads is None:
+            sizes = [*range(1, 40), 1000]
+            tensors = [_samples(size, torch.float32, seed) for seed in range(8) for size in sizes]
+            expected = [float(norm) for norm in torch._foreach_norm(tensors)]
+            equal = (
+                q for q in (1, 0) if all(self.norm([t], [1], q) == n for t, n in zip(tensors, expected, strict=True))
+            )
+            self._quads = next(equal, -1)
+        return self._quads >= 0
+
+    def norm(self, tensors: Tensors, rows: Sequence[int], quads: int | None = None) -> float:
+        """Return the 2-norm of the norms of rows: tensor i has `rows[i]` rows of equal length, one after the other."""
+        address = array.array("Q", [t.data_ptr() for t in tensors])
+        sizes = array.array("q", [t.numel() // n for t, n in zip(tensors, rows, strict=True)])
+        number = array.array("q", rows)
+        quads = self._quads if quads is None else quads
+        return float(
+            self._norm(
+                len(tensors),
+                address.buffer_info()[0],
+                number.buffer_info()[0],
+                sizes.buffer_info()[0],
+                self.vector,
+                quads,
+                torch.get_num_threads(),
+            )
+        )
+
+    def run(
+        self,
+        dtype: torch.dtype,
+        program: Program,
+        address: "array.array[int]",
+        size: "array.array[int]",
+        numbers: Sequence[float] = (),
+        *,
+        base: str = "",
+        settings: Sequence[float] = (),
+        count: "array.array[int] | None" = None,
+        divisor: torch.Tensor | None = None,
+        roundings: Way | None = None,
+    ) -> None:
+        """Run a program over tensors of `dtype`: the addresses list by list, and the size of each tensor."""
+        n = len(size)
+        number = array.array("d", [*numbers, *[0.0] * (MOST_NUMBERS - len(numbers))])
+        own = array.array("d", [*settings, *[0.0] * (8 - len(settings))])
+        roundings = roundings or (self._rounding(dtype, base) if base else None) or (TWICE, TWICE)
+        job = _Job(
+            code=program.code.buffer_info()[0],
+            ends=program.ends.buffer_info()[0],
+            passes=program.passes,
+            tensors=n,
+            lists=len(address) // max(1, n),
+            kept=program.kept,
+            threads=torch.get_num_threads(),
+            address=address.buffer_info()[0],
+            size=size.buffer_info()[0],
+            number=number.buffer_info()[0],
+            count=None if count is None else count.buffer_info()[0],
+            base=own.buffer_info()[0],
+            divisor=None if divisor is None else divisor.data_ptr(),
+            vector=self.vector,
+            rounding=roundings[0],
+            rest_rounding=roundings[1],
+            lerp_rounding=(self._known(dtype, "lerp") or roundings)[0],
+            product_rounding=(self._known(dtype, "addcmul") or roundings)[0],
+            quads=max(0, self._quads or 0),
+        )
+        self._run[dtype](ctypes.byref(job))
+
+    # ---- how torch rounds
+
+    def _known(self, dtype: torch.dtype, name: str) -> Way | None:
+        return self._roundings.get((dtype, name))
+
+    def _rounding(self, dtype: torch.dtype, name: str) -> Way | None:
+        key = dtype, name
+        if key not in self._roundings:
+            apart = name in ("adam", "sgd")
+            ways: list[Way] = [(a, b) for a in (LAST, FIRST, TWICE) for b in (LAST, FIRST, TWICE) if apart or a == b]
+            self._roundings[key] = next(
+                (way for way in ways if all(self._is_equal(dtype, name, way, c) for c in range(4))), None
+            )
+        return self._roundings[key]
+
+    def _is_equal(self, dtype: torch.dtype, name: str, way: Way, case: int) -> bool:
+        """Return whether the library, rounding in this way, and torch compute the same numbers."""
+        sizes = (7, 64, 71, 77)
+        lists = [[_samples(n, dtype, 10 * i + case) for n in sizes] for i in range(4)]
+        lists[3] = [t.abs() for t in lists[3]]
+        own = [[t.clone() for t in tensors] for tensors in lists]
+        counts = [torch.tensor(3.0) for _ in sizes]
+        own_counts = [c.clone() for c in counts]
+        instruction, numbers, settings = _expected(name, case, lists, counts)
+        self.run(
+            dtype,
+            Program([([instruction], [])]),
+            addresses(*own),
+            array.array("q", sizes),
+            numbers,
+            settings=settings,
+            count=addresses(own_counts) if name == "adam" else None,
+            roundings=way,
+        )
+        return all(map(torch.equal, itertools.chain(*own), itertools.chain(*lists)))
+
+
+def addresses(*lists: Tensors) -> "array.array[int]":
+    """Return where the tensors begin, list by list."""
+    return array.array("Q", [tensor.data_ptr() for tensors in lists for tensor in tensors])
+
+
+def _samples(size: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, dtype=dtype, generator=generator)
+
+
+def _expected(
+    name: str, case: int, lists: list[list[torch.Tensor]], counts: list[torch.Tensor]
+) -> tuple[Instruction, Sequence[float], Sequence[float]]:
+    """Let torch update the lists; return the instruction that does the same, with its numbers."""
+    p, g, m, v = lists
+    place = [TENSOR | i for i in range(4)]
+    if name == "lerp":
+        weight = (0.3, 0.5, 0.001, 1.0)[case]
+        torch._foreach_lerp_(m, p, weight)
+        return (CODES["lerp"], place[2], place[2], place[0], NUMBER), [weight], []
+    if name == "addcmul":
+        torch._foreach_addcmul_(m, p, g)
+        return (CODES["addcmul"], place[2], place[2], place[0], place[1]), [], []
+    decoupled, maximize = case % 2, case // 2
+    if name == "adam":
+        kernel: Callable[..., Any] = torch._fused_adamw_ if decoupled else torch._fused_adam_
+        beta1 = 0.3 if case == 3 else 0.9
+        torch._foreach_add_(counts, 1)
+        kernel(
+            p, g, m, v, [], counts, amsgrad=False, lr=0.0013, beta1=beta1, beta2=0.997, weight_decay=0.11, eps=1e-8,
+            maximize=bool(maximize), grad_scale=None, found_inf=None,
+        )  # fmt: skip
+        settings = adam_settings(0.0013, (beta1, 0.997), 1e-8, 0.11, bool(maximize), bool(decoupled))
+        return (CODES["adam"], place[0], *place[:3]), [], settings
+    torch._fused_sgd_(
+        p, g, m, weight_decay=0.11, momentum=0.9, lr=0.0013, dampening=0.0 if decoupled else 0.3,
+        nesterov=bool(decoupled), maximize=bool(maximize), is_first_step=False, grad_scale=None, found_inf=None,
+    )  # fmt: skip
+    settings = sgd_settings(0.0013, 0.9, 0.0 if decoupled else 0.3, bool(decoupled), 0.11, bool(maximize))
+    return (CODES["sgd"], place[0], *place[:3]), [], settings
+
+
+def adam_settings(
+    lr: float, betas: Sequence[float], eps: float, weight_decay: float, maximize: bool, decoupled: bool
+) -> tuple[float, ...]:
+    """Return the numbers of Adam in the order of kernels.cpp."""
+    return lr, *betas, eps, weight_decay, float(maximize), float(decoupled)
+
+
+def sgd_settings(
+    lr: float, momentum: float, dampening: float, nesterov: bool, weight_decay: float, maximize: bool
+) -> tuple[float, ...]:
+    """Return the numbers of SGD in the order of kernels.cpp."""
+    return lr, momentum, dampening, float(nesterov), weight_decay, float(maximize)
+
+
+@cache
+def load() -> Kernels | None:
+    """Return the library for the instructions that torch uses here; None if there is none, or `METAOPT_KERNELS=0`."""
+    if os.environ.get(OFF) == "0":
+        return None
+    variant, vector = VARIANTS.get(torch.backends.cpu.get_cpu_capability(), ("base", 16))
+    path = Path(__file__).with_name(f"kernels_{variant}.so")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError:  # not built, or built for another machine
+        return None
+    return Kernels(library, vector, variant) if library.metaopt_version() == INTERFACE else None

@@ -1,0 +1,224 @@
+"""The library computes torch's numbers bit for bit, for every size and number of threads."""
+
+import os
+import subprocess
+import sys
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+metaopt_kernels = pytest.importorskip("metaopt_kernels", reason="metaopt-kernels is not installed")
+from metaopt_kernels import CODES, NUMBER, TENSOR, Kernels, Program, adam_settings, addresses, load, sgd_settings  # noqa: E402
+
+if load() is None:
+    pytest.skip("the library of metaopt-kernels was not built, or is turned off", allow_module_level=True)
+
+KERNELS = load()
+SIZES = [*range(71), 1000, 4097, 40_000, 70_001]
+DTYPES = [torch.float32, torch.float64]
+P, G, M, V = (TENSOR | i for i in range(4))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def kernels() -> Kernels:
+    assert KERNELS is not None
+    return KERNELS
+
+
+def run(kernels: Kernels, threads: int, *args: Any, **keywords: Any) -> None:
+    """Run the library with some threads; torch opens a parallel region for each small tensor, and gets one."""
+    torch.set_num_threads(threads)
+    kernels.run(*args, **keywords)
+    torch.set_num_threads(1)
+
+
+def lists(dtype: torch.dtype) -> list[list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    made = [[torch.randn(n, dtype=dtype, generator=generator) for n in SIZES] for _ in range(4)]
+    return [*made[:3], [t.abs() for t in made[3]]]
+
+
+def copies(tensors: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
+    return [[t.clone() for t in each] for each in tensors]
+
+
+def assert_equal(found: list[list[torch.Tensor]], expected: list[list[torch.Tensor]]) -> None:
+    for i, (own, theirs) in enumerate(zip(found, expected, strict=True)):
+        for a, b in zip(own, theirs, strict=True):
+            assert torch.equal(a, b), (i, a.numel())
+
+
+@pytest.mark.parametrize("scale", [None, 3.7])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize(("beta1", "decay"), [(0.9, 0.1), (0.3, 0.1), (0.9, 0.0)])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adam_is_torch_s(
+    kernels: Kernels,
+    threads: int,
+    dtype: torch.dtype,
+    beta1: float,
+    decay: float,
+    decoupled: bool,
+    maximize: bool,
+    scale: float | None,
+) -> None:
+    expected = lists(dtype)
+    found = copies(expected)
+    counts, own_counts = ([torch.tensor(float(i % 3)) for i in range(len(SIZES))] for _ in range(2))
+    divisor = None if scale is None else torch.tensor(scale)
+    assert kernels.knows(dtype, "adam")
+    settings = adam_settings(0.0013, (beta1, 0.997), 1e-8, decay, maximize, decoupled)
+    for _ in range(2):
+        torch._foreach_add_(counts, 1)
+        gradients = [g.clone() for g in expected[1]]  # torch writes the divided ones
+        (torch._fused_adamw_ if decoupled else torch._fused_adam_)(
+            expected[0], gradients, expected[2], expected[3], [], counts, amsgrad=False, lr=0.0013, beta1=beta1,
+            beta2=0.997, weight_decay=decay, eps=1e-8, maximize=maximize, grad_scale=divisor, found_inf=None,
+        )  # fmt: skip
+        run(
+            kernels,
+            threads,
+            dtype,
+            Program([([(CODES["adam"], P, P, G, M)], [])]),
+            addresses(*found),
+            array("q", SIZES),
+            base="adam",
+            settings=settings,
+            count=addresses(own_counts),
+            divisor=divisor,
+        )
+    assert_equal(found, expected)
+    assert counts == own_counts
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize(("momentum", "dampening", "nesterov"), [(0, 0, 0), (0.9, 0, 0), (0.9, 0.3, 0), (0.9, 0, 1)])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sgd_is_torch_s(
+    kernels: Kernels,
+    threads: int,
+    dtype: torch.dtype,
+    decay: float,
+    momentum: float,
+    dampening: float,
+    nesterov: int,
+    maximize: bool,
+) -> None:
+    expected = lists(dtype)[:3]
+    found = copies(expected)
+    settings = sgd_settings(0.013, momentum, dampening, bool(nesterov), decay, maximize)
+    assert kernels.knows(dtype, "sgd")
+    for _ in range(2):
+        torch._fused_sgd_(
+            expected[0], expected[1], expected[2] if momentum else [], weight_decay=decay, momentum=momentum, lr=0.013,
+            dampening=dampening, nesterov=bool(nesterov), maximize=maximize, is_first_step=False, grad_scale=None,
+            found_inf=None,
+        )  # fmt: skip
+        program = Program([([(CODES["sgd"], P, P, G, M if momentum else 0)], [])])
+        run(kernels, threads, dtype, program, addresses(*found), array("q", SIZES), base="sgd", settings=settings)
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("weight", [0.001, 0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_single_operations_are_torch_s(kernels: Kernels, threads: int, dtype: torch.dtype, weight: float) -> None:
+    expected = lists(dtype)
+    found = copies(expected)
+    assert kernels.knows(dtype, "lerp", "addcmul")
+    torch._foreach_lerp_(expected[2], expected[0], weight)
+    torch._foreach_copy_(expected[0], expected[2])
+    torch._foreach_addcmul_(expected[3], expected[0], expected[1])
+    code = [
+        (CODES["lerp"], M, M, P, NUMBER),
+        (CODES["move"], P, M, 0, 0),
+        (CODES["addcmul"], V, V, P, G),
+    ]
+    run(kernels, threads, dtype, Program([(code, [])]), addresses(*found), array("q", SIZES), [weight])
+    assert_equal(found, expected)
+
+
+def test_norms_are_torch_s(kernels: Kernels) -> None:
+    assert kernels.knows_norms
+    tensors = lists(torch.float32)[0]
+    for tensor in tensors:
+        assert kernels.norm([tensor], [1]) == float(torch._foreach_norm([tensor])[0])
+    assert kernels.norm(tensors, [1] * len(tensors)) == float(
+        torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+    )
+    large = torch.randn(1 << 16, generator=torch.Generator().manual_seed(1))
+    rows = torch.linalg.vector_norm(large.view(64, -1), dim=1)
+    assert kernels.norm([large], [64]) == float(torch.linalg.vector_norm(rows))
+
+
+def test_a_kind_of_update_that_differs_in_one_bit_is_torch_s_own(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_roundings", {})
+    monkeypatch.setattr(kernels, "vector", 16)  # the rest of a tensor then begins at another element
+    known = kernels.knows(torch.float32, "adam")
+    assert known == (torch.backends.cpu.get_cpu_capability() == "DEFAULT")
+
+
+def test_two_threads_of_torch_compute_the_same(kernels: Kernels) -> None:
+    sizes = [31, 70_001]
+    expected = [[torch.full((n,), 0.1 * i) for n in sizes] for i in range(1, 5)]
+    found = copies(expected)
+    counts, own_counts = ([torch.tensor(1.0) for _ in sizes] for _ in range(2))
+    torch.set_num_threads(2)
+    torch._foreach_add_(counts, 1)
+    torch._fused_adamw_(
+        *expected, [], counts, amsgrad=False, lr=0.1, beta1=0.9, beta2=0.99, weight_decay=0.1, eps=1e-8, maximize=False,
+        grad_scale=None, found_inf=None,
+    )  # fmt: skip
+    torch._foreach_lerp_(expected[1], expected[0], 0.3)
+    kernels.run(
+        torch.float32,
+        Program([([(CODES["adam"], P, P, G, M), (CODES["lerp"], G, G, P, NUMBER)], [])]),
+        addresses(*found),
+        array("q", sizes),
+        [0.3],
+        base="adam",
+        settings=adam_settings(0.1, (0.9, 0.99), 1e-8, 0.1, False, True),
+        count=addresses(own_counts),
+    )
+    assert_equal(found, expected)
+
+
+def test_the_package_installs_without_a_compiler(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling")
+    source = Path(__file__).parents[1]
+    if not (source / "hatch_build.py").exists():
+        pytest.skip("the tests are not beside the source")
+    for file in source.rglob("*"):
+        if file.is_file() and file.suffix in (".py", ".cpp", ".toml", ".md", "") and "tests" not in file.parts:
+            copy = tmp_path / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+    code = "import hatchling.build as b; print(b.build_wheel('.'))"
+    built = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "CXX": "no-such-compiler"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert built.stdout.split()[-1].endswith("-py3-none-any.whl")
+    assert not list(tmp_path.rglob("*.so"))

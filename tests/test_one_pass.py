@@ -1,0 +1,178 @@
+"""The base's update and rules of elements in one pass over memory: the numbers of the path without the library."""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from small_runs import small_model
+
+import metaopt
+from metaopt.engine import fused
+from metaopt.programs import kernels
+
+if kernels() is None:
+    absent = importlib.util.find_spec("metaopt_kernels") is None
+    reason = "metaopt-kernels is not installed" if absent else "metaopt-kernels has no library here, or is turned off"
+    pytest.skip(reason, allow_module_level=True)
+
+SHAPES: list[tuple[int, ...]] = [*((n,) for n in range(71)), (1000,), (70_001,), (300, 257)]
+SPECS = [
+    "adamw(lr=0.01, weight_decay=0.1)",
+    "adam(lr=0.01, weight_decay=0.1, maximize=True) | lookahead(k=2)",
+    "sgd(lr=0.1) | ema(0.9)",
+    "sgd(lr=0.1, momentum=0.9, nesterov=True) | ema(0.9, start=2, warmup=True) | lookahead(k=2, alpha=0.3)",
+    "clip_grad_norm(1.0) | adamw(lr=0.01) | lookahead(k=2) | ema(0.9, every=2)",
+    "clip_grad_value(0.5) | adamw | lookahead(k=2) | lookahead(k=3, label='outer')",
+]
+Built = tuple[list[torch.nn.Parameter], Any]
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[fused.Waiting]:
+    """Return a list of the updates that the library makes."""
+    found: list[fused.Waiting] = []
+    own = fused.Waiting.make
+
+    def make(self: fused.Waiting) -> None:
+        found.append(self)
+        own(self)
+
+    monkeypatch.setattr(fused.Waiting, "make", make)
+    return found
+
+
+def trained(spec: str, dtype: torch.dtype, steps: int = 7, change: Callable[[Built, int], None] | None = None) -> Built:
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator, dtype=dtype)) for s in SHAPES]
+    opt = metaopt.build(params, spec)
+    for step in range(steps):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator, dtype=dtype)
+        if change is not None:
+            change((params, opt), step)
+        opt.step()
+    return params, opt
+
+
+def assert_same(found: Built, expected: Built) -> None:
+    for p, q in zip(found[0], expected[0], strict=True):
+        assert torch.equal(p, q), p.shape
+        own, other = found[1].state[p], expected[1].state[q]
+        assert own.keys() == other.keys()
+        for key, value in own.items():
+            assert torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key], key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_library_computes_the_same_bits(
+    spec: str, dtype: torch.dtype, made: list[fused.Waiting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = trained(spec, dtype)
+    assert len(made) >= 6
+    monkeypatch.setattr(fused, "kernels", lambda: None)
+    made.clear()
+    expected = trained(spec, dtype)
+    assert not made
+    assert_same(found, expected)
+
+
+def swapped(built: Built, step: int) -> None:
+    """Give a moment and a parameter other memory, as programs do that move state to another device and back."""
+    params, opt = built
+    if step == 3:
+        opt.state[params[-1]]["exp_avg"].data = opt.state[params[-1]]["exp_avg"].double().float()
+        params[-2].data = params[-2].data.clone()
+
+
+def turned(built: Built, step: int) -> None:
+    if step == 3:
+        params, opt = built
+        entry = opt.state[params[-1]]
+        entry["lookahead.slow"].data = entry["lookahead.slow"].t().contiguous().t()
+
+
+def missing(built: Built, step: int) -> None:
+    if step % 3 == 2:
+        built[0][-1].grad = None
+
+
+def frozen(built: Built, step: int) -> None:
+    built[0][40].requires_grad_(requires_grad=step < 3)
+    if step >= 3:
+        built[0][40].grad = None
+
+
+def sparse(built: Built, step: int) -> None:
+    p = built[0][-1]
+    if step == 4:
+        p.grad = torch.ones_like(p).to_sparse()
+
+
+@pytest.mark.parametrize("change", [swapped, turned, missing, frozen])
+def test_whatever_changes_between_two_updates_is_seen(
+    change: Callable[[Built, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = "clip_grad_norm(1.0) | adamw(lr=0.01) | lookahead(k=2) | ema(0.9)"
+    found = trained(spec, torch.float32, change=change)
+    monkeypatch.setattr(fused, "kernels", lambda: None)
+    assert_same(found, trained(spec, torch.float32, change=change))
+
+
+def test_a_sparse_gradient_and_16_bits_take_torch_s_path(made: list[fused.Waiting]) -> None:
+    trained("sgd(lr=0.1) | ema", torch.float32, steps=5, change=sparse)
+    assert len(made) == 3  # neither the first update nor the sparse one
+    made.clear()
+    trained("adamw | lookahead(k=2)", torch.bfloat16)
+    assert not made
+
+
+def test_versions_count_the_updates_of_the_library(made: list[fused.Waiting]) -> None:
+    def versions(built: Built) -> list[int]:
+        return [t._version for p in built[0] for t in (p, *built[1].state[p].values())]
+
+    built = trained("adamw | lookahead(k=1)", torch.float32, steps=3)
+    before = versions(built)
+    made.clear()
+    built[1].step()
+    assert made
+    assert all(a > b for a, b in zip(versions(built), before, strict=True))
+
+
+def test_a_graph_that_needs_the_old_weights_is_refused() -> None:
+    model = small_model()
+    opt = metaopt.build(model, "adamw")
+    for _ in range(2):
+        model(torch.ones(2, 3)).sum().backward()
+        opt.step()
+    loss = model(torch.ones(2, 3)).sum()
+    opt.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_profiler_sees_torch_s_kernel(made: list[fused.Waiting]) -> None:
+    _, opt = trained("adamw | lookahead(k=1)", torch.float32, steps=3)
+    made.clear()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        opt.step()
+    assert not made
+    assert any("_fused_adamw_" in event.name for event in profile.events())
+
+
+def test_a_wrapper_behind_the_base_reads_the_gradients_that_the_base_used(made: list[fused.Waiting]) -> None:
+    seen: list[torch.Tensor] = []
+
+    class Reader(metaopt.Wrapper):
+        def after_update(self, group: Any) -> None:
+            seen.append(group.grads[0].clone())
+
+    p = torch.nn.Parameter(torch.ones(4))
+    opt = metaopt.build([p], metaopt.clip_grad_norm(1.0) | metaopt.adamw | Reader(label="reader"))
+    for _ in range(3):
+        p.grad = torch.full((4,), 2.0)
+        opt.step()
+    assert made
+    assert all(torch.allclose(gradient, torch.full((4,), 0.5)) for gradient in seen)
