@@ -1004,6 +1004,12 @@ class _Sobol(_Part):
 
 sobol: _Sobol
 
+class _Csv(_Part):
+    def __call__(self, path: Any) -> Logger:
+        """Writes a row for each point and a column for each tag, `step` being the first: `pandas.read_csv("run.csv")`."""
+
+csv: _Csv
+
 class _Jsonl(_Part):
     def __call__(self, path: Any) -> Logger:
         """Writes one JSON object per line: first the run (spec, hyperparameters, tags), then `{"step": t, tag: value}`."""

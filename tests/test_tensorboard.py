@@ -335,3 +335,63 @@ def test_a_copied_stack_writes_to_no_log(tmp_path):
             p.grad = torch.ones_like(p)
     twin.step()
     assert path.read_text() == before
+
+
+def _events(directory):
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    return [e for path in sorted(directory.glob("*tfevents*")) for e in EventFileLoader(str(path)).Load()]
+
+
+def test_a_pause_before_a_resume_is_not_part_of_the_time_of_a_run(tmp_path):
+    directory = tmp_path / "run"
+    log_run(directory, [1.0] * 4).close()
+    (file,) = directory.glob("*tfevents*")
+    hour = 3600.0
+    _move_back(file, hour)  # as if the run had stopped an hour ago
+    log_run(directory, [2.0, 2.0], first=4).close()
+    times = {event.step: event.wall_time for event in _events(directory) if event.summary.value and event.step}
+    assert sorted(times) == [1, 2, 3, 4, 5]
+    assert times[3] - 1e-3 <= times[4] < times[3] + 60.0 and times[4] <= times[5]
+
+
+def _move_back(file, seconds):
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    data, events, at = file.read_bytes(), [], 0
+    while at < len(data):
+        length = int.from_bytes(data[at : at + 8], "little")
+        events.append(Event.FromString(data[at + 12 : at + 12 + length]))
+        at += 16 + length
+    with file.open("wb") as out:
+        writer = RecordWriter(out)
+        for event in events:
+            event.wall_time -= seconds
+            writer.write(event.SerializeToString())
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_the_server_shows_the_page_of_a_run_its_histograms_and_its_dashboard(tmp_path, loader):
+    logdir = tmp_path / "runs"
+    model = torch.nn.Linear(4, 1)
+    spec = "clip_grad_norm(1.0) | adamw(lr=warmup(cosine(1e-2), 0.1)) | lookahead(k=2) | monitor(histograms=True)"
+    opt = metaopt.build(model.parameters(), spec, log=logdir / "run", log_every=1, total_steps=10)
+    for _ in range(4):
+        opt.zero_grad()
+        model(torch.randn(8, 4)).square().mean().backward()
+        opt.step()
+    opt.close()
+    with tensorboard(logdir, loader) as server:
+        texts = server.get("plugin/text/tags")["run"]
+        assert {f"metaopt/{name}/text_summary" for name in ("stack", "parts", "groups")} <= set(texts)
+        assert "metaopt/schedule/lr" in server.get("plugin/images/tags")["run"]
+        assert {"monitor/weights", "monitor/changes"} <= set(server.get("plugin/histograms/tags")["run"])
+        weights = server.get("plugin/histograms/histograms", run="run", tag="monitor/weights")
+        assert [step for _, step, _ in weights] == [1, 2, 3, 4]
+        assert all(round(sum(count for _, _, count in buckets)) == 5 for _, _, buckets in weights)
+        layout = server.get("plugin/custom_scalars/layout")
+        titles = [category["title"] for category in layout["category"]]
+        assert titles == ["training", "rates", "clipping", "slow weights", "layers"]
+        stack = server.get("plugin/text/text", run="run", tag="metaopt/stack/text_summary")
+        assert len(stack) == 1 and "clip_grad_norm" in stack[0]["text"]

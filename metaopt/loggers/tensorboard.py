@@ -136,7 +136,9 @@ class TensorBoard(Logger):
             self._file.close()
         earlier = bool(_wait_for_a_later_name(_writable(self.directory)))
         self._refuse_another_writer()
-        self._file = _EventFile(self.directory)
+        # the axis "relative" shows the time that the run took, without the pause in front of a resume
+        last = _last_time(self.directory, step) if step > 0 else None
+        self._file = _EventFile(self.directory, 0.0 if last is None else max(0.0, time.time() - last))
         self._names.add(self._file.name)
         # also where nothing is earlier: TensorBoard takes the first such mark for the start and obeys the second
         self._file.begin(step + 1)
@@ -180,12 +182,29 @@ def _is_own(path: Path) -> bool | None:
     return bool(status == SessionLog.START)
 
 
+def _last_time(directory: Path, step: int) -> float | None:
+    """Return when the last point up to `step` was written, on the clock of the run; None if there is none."""
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    times: dict[int, float] = {}
+    for path in sorted(directory.glob("events.out.tfevents.*")):
+        with suppress(OSError, DecodeError, struct.error), path.open("rb") as file:
+            while len(header := file.read(12)) == 12:
+                event = Event.FromString(file.read(struct.unpack("<Q", header[:8])[0]))
+                file.read(4)
+                if event.HasField("summary") and 0 < event.step <= step:
+                    times[event.step] = event.wall_time  # of a later file, if the run went back
+    return times[max(times)] if times else None
+
+
 class _EventFile:
     """One event file, written by the thread that logs: an error of the disk is raised there, and nowhere else."""
 
     _numbers = itertools.count()
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, pause: float = 0.0) -> None:
+        self._pause = pause
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(self._numbers)}"
         self.name = name
         self._path = directory / name
@@ -199,16 +218,19 @@ class _EventFile:
         """Mark a session that begins with `step`: points of it or later, in older files, are not shown."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-        version = Event(wall_time=time.time(), file_version="brain.Event:2")
-        start = Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START))
+        version = Event(wall_time=self._now(), file_version="brain.Event:2")
+        start = Event(wall_time=self._now(), step=step, session_log=SessionLog(status=SessionLog.START))
         self._append("the beginning of the run", [version, start])
 
     def write(self, step: int, summaries: Sequence[Any]) -> None:
         """Append summaries at x = `step`. Raises LogError."""
         from tensorboard.compat.proto.event_pb2 import Event
 
-        now = time.time()
+        now = self._now()
         self._append(f"update {step}", [Event(wall_time=now, step=step, summary=summary) for summary in summaries])
+
+    def _now(self) -> float:
+        return time.time() - self._pause
 
     def _append(self, what: str, events: Sequence[Any]) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
