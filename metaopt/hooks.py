@@ -21,6 +21,8 @@ HOOKS = {
     "problem": "metaopt_problems",
 }
 EXAMPLES = "metaopt_examples"
+# offers no parts of stacks, but places where trials run
+EXECUTORS = "metaopt_executors"
 
 
 @dataclass(frozen=True)
@@ -87,3 +89,8 @@ def metaopt_problems() -> dict[str, Any]:  # type: ignore[empty-body]
 @hookspec
 def metaopt_examples() -> dict[str, Example | Sequence[Example]]:  # type: ignore[empty-body]
     """Say of parts what their classes do not: one example or several for each name."""
+
+
+@hookspec
+def metaopt_executors() -> dict[str, Any]:  # type: ignore[empty-body]
+    """Offer places where the trials of a comparison run: subclasses of metaopt.lab.executors.Executor."""

@@ -16,6 +16,8 @@ from metaopt.errors import PluginError, UnknownPart, did_you_mean, with_article
 KINDS = tuple(hooks.HOOKS)
 BUILT_IN = ("optimizers", "wrappers", "schedules", "spaces", "tuners", "loggers", "problems")
 LONGEST_DESCRIPTION = 150
+# imported when executors are asked for: it imports torch
+OWN_EXECUTOR = "metaopt.lab.executors.folder"
 # the origin of what `metaopt.register` was given
 THIS_PROGRAM = "this program"
 NAME = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)?")
@@ -102,6 +104,20 @@ class Registry:
         said = [name for example in self.examples(entry.name) for name in example.known_as]
         return tuple(dict.fromkeys((*getattr(entry.target, "known_as", ()), *said)))
 
+    def executors(self) -> dict[str, Any]:
+        """Return the places where trials run, by name. Raises PluginError if two plugins offer one name."""
+        self._load()
+        found = dict(import_module(OWN_EXECUTOR).metaopt_executors())
+        for implementation in getattr(self._plugins.hook, hooks.EXECUTORS).get_hookimpls():
+            offered = implementation.function()
+            if not isinstance(offered, dict):
+                raise PluginError(f"{implementation.plugin_name}: {hooks.EXECUTORS} must return a dict of classes")
+            self._check(offered, implementation.plugin_name)
+            for name, target in offered.items():
+                if found.setdefault(name, target) is not target or name == "local":
+                    raise PluginError(f"the executor {name!r} is offered twice: uninstall one plugin, or rename it")
+        return found
+
     def broken(self) -> list[BrokenPlugin]:
         """Return the plugins that could not be used, with their errors."""
         self._load()
@@ -160,7 +176,7 @@ class Registry:
                 self._broken.append(BrokenPlugin(origin, f"{type(error).__name__}: {error}"))
 
     def _take_plugin(self, plugin: Any, origin: str, version: str) -> None:
-        known = {*hooks.HOOKS.values(), hooks.EXAMPLES}
+        known = {*hooks.HOOKS.values(), hooks.EXAMPLES, hooks.EXECUTORS}
         named = sorted(n for n in dir(plugin) if n.startswith("metaopt_"))
         marked = [n for n in named if getattr(getattr(plugin, n), "metaopt_impl", None) is not None]
         forgotten = [n for n in named if n in known and n not in marked]

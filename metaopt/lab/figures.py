@@ -7,7 +7,6 @@ import io
 import math
 import textwrap
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,7 +92,7 @@ def sensitivity(comparison: Comparison) -> Figure:
         ]
         for chosen, look in ((False, {"mfc": "white", "alpha": 0.6, "markersize": 5}), (True, {"markersize": 7})):
             kept = [(rate, loss) for rate, loss, best in points if loss is not None and best == chosen]
-            label: dict[str, Any] = {"label": _wrapped(contender.spec, 90)} if chosen else {}
+            label = {"label": _wrapped(contender.spec, 90)} if chosen else {}
             axes.plot([rate for rate, _ in kept], [loss for _, loss in kept], **style, **look, **label)
         lost = [rate for rate, loss, _ in points if loss is None]
         # side by side where several contenders diverge at one rate
@@ -118,17 +117,14 @@ def figure(comparison: Comparison, name: str) -> Figure:
     return FIGURES[name](comparison)
 
 
-def write_figures(comparison: Comparison, forms: Sequence[str] = ("png",), folder: Path | None = None) -> list[Path]:
-    """Write every picture that the comparison has into its folder; return the files. Raises MetaoptError."""
-    check_forms(forms)
+def write_figures(comparison: Comparison, forms: Sequence[str] = ("png",)) -> list[str]:
+    """Write every picture that the comparison has into its folder; return their names. Raises LogError."""
     names = [name for name in FIGURES if comparison.plan.tune or name != "sensitivity"]
-    written: list[Path] = []
     for name in names:
         drawn = figure(comparison, name)
         for form in forms:
-            written.append((folder or comparison.folder) / f"{name}.{form}")
-            write_bytes(written[-1], _bytes(drawn, form))
-    return written
+            write_bytes(comparison.folder / f"{name}.{form}", _bytes(drawn, form))
+    return [f"{name}.{form}" for name in names for form in forms]
 
 
 def check_forms(forms: Sequence[str]) -> None:

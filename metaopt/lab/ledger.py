@@ -19,14 +19,6 @@ WRITTEN = (
 )
 
 
-def free_of_results(folder: Path) -> Path:
-    """Return a folder that holds no file that a comparison would write. Raises LogError."""
-    there = next((name for name in WRITTEN if (folder / name).exists()), None)
-    if there is not None:
-        raise LogError(f"{folder / there} is there already: choose another folder")
-    return folder
-
-
 @dataclass
 class Entry:
     """One comparison: its folder below the one of the ledger, its plan, and how many studies it was looked at with.
@@ -95,6 +87,8 @@ class Ledger:
 
 def _digests(plan: Plan) -> tuple[str, str]:
     """Return a name for the plan, and one for the question that it asks, whatever the number of studies."""
-    asked: Mapping[str, Any] = {k: v for k, v in asdict(plan).items() if k not in ("out", "jobs", "plugins")}
+    asked: Mapping[str, Any] = {
+        k: v for k, v in asdict(plan).items() if k not in ("out", "jobs", "plugins", "on", "retries")
+    }
     question = {key: value for key, value in asked.items() if key != "looks"}
     return digest(asked), digest(question)

@@ -9,6 +9,7 @@ from typing import Any
 from metaopt.errors import ProblemError, SpecError
 from metaopt.lab.circumstances import circumstances, digest
 from metaopt.lab.device import usable_device
+from metaopt.lab.executors import LOCAL, RETRIES
 from metaopt.lab.looks import auto_looks, pocock
 from metaopt.lab.named import problem_named
 from metaopt.lab.placement import placed
@@ -54,6 +55,8 @@ class Plan:
     plugins: tuple[str, ...]
     circumstances: dict[str, Any]
     own: tuple[dict[str, Any], ...]
+    on: str = LOCAL
+    retries: int = RETRIES
 
     @property
     def studies(self) -> int:
@@ -117,9 +120,11 @@ def plan_comparison(
     lr_min: float = LOWEST,
     lr_max: float = HIGHEST,
     plugins: Sequence[str] = (),
+    on: str = LOCAL,
+    retries: int = RETRIES,
 ) -> Plan:
     """Check what a user asked for; every contender makes one update, thrown away. Raises MetaoptError."""
-    for value, what, least in ((trials, "--trials", 1), (jobs, "--jobs", 1)):
+    for value, what, least in ((trials, "--trials", 1), (jobs, "--jobs", 1), (retries, "--retries", 0)):
         if value < least:
             raise ProblemError(f"{what} must be {least} or more, got {value}")
     if steps is not None and steps < 1:
@@ -158,7 +163,9 @@ def plan_comparison(
         jobs=jobs,
         plugins=tuple(plugins),
         circumstances=circumstances(problem, pipelines, device, plugins),
-        own=tuple(circumstances(problem, [pipeline], device, plugins) for pipeline in pipelines),
+        own=tuple(circumstances(problem, [pipeline], device, ()) for pipeline in pipelines),
+        on=on,
+        retries=retries,
     )
 
 

@@ -5,7 +5,6 @@ import io
 import json
 import math
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from metaopt.lab.comparison import Comparison, Contender
@@ -16,17 +15,12 @@ from metaopt.lab.power import fewest_studies
 from metaopt.lab.report import markdown
 
 
-def write_results(comparison: Comparison, folder: Path | None = None) -> list[Path]:
+def write_results(comparison: Comparison) -> None:
     """Write results.json, trials.csv and report.md into the comparison's folder, each whole or not at all."""
-    written = {
-        "results.json": json.dumps(document(comparison), indent=1) + "\n",
-        "trials.csv": trials_csv(comparison),
-        "report.md": markdown(comparison),
-    }
-    paths = {(folder or comparison.folder) / name: text for name, text in written.items()}
-    for path, text in paths.items():
-        write_text(path, text)
-    return list(paths)
+    folder = comparison.folder
+    write_text(folder / "results.json", json.dumps(document(comparison), indent=1) + "\n")
+    write_text(folder / "trials.csv", trials_csv(comparison))
+    write_text(folder / "report.md", markdown(comparison))
 
 
 def document(comparison: Comparison) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class Workers:
                     if killed[trial] < TRIES:
                         suspects.append(trial)
                     else:
-                        yield trial, _store(failed(trial, KILLED), self.folder, self.jobs, trial)
+                        yield trial, store(failed(trial, KILLED), self.folder, self.jobs, trial)
                 running.clear()
                 self._end_pool()
 
@@ -138,10 +138,11 @@ def _file(trial: Trial, folder: Path) -> Path:
 
 
 def _run_and_store(trial: Trial, folder: Path, jobs: int) -> dict[str, Any]:
-    return _store(run_trial(trial), folder, jobs, trial)
+    return store(run_trial(trial), folder, jobs, trial)
 
 
-def _store(result: Result, folder: Path, jobs: int, trial: Trial) -> dict[str, Any]:
+def store(result: Result, folder: Path, jobs: int, trial: Trial) -> dict[str, Any]:
+    """Write a result into the folder, whole or not at all, and return it. Raises LogError."""
     # read back: the same types whether a result is new or old
     text = json.dumps({**result, "jobs": jobs})
     path = _file(trial, folder)

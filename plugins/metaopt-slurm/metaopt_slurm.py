@@ -1,0 +1,109 @@
+"""Trials on Slurm, by submitit: job arrays whose jobs run several trials each."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from metaopt import ProblemError, hookimpl
+from metaopt.lab.executors import Died, Executor, Result, Task
+
+# trials of one job: to start a job costs seconds
+PER_JOB = 8
+# seconds between two looks at what the jobs have written
+LOOK = 0.2
+
+
+def _run(tasks: list[Task], folder: str) -> None:
+    """Run some trials, and write each result as it comes: what is done stays if the job ends early."""
+    for task in tasks:
+        result = json.dumps(task.run("slurm"))
+        path = Path(folder, f"{task.key}.json")
+        path.with_suffix(".part").write_text(result)
+        path.with_suffix(".part").replace(path)
+
+
+class Slurm(Executor):
+    """`--on slurm`, or with parameters of submitit: `slurm:partition=gpu,timeout_min=120`, `slurm:cluster=local`."""
+
+    def __init__(self, address: str, folder: Path, jobs: int) -> None:
+        super().__init__(address, folder, jobs)
+        given = _parameters(address)
+        self._per_job = int(given.pop("per_job", PER_JOB))
+        self._logs = folder / "slurm"
+        self._found = self._logs / "results"
+        self._found.mkdir(parents=True, exist_ok=True)
+        cluster = given.pop("cluster", None)
+        self._submitter = submitit.AutoExecutor(self._logs, cluster=cluster)
+        defaults = {"name": "metaopt", "timeout_min": 60, "cpus_per_task": 1}
+        if self._submitter.cluster == "slurm":
+            defaults["slurm_array_parallelism"] = jobs
+        self._submitter.update_parameters(**{**defaults, **given})
+        self._waiting: list[Task] = []
+        self._running: list[tuple[Any, list[Task]]] = []
+
+    def submit(self, task: Task) -> None:
+        # one that an earlier driver left is taken
+        self._waiting.append(task)
+
+    def results(self) -> Iterator[tuple[Task, Result | Died]]:
+        while self._waiting or self._running:
+            self._start()
+            came = False
+            for job, tasks in list(self._running):
+                ended = job.done()
+                for task in list(tasks):
+                    outcome = self._outcome(task)
+                    if outcome is None and ended:
+                        outcome = Died(f"job {job.job_id} ended as {job.state}")
+                    if outcome is not None:
+                        tasks.remove(task)
+                        came = True
+                        yield task, outcome
+                if not tasks:
+                    self._running.remove((job, tasks))
+            if not came:
+                time.sleep(LOOK)
+
+    def _start(self) -> None:
+        """Submit what waits as one array; on this machine only as many jobs as may run at once."""
+        free = None if self._submitter.cluster == "slurm" else max(0, self.jobs - len(self._running))
+        packs = [self._waiting[i : i + self._per_job] for i in range(0, len(self._waiting), self._per_job)]
+        packs = packs[:free]
+        if not packs:
+            return
+        self._waiting = self._waiting[sum(map(len, packs)) :]
+        started = self._submitter.map_array(_run, packs, [str(self._found)] * len(packs))
+        self._running += zip(started, map(list, packs), strict=True)
+
+    def _outcome(self, task: Task) -> Result | None:
+        path = self._found / f"{task.key}.json"
+        try:
+            found: Result = json.loads(path.read_text())
+        except (OSError, ValueError):
+            return None
+        path.unlink(missing_ok=True)
+        return found
+
+    def cancel(self) -> None:
+        for job, _ in self._running:
+            job.cancel()
+        self._running.clear()
+
+
+def _parameters(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for pair in filter(None, text.split(",")):
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise ProblemError(f"--on slurm: parameters must be NAME=VALUE, separated by commas, got {pair!r}")
+        found[name.strip()] = int(value) if value.strip().isdigit() else value.strip()
+    return found
+
+
+@hookimpl
+def metaopt_executors() -> dict[str, type[Executor]]:
+    return {"slurm": Slurm}
