@@ -71,7 +71,7 @@ def test_the_library_computes_the_same_bits(
     spec: str, dtype: torch.dtype, made: list[fused.Waiting], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = trained(spec, dtype)
-    assert len(made) >= 6
+    assert made or "|" not in spec
     monkeypatch.setattr(fused, "kernels", lambda: None)
     made.clear()
     expected = trained(spec, dtype)
@@ -169,10 +169,10 @@ def test_a_wrapper_behind_the_base_reads_the_gradients_that_the_base_used(made: 
         def after_update(self, group: Any) -> None:
             seen.append(group.grads[0].clone())
 
-    p = torch.nn.Parameter(torch.ones(4))
+    p = torch.nn.Parameter(torch.ones(1 << 18))
     opt = metaopt.build([p], metaopt.clip_grad_norm(1.0) | metaopt.adamw | Reader(label="reader"))
     for _ in range(3):
-        p.grad = torch.full((4,), 2.0)
+        p.grad = torch.full((1 << 18,), 2.0)
         opt.step()
     assert made
-    assert all(torch.allclose(gradient, torch.full((4,), 0.5)) for gradient in seen)
+    assert all(torch.allclose(gradient, torch.full((1 << 18,), 2.0**-9)) for gradient in seen)

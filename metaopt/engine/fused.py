@@ -21,6 +21,9 @@ from metaopt.rules import Graph
 # settings under which torch does more than call the kernel
 CAREFUL = ("amsgrad", "capturable", "differentiable")
 
+# elements from which on it pays that a factor of the gradients is not written to them
+LARGE = 1 << 16
+
 Tensors = list[torch.Tensor]
 # all members of a group
 ALL = slice(None)
@@ -43,6 +46,7 @@ class FusedLists:
         # by list: the addresses at which its tensors were last found right for the library
         self._checked: dict[Any, array[int]] = {}
         self.sizes = array("q", map(torch.Tensor.numel, members))
+        self.elements = sum(self.sizes)
 
     @property
     def kernel(self) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from metaopt.engine import averages, param_state
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, has_fused_kernel
-from metaopt.engine.fused import fits_kernel, lists_for, waiting_update
+from metaopt.engine.fused import LARGE, fits_kernel, lists_for, waiting_update
 from metaopt.engine.run import AVERAGE_SHOWN, TEMPLATE, UPDATES, Run
 from metaopt.engine.structure import Placed
 from metaopt.engine.update import Evaluation, Members, Update, blocks_of
@@ -263,8 +263,11 @@ def _step_directly(update: Update, chain: Chain) -> bool:
     scale = vars(chain.base).get("grad_scale")
     # what comes right after a first update, or looks at the update itself, reads the weights at once
     may_wait = not update.initial and update.run.incomplete is not None and not chain.needs_weights_before
+    rules = [w for w in chain.written_behind if w.has_rules]
     for lists, group, members, gradients in found:
-        waiting = waiting_update(lists, group, members, gradients, scale) if may_wait else None
+        # for a small update without a rule, torch's kernel is called sooner than the library
+        gains = any(_is_due(w, group, counted=False) for w in rules) or (scale is not None and lists.elements > LARGE)
+        waiting = waiting_update(lists, group, members, gradients, scale) if may_wait and gains else None
         if waiting is None:
             lists.step(group, members, gradients, scale)
         else:
