@@ -1,26 +1,36 @@
-"""Draw docs/tensorboard.png: a real run, looked at in TensorBoard with a headless Chromium.
+"""Draw the pictures of the TensorBoard guide: real runs, looked at in TensorBoard with the Chromium that is installed.
 
-`python docs/draw_tensorboard.py` needs the programs `chromium` and `tensorboard` on the path.
+`python docs/draw_tensorboard.py` needs the program `chromium` and `plugins/metaopt-tensorboard[test]`.
 """
 
+import contextlib
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import quote
+from typing import Any
+
+from playwright.sync_api import Page, sync_playwright
 
 import metaopt
+from metaopt.cli import main as metaopt_command
 
-PAGE = Path(__file__).parent / "tensorboard.png"
-ADAMW = "adamw(lr=warmup(cosine(5e-3), 0.1))"
-STACKS = {"adamw": ADAMW, "adamw + lookahead": f"{ADAMW} | lookahead(k=5)"}
-TAGS = ("train/loss", "train/grad_norm", "train/learning_rate", "lookahead/distance")
+DOCS = Path(__file__).parent
 UPDATES = 300
-PORT = 6047
+RATE = "warmup(cosine(5e-3), 0.1)"
+STACKS = {
+    "adamw": f"clip_grad_norm(1.0) | adamw(lr={RATE}) | monitor",
+    "adamw + lookahead": f"clip_grad_norm(1.0) | adamw(lr={RATE}) | lookahead(k=5) | monitor",
+}
+SCALARS = "train/loss|train/grad_norm|train/learning_rate|lookahead/distance"
+COMPARED = ["sgd", "sgd | lookahead", "sgd(momentum=0.9)"]
 
 
 def train(folder: Path, name: str, spec: str) -> None:
@@ -37,46 +47,81 @@ def train(folder: Path, name: str, spec: str) -> None:
     opt.close()
 
 
-def wait_until_it_answers(address: str, seconds: float = 60.0) -> None:
-    """Return when TensorBoard has read the runs. Raises TimeoutError."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            with urllib.request.urlopen(f"{address}/data/runs") as answer:
-                if len(json.loads(answer.read())) == len(STACKS):
+def compare(folder: Path) -> None:
+    """Make a small comparison on the same digits."""
+    stacks = [word for spec in COMPARED for word in ("-o", spec)]
+    size = ["--problem", "digits", "--steps", "60", "--studies", "8", "--trials", "2"]
+    metaopt_command(["compare", *size, *stacks, "--out", str(folder)])
+
+
+@contextlib.contextmanager
+def tensorboard(folder: Path, runs: int) -> Iterator[str]:
+    """Yield the address of a server that has read so many runs. Raises TimeoutError."""
+    environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+    log = folder.with_suffix(".server")
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--host", "127.0.0.1", "--port", "0"]
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    try:
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            found = re.search(r"http://127\.0\.0\.1:\d+", log.read_text())
+            with contextlib.suppress(OSError):
+                if found and len(_json(f"{found[0]}/data/runs")) >= runs:
+                    yield found[0]
                     return
-        except OSError:
-            pass
-        time.sleep(0.5)
-    raise TimeoutError(f"no runs at {address} after {seconds} seconds")
+            time.sleep(0.5)
+        raise TimeoutError(f"TensorBoard has not read {folder} after 60 seconds")
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _json(address: str) -> Any:
+    with urllib.request.urlopen(address) as answer:
+        return json.loads(answer.read())
+
+
+def draw(page: Page, name: str) -> None:
+    """Save the window as a picture of the guide."""
+    path = DOCS / f"{name}.png"
+    page.screenshot(path=path)
+    print(f"{path}: {path.stat().st_size} bytes")
+
+
+def show(page: Page, address: str, runs: list[str]) -> None:
+    """Open the tab "Stack" with these runs."""
+    page.goto(f"{address}/#metaopt_stack")
+    tab = page.frame_locator("iframe[src*=metaopt_stack]")
+    tab.get_by_role("button", name=runs[0], exact=True).click()
+    for run in runs[1:]:
+        tab.get_by_label(f"Show {run}", exact=True).check()
+    tab.locator("main[aria-busy=false] h2").nth(len(runs) - 1).wait_for()
 
 
 def main() -> None:
-    """Make the run, show it and take the picture."""
+    """Make the runs, look at them and take the pictures."""
     browser = shutil.which("chromium") or sys.exit("this needs the program chromium")
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, sync_playwright() as started:
         folder = Path(name)
         for title, spec in STACKS.items():
-            train(folder, title, spec)
-        command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", str(PORT)]
-        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            address = f"http://localhost:{PORT}"
-            wait_until_it_answers(address)
-            options = [
-                "--headless=new",
-                "--enable-unsafe-swiftshader",
-                "--no-sandbox",
-                "--hide-scrollbars",
-                f"--user-data-dir={folder / 'browser'}",
-            ]
-            options += ["--window-size=1110,760", "--virtual-time-budget=60000", f"--screenshot={PAGE.resolve()}"]
-            shown = f"{address}/#scalars&_smoothingWeight=0&tagFilter={quote('|'.join(TAGS))}"
-            subprocess.run([browser, *options, shown], check=True, timeout=120)
-        finally:
-            server.terminate()
-            server.wait()
-    print(f"{PAGE}: {PAGE.stat().st_size} bytes")
+            train(folder / "runs", title, spec)
+        compare(folder / "compared")
+        page = started.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page()
+        with tensorboard(folder / "runs", len(STACKS)) as address:
+            page.set_viewport_size({"width": 1110, "height": 760})
+            page.goto(f"{address}/#scalars&_smoothingWeight=0&tagFilter={SCALARS}")
+            page.wait_for_timeout(8000)  # charts are drawn one after the other, by a worker
+            draw(page, "tensorboard")
+            page.set_viewport_size({"width": 1110, "height": 820})
+            show(page, address, ["adamw + lookahead"])
+            draw(page, "tensorboard-stack")
+            show(page, address, list(STACKS))
+            draw(page, "tensorboard-stacks")
+        with tensorboard(folder / "compared" / "tensorboard", len(COMPARED)) as address:
+            page.set_viewport_size({"width": 1110, "height": 400})
+            show(page, address, ["comparison"])
+            draw(page, "tensorboard-comparison")
 
 
 if __name__ == "__main__":

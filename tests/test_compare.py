@@ -577,6 +577,27 @@ def test_there_is_a_tensorboard_run_per_study_and_one_of_their_median(tmp_path: 
     assert studies[1]["test/loss"] == [(20, pytest.approx(contenders[1].losses[1]))]
 
 
+def test_the_verdicts_are_a_run_of_their_own_that_programs_can_read(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert compared(tmp_path) == 0
+    assert compared(tmp_path) == 0  # a second call writes it anew, once
+    found = EventAccumulator(str(tmp_path / "tensorboard" / "comparison")).Reload()
+    texts = {
+        tag: [e.tensor_proto.string_val[0].decode() for e in found.Tensors(tag)] for tag in found.Tags()["tensors"]
+    }
+    (table,) = texts["metaopt/verdicts/text_summary"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    read = json.loads(table)
+    assert [row["contender"] for row in read["rows"]] == [contender["spec"] for contender in results["contenders"]]
+    first, *others = read["rows"]
+    assert first["verdict"] == "baseline" and first["difference"] is None and read["baseline"] == first["contender"]
+    assert [row["p"] for row in others] == [
+        contender["verdict"]["corrected_p"] for contender in results["contenders"][1:]
+    ]
+    assert texts["metaopt/report/text_summary"] == [(tmp_path / "report.md").read_text()]
+
+
 def test_the_median_run_counts_what_diverged_as_infinite(tmp_path: Path) -> None:
     run_comparison(small(tmp_path, problem="rosenbrock", specs=("sgd(lr=0.001)", "sgd(lr=10.0)"), tune=False))
     lost = read_back(tmp_path / "tensorboard" / "2-sgd" / "median")

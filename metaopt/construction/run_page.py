@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from metaopt.engine.chain import RUN_FLAGS
-from metaopt.engine.step import rate_tags
 from metaopt.errors import SpecError
 from metaopt.explaining.report import table_of
 from metaopt.logger import Layout, RunPage, Table
@@ -37,14 +36,13 @@ def run_page(stack: Stack) -> RunPage:
     if stack.description is None:
         return RunPage(tables={"metaopt/groups": table_of(stack)})
     pipeline: Pipeline = stack.spec
-    tags = rate_tags(stack.param_groups)
-    rates = "train/learning_rate"
+    rates = "train/learning_rate"  # the charts take it for the beginning of the tags, one for each group
     parts = [_part(part, rates) for part in pipeline]
     return RunPage(
         texts={STACK: json.dumps({"spec": as_text(pipeline), "parts": parts})},
         tables={"metaopt/parts": _expansion(pipeline), "metaopt/groups": table_of(stack)},
         images={f"metaopt/schedule/{key}": image for key, image in _drawn(stack)},
-        layout=_layout(stack, rates if len(tags) == 1 else f"{rates}/.*"),
+        layout=_layout(stack, rates),
     )
 
 

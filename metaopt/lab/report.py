@@ -33,7 +33,7 @@ def _row(comparison: Comparison, contender: Contender, timed: bool) -> dict[str,
         **{name: _spread([_number(run["test"].get(name), -math.inf) for run in runs]) for name in metrics},
         "difference [95%]": _difference(verdict),
         "p (Holm)": "" if verdict is None else f"{verdict.corrected_p:.3g}",
-        "verdict": _word(comparison, contender, verdict),
+        "verdict": word_of(comparison, contender),
         "better in": "" if verdict is None else f"{100 * verdict.superiority:.0f}% of studies",
         "evaluations saved": "" if verdict is None else f"{evaluations_saved(runs, baseline.runs):+.0f}",
         "target reached": _reached(contender.reached),
@@ -110,7 +110,9 @@ def _time(comparison: Comparison, contender: Contender) -> str:
     return f"{_qualified(comparison, contender, verdict, word)}: {numbers}"
 
 
-def _word(comparison: Comparison, contender: Contender, verdict: Verdict | None) -> str:
+def word_of(comparison: Comparison, contender: Contender) -> str:
+    """Return the verdict on a contender in words, with what takes from it."""
+    verdict = contender.verdict
     return "baseline" if verdict is None else _qualified(comparison, contender, verdict, verdict.word)
 
 

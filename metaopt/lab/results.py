@@ -4,15 +4,21 @@ import csv
 import io
 import json
 import math
+import shutil
 from dataclasses import asdict
 from typing import Any
 
+from metaopt.errors import LogError
 from metaopt.lab.comparison import Comparison, Contender
 from metaopt.lab.holding import write_text
 from metaopt.lab.named import problem_named
 from metaopt.lab.plan import expanded
 from metaopt.lab.power import fewest_studies
-from metaopt.lab.report import markdown
+from metaopt.lab.report import markdown, word_of
+from metaopt.lab.runs import FINAL
+
+# the tag of the verdicts in the event files
+VERDICTS = "metaopt/verdicts"
 
 
 def write_results(comparison: Comparison) -> None:
@@ -21,6 +27,35 @@ def write_results(comparison: Comparison) -> None:
     write_text(folder / "results.json", json.dumps(document(comparison), indent=1) + "\n")
     write_text(folder / "trials.csv", trials_csv(comparison))
     write_text(folder / "report.md", markdown(comparison))
+    write_run(comparison)
+
+
+def write_run(comparison: Comparison) -> None:
+    """Write the run `comparison` for TensorBoard: the report as text, the verdicts as JSON. Raises LogError."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = comparison.folder / "tensorboard" / "comparison"
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        with SummaryWriter(str(folder)) as writer:
+            writer.add_text("metaopt/report", markdown(comparison), 0)
+            writer.add_text(VERDICTS, json.dumps(_plain(verdict_table(comparison))), 0)
+    except OSError as error:
+        raise LogError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def verdict_table(comparison: Comparison) -> dict[str, Any]:
+    """Return the verdicts of all contenders, which the tab "Stack" of TensorBoard draws."""
+    rows = []
+    for contender in comparison.contenders:
+        found, word = contender.verdict, word_of(comparison, contender)
+        numbers = ("difference", "low", "high")
+        row = {"contender": contender.spec, "p": None, **dict.fromkeys(numbers), "verdict": word}
+        if found is not None:
+            row |= {name: getattr(found, name) for name in numbers}
+            row["p"] = found.corrected_p
+        rows.append(row)
+    return {"baseline": comparison.baseline.spec, "metric": FINAL, "level": comparison.level, "rows": rows}
 
 
 def document(comparison: Comparison) -> dict[str, Any]:

@@ -302,6 +302,7 @@ def read_verdicts(text: str) -> Json:
     return {
         "baseline": _value(data.get("baseline", "")),
         "metric": _value(data.get("metric", "")),
+        "level": _number(data.get("level")),
         "rows": [
             {**{key: _value(row.get(key, "")) for key in words}, **{key: _number(row.get(key)) for key in numbers}}
             for row in rows

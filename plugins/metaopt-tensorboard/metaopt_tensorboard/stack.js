@@ -383,11 +383,11 @@ function chart(tag, points, scale, big = false) {
 
 // ---- the verdicts of a comparison
 
-function verdictTable({ run, rows, baseline, metric, error }) {
+function verdictTable({ run, rows, baseline, metric, level, error }) {
   if (error) return element("section", {}, element("h2", {}, run), message(error));
   const ends = rows.flatMap((row) => [row.low, row.high, row.difference].map(Number)).filter(Number.isFinite);
   const reach = Math.max(...ends.map(Math.abs), 1e-12) * 1.08;
-  const header = ["contender", "verdict", "difference [95%]", "", "p"].map((word) => element("th", {}, word));
+  const header = ["contender", "verdict", `difference [${Number((100 * (1 - (level ?? 0.05))).toPrecision(3))}%]`, "", "p"].map((word) => element("th", {}, word));
   return element(
     "section",
     {},
@@ -412,7 +412,7 @@ function interval({ difference, low, high }, reach) {
   const picture = shape("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img" });
   picture.append(shape("line", { class: "zero", x1: width / 2, x2: width / 2, y1: 0, y2: height }));
   if (difference === null) return picture;
-  picture.append(shape("title", {}, `${signed(difference)}, 95%: ${signed(low)} to ${signed(high)}`));
+  picture.append(shape("title", {}, `${signed(difference)}, ${signed(low)} to ${signed(high)}`));
   if (low !== null && high !== null) {
     picture.append(shape("line", { class: "bar", x1: x(low), x2: x(high), y1: height / 2, y2: height / 2 }));
     for (const value of [low, high]) {
