@@ -80,14 +80,12 @@ def _lab() -> list[Any]:
     """Return the modules that need the extra `lab`."""
     from importlib import import_module
 
-    from metaopt.errors import ProblemError
+    from metaopt.errors import MissingExtra
 
     try:
         return [import_module(f"metaopt.lab.{name}") for name in ("figures", "comparison", "plan", "report", "results")]
     except ImportError as error:
-        raise ProblemError(
-            f"compare needs {error.name}: pip install scikit-learn scipy matplotlib (the extra lab)"
-        ) from None
+        raise MissingExtra("compare", error.name or "a package", "lab") from None
 
 
 @contextmanager

@@ -19,8 +19,8 @@ def points(dimensions: int, count: int, seed: int) -> list[Point]:
     """Return the first points of a scrambled Sobol sequence in the unit cube; more points begin with the same ones."""
     try:
         from scipy.stats import qmc
-    except ImportError as error:
-        raise MissingExtra("a search", error.name or "scipy", "lab") from None
+    except ImportError:
+        raise MissingExtra("a search", "scipy", "lab") from None
     sequence = qmc.Sobol(dimensions, scramble=True, rng=seed)
     drawn = sequence.random_base2(max(0, count - 1).bit_length())
     return [tuple(float(u) for u in point) for point in drawn[:count]]

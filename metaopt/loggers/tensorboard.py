@@ -10,10 +10,11 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metaopt import Histogram, Layout, LogError, Logger, Margin, MetaoptWarning, hookimpl
+from metaopt import Histogram, Layout, LogError, Logger, Margin, MetaoptWarning, MissingExtra, hookimpl
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -31,6 +32,8 @@ class TensorBoard(Logger):
     """
 
     def __init__(self, log: "str | os.PathLike[str] | SummaryWriter", metric: str = METRIC) -> None:
+        if find_spec("tensorboard") is None:
+            raise MissingExtra("the log of TensorBoard", "tensorboard", "tensorboard")
         self.metric = metric
         self._file: _EventFile | None = None
         self._writer: Any = None

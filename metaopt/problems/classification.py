@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from metaopt import Problem, ProblemError, hookimpl, hyper
+from metaopt import MissingExtra, Problem, hookimpl, hyper
 
 Data = tuple[torch.Tensor, torch.Tensor]
 
@@ -98,13 +98,11 @@ class DigitsNetwork(nn.Sequential):
 
 @cache
 def shuffled_digits() -> Data:
-    """Return all images and their classes in one fixed order. Raises ProblemError where scikit-learn is missing."""
+    """Return all images and their classes in one fixed order. Raises MissingExtra without scikit-learn."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ProblemError(
-            "the problem digits needs scikit-learn: pip install scikit-learn (it is in the extra lab)"
-        ) from None
+        raise MissingExtra("the problem digits", "scikit-learn", "lab") from None
     loaded = load_digits()
     x = torch.tensor(loaded.images, dtype=torch.float32)[:, None] / 16.0
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,7 @@ from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler, GPSampler, TPESampler
-from optuna.storages import RDBStorage, RetryFailedTrialCallback
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.study import MaxTrialsCallback
 from optuna.trial import FrozenTrial, TrialState
 
@@ -89,7 +89,7 @@ class OptunaTuner(Tuner):
             url,
             heartbeat_interval=self.heartbeat,
             grace_period=2 * self.heartbeat,
-            failed_trial_callback=RetryFailedTrialCallback(max_retry=3),
+            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=3),
             # a worker that waits for another's write waits, and does not fail
             engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True},
         )
