@@ -90,9 +90,11 @@ def sensitivity(comparison: Comparison) -> Figure:
             for rate, trial in study.trials.items()
             if rate is not None
         ]
-        for chosen, look in ((False, {"mfc": "white", "alpha": 0.6, "markersize": 5}), (True, {"markersize": 7})):
+        looks: tuple[tuple[bool, dict[str, Any]], ...]
+        looks = ((False, {"mfc": "white", "alpha": 0.6, "markersize": 5}), (True, {"markersize": 7}))
+        for chosen, look in looks:
             kept = [(rate, loss) for rate, loss, best in points if loss is not None and best == chosen]
-            label = {"label": _wrapped(contender.spec, 90)} if chosen else {}
+            label: dict[str, Any] = {"label": _wrapped(contender.spec, 90)} if chosen else {}
             axes.plot([rate for rate, _ in kept], [loss for _, loss in kept], **style, **look, **label)
         lost = [rate for rate, loss, _ in points if loss is None]
         # side by side where several contenders diverge at one rate
