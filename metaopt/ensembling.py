@@ -10,7 +10,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from metaopt.checkpoint_file import read_saved
-from metaopt.engine.shards import is_sharded
+from metaopt.distributed.shards import is_sharded
 from metaopt.errors import CheckpointError, ParameterError
 from metaopt.metrics import rank
 from metaopt.stack import Stack

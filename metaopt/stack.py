@@ -11,6 +11,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from metaopt.compiled_step import CompiledStep
+from metaopt.distributed.replicas import Replicas
 from metaopt.engine import averages, param_state
 from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.checkpoint import loading
@@ -26,7 +27,6 @@ from metaopt.metrics import Metrics
 from metaopt.misuse.base import warn_of_bare_step, warn_of_fight
 from metaopt.misuse.left_out import LeftOut
 from metaopt.misuse.second_clip import SecondClip
-from metaopt.replicas import Replicas
 from metaopt.schedule import Schedule
 from metaopt.torch_internals import (
     HOOKS,

@@ -10,13 +10,13 @@ from metaopt.construction.grouping import as_groups, find_left_out, module_of
 from metaopt.construction.making import arrange, make_base, make_partition, scheduled
 from metaopt.construction.run_description import describe_run
 from metaopt.construction.staging import Stages
+from metaopt.distributed.replicas import Replicas
 from metaopt.engine.structure import validate_labels
 from metaopt.errors import HintWarning, HyperparameterError, SpecError
 from metaopt.hyperparameters import plain
 from metaopt.metrics import Metrics, as_logger
 from metaopt.misuse.no_hook import warn_of_no_hook
 from metaopt.registry import registry
-from metaopt.replicas import Replicas
 from metaopt.specs.pipeline import as_pipeline
 from metaopt.specs.spaces import refuse_spaces
 from metaopt.stack import Stack

@@ -13,7 +13,7 @@ import torch
 from torch.optim import SGD, Adagrad, Adam, AdamW
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from metaopt.engine.shards import is_sharded
+from metaopt.distributed.shards import is_sharded
 from metaopt.errors import HyperparameterError
 from metaopt.schedule import Schedule
 from metaopt.slots import Scalar, Slot

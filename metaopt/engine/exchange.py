@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
+from metaopt.distributed.replicas import BUCKET, Sum
+from metaopt.distributed.shards import holders_of_other_shards, local
 from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.param_state import add_state_of, remove_placeholders, slot_dtype
 from metaopt.engine.run import STEPS, TEMPLATE, Run
-from metaopt.engine.shards import holders_of_other_shards, local
 from metaopt.engine.structure import Placed
 from metaopt.engine.update import Members, Update
 from metaopt.engine.views import GroupView, Rows, is_trained, row_ranges, views_of
 from metaopt.errors import HyperparameterError, StepError
-from metaopt.replicas import BUCKET, Sum
 from metaopt.wrapper import Wrapper
 
 # elements of a tensor that are looked at together

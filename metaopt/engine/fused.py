@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from metaopt.distributed.shards import PLAIN
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState
-from metaopt.engine.shards import PLAIN
 from metaopt.programs import GRAD, Compiled, Item, Unfit, kernels, library
 from metaopt.rules import Graph
 

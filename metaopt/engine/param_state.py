@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from metaopt.distributed.shards import local
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState, is_moment
 from metaopt.engine.run import TEMPLATE, Run
-from metaopt.engine.shards import local
 from metaopt.engine.update import Update
 from metaopt.errors import StepError
 from metaopt.slots import Slot

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from metaopt.distributed.replicas import Replicas
 from metaopt.engine.chain import MOST_NUMBERS, Chain, ParamGroup, ParamState, number_of
 from metaopt.engine.fused import FusedLists
 from metaopt.engine.structure import Structure, validate_group
@@ -27,7 +28,6 @@ from metaopt.metrics import Metrics, rank
 from metaopt.misuse.left_out import LeftOut
 from metaopt.misuse.second_clip import SecondClip
 from metaopt.misuse.sixteen_bits import StillWatch, still_watch
-from metaopt.replicas import Replicas
 from metaopt.schedule import Schedule
 from metaopt.scheduled_values import ScheduledValues
 from metaopt.slots import Scalar

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from metaopt.distributed.shards import dense, local
 from metaopt.engine.chain import Chain, ParamGroup, ParamState
 from metaopt.engine.fused import Waiting
 from metaopt.engine.run import UPDATES, Run
-from metaopt.engine.shards import dense, local
 from metaopt.errors import StepError
 from metaopt.wrapper import Closure, Wrapper
 

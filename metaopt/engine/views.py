@@ -7,9 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState, is_moment
-from metaopt.engine.fused import Waiting, same
-from metaopt.engine.shards import (
+from metaopt.distributed.shards import (
     all_local,
     dense,
     dots_over_shards,
@@ -24,6 +22,8 @@ from metaopt.engine.shards import (
     total_dot,
     total_norm,
 )
+from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState, is_moment
+from metaopt.engine.fused import Waiting, same
 from metaopt.engine.structure import Placed
 from metaopt.engine.update import Members, Update, block_size
 from metaopt.errors import HyperparameterError, StepError

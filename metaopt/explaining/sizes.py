@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from metaopt.distributed.shards import local
 from metaopt.engine.chain import Chain, ParamGroup
-from metaopt.engine.shards import local
 from metaopt.explaining.practice import chains_of, number
 from metaopt.explaining.probing import Characters
 from metaopt.explaining.table import Finding

@@ -1,0 +1,1 @@
+"""Several processes: shards of one tensor, and replicas of the whole."""
