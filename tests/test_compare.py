@@ -270,6 +270,27 @@ def test_a_plugin_that_was_edited_is_run_again(tmp_path: Path, monkeypatch: pyte
     assert before.key() != small(tmp_path, **asked).trial(1, 0.1, 0).key()
 
 
+def test_a_module_that_a_plugin_imports_was_edited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    helper = tmp_path / "helps_a_plugin.py"
+    helper.write_text("FACTOR = 1.0\n")
+    (tmp_path / "is_helped.py").write_text(
+        "import torch\nfrom metaopt import hookimpl\n"
+        "class Helped(torch.optim.SGD):\n    def step(self, closure=None):\n"
+        "        from helps_a_plugin import FACTOR\n        return super().step(closure)\n"
+        "@hookimpl\ndef metaopt_optimizers():\n    return {'is_helped': Helped}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    registry.load_plugin_module("is_helped")
+    asked = {"specs": ("sgd", "is_helped"), "tune": False}
+    small(tmp_path, **asked)  # its first step imports the helper
+    before = small(tmp_path, **asked).trial(1, 0.1, 0)
+    helper.write_text("FACTOR = 2.0\n")
+    after = small(tmp_path, **asked)
+    assert before.key() != after.trial(1, 0.1, 0).key()
+    # it is no matter of the other contender's
+    assert after.trial(0, 0.1, 0) == small(tmp_path, specs=("sgd", "adam")).trial(0, 0.1, 0)
+
+
 def test_results_hold_what_a_reader_needs_to_repeat_them(tmp_path: Path) -> None:
     assert compared(tmp_path, "--steps", "18") == 0
     results = json.loads((tmp_path / "results.json").read_text())

@@ -1,6 +1,10 @@
 """`metaopt train`: never lost, never half. The command is the real one, in a process of its own."""
 
+import hashlib
+import io
+import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -39,6 +43,20 @@ def checkpoints(log):
 
 def last(log):
     return checkpoint.load(checkpoints(log)[0])
+
+
+def tensors_of(path):
+    """Return the file with the tensors of a checkpoint of one process."""
+    return path / "__0_0.distcp"
+
+
+def write_as_before(folder, step, content):
+    """Write a checkpoint as one file, as earlier versions did."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path = folder / f"step-{step:09d}-{hashlib.sha256(buffer.getvalue()).hexdigest()}.pt"
+    path.write_bytes(buffer.getvalue())
+    return path
 
 
 def equal(a, b):
@@ -105,9 +123,9 @@ def test_a_run_killed_in_the_middle_of_a_checkpoint_goes_on_from_the_one_before(
     train(problem(), SPEC, steps=12, log=whole, checkpoint_every=6)
     newest, before = checkpoints(whole)
     (log / "checkpoints").mkdir(parents=True)
-    shutil.copy(before, log / "checkpoints")
+    shutil.copytree(before, log / "checkpoints" / before.name)
     train_on = command(log, steps=12, every=6, more=["--resume"])
-    half = newest.stat().st_size // 2
+    half = tensors_of(newest).stat().st_size // 2
     assert warm.run(train_on, tmp_path, largest_file=half, dies_there=True)[0] == -signal.SIGXFSZ
     assert list((log / "checkpoints").glob("*.tmp")), "it was not killed while it wrote"
     assert [path.name for path in checkpoints(log)] == [before.name]
@@ -219,14 +237,14 @@ def begun(tmp_path):
     run.kill()
     for path in checkpoints(log):
         if int(path.name.split("-")[1]) > 60:
-            path.unlink()
+            shutil.rmtree(path)
     return log
 
 
 def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(tmp_path, begun):
     whole = tmp_path / "whole"
     train(problem(), SPEC, steps=90, log=whole, checkpoint_every=3)
-    size = checkpoints(begun)[0].stat().st_size
+    size = tensors_of(checkpoints(begun)[0]).stat().st_size
     errors = stopped(begun, tmp_path, told="File too large", more=["--resume"], largest_file=size - 100)
     assert "The newest whole checkpoint" in errors and checkpoints(begun)[0].name in errors
     assert not list((begun / "checkpoints").glob("*.tmp")), "half a checkpoint stayed on the full disk"
@@ -317,11 +335,11 @@ def test_what_an_optimizer_of_its_own_raises_is_one_line(tmp_path):
 def test_a_damaged_checkpoint_is_refused_and_the_newest_whole_one_named(tmp_path):
     train(problem(), SPEC, steps=20, log=tmp_path, checkpoint_every=10)
     newest, older = checkpoints(tmp_path)
-    newest.write_bytes(newest.read_bytes()[:-100])
+    tensors_of(newest).write_bytes(tensors_of(newest).read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=older.name) as caught:
         train(problem(), SPEC, steps=20, log=tmp_path, resume=True)
     assert f"{newest} is damaged: delete it" in str(caught.value)
-    newest.unlink()
+    shutil.rmtree(newest)
     assert train(problem(), SPEC, steps=20, log=tmp_path, resume=True).stack.updates == 20
 
 
@@ -334,10 +352,19 @@ def test_nothing_in_a_crafted_checkpoint_is_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
-    path = checkpoint.save(folder, 7, {"run": {}, "step": 7, "model": Dangerous()})
-    assert checkpoint.is_whole(path)
+    assert checkpoint.is_whole(write_as_before(folder, 7, {"run": {}, "step": 7, "model": Dangerous()}))
     with pytest.raises(CheckpointError, match="cannot be read"):
         train(problem(), SPEC, steps=20, log=tmp_path / "run", resume=True)
+    train(problem(), SPEC, steps=5, log=tmp_path / "other")
+    (path,) = checkpoints(tmp_path / "other")
+    for name in (".metadata", "rest.pt"):
+        crafted = tmp_path / "run" / "checkpoints" / "step-000000009"
+        shutil.copytree(path, crafted, dirs_exist_ok=True)
+        (crafted / name).write_bytes(pickle.dumps(Dangerous()))
+        sums = {file.name: checkpoint.sha256(file) for file in crafted.iterdir() if file.name != "manifest.json"}
+        (crafted / "manifest.json").write_text(json.dumps({"files": sums}))
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            train(problem(), SPEC, steps=20, log=tmp_path / "run", resume=True)
     assert not (tmp_path / "executed").exists()
 
 
@@ -347,9 +374,42 @@ def test_nothing_in_a_crafted_checkpoint_is_executed(tmp_path, monkeypatch):
 def test_a_file_that_is_no_checkpoint_of_a_run_is_refused(tmp_path, content):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    checkpoint.save(folder, 3, content)
+    write_as_before(folder, 3, content)
     with pytest.raises(CheckpointError):
         train(problem(), SPEC, steps=20, log=tmp_path, resume=True)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_continued_bit_for_bit(tmp_path):
+    whole = train(problem(), SPEC, steps=12, log=tmp_path / "whole", checkpoint_every=7)
+    content = checkpoint.load(checkpoints(tmp_path / "whole")[1])
+    folder = tmp_path / "old" / "checkpoints"
+    folder.mkdir(parents=True)
+    write_as_before(folder, 7, {**content, "random": content["random"][0]})
+    resumed = train(problem(), SPEC, steps=12, log=tmp_path / "old", resume=True)
+    assert equal(resumed.model.state_dict(), whole.model.state_dict())
+    assert equal(last(tmp_path / "old"), last(tmp_path / "whole"))
+
+
+def test_the_newest_checkpoints_are_kept_and_one_that_was_not_published_is_none(tmp_path):
+    train(problem(), SPEC, steps=20, log=tmp_path, checkpoint_every=4, kept=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000000020", "step-000000016"]
+    (tmp_path / "checkpoints" / "newest").write_text("step-000000016\n")
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000000016"]
+    assert train(problem(), SPEC, steps=20, log=tmp_path, resume=True, kept=1).stack.updates == 20
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000000020"]
+
+
+def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(tmp_path):
+    whole, log = tmp_path / "whole", tmp_path / "run"
+    run = warm.Command(command(log, steps=1_000_000, every=7), tmp_path)
+    until(lambda: len(checkpoints(log)) == 2)
+    run.kill(signal.SIGTERM)
+    status, _, errors = run.end()
+    assert status == 143
+    assert checkpoints(log)[0].name in one_line(errors) and "--resume continues" in errors
+    made = last(log)["step"]
+    train(problem(), SPEC, steps=made, log=whole, checkpoint_every=made)
+    assert equal(last(whole)["model"], last(log)["model"])
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """`metaopt train` under torchrun: ranks train what one process trains, speak with one voice, and end together."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import pytest
 import torch
 from rank_runs import Together, _command, commands, trained
 
+from metaopt.lab.checkpoint import found as newest_of
+from metaopt.lab.checkpoint import load
 from metaopt.lab.torchrun import separated
 
 pytestmark = pytest.mark.slow
@@ -147,3 +150,94 @@ def test_a_rank_that_is_killed_ends_the_others(tmp_path):
 )
 def test_only_a_torchrun_that_starts_metaopt_is_read_otherwise(written, read):
     assert separated(written.split()) == read.split()
+
+
+# ---- checkpoints
+
+
+def run_of(ranks, path, parallel="ddp", **how):
+    return trained(ranks, "charlm", SPEC, parallel=parallel, log=path, problem=SMALL, dtype=torch.float64, **how)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run of 12 steps by two FSDP ranks, with checkpoints of the steps 5, 10 and 12."""
+    folder = tmp_path_factory.mktemp("saved")
+    return folder, run_of(2, folder, "fsdp", steps=12, checkpoint_every=5)[0]
+
+
+@pytest.mark.parametrize(("size", "parallel"), [(1, "ddp"), (2, "ddp"), (4, "fsdp")])
+def test_a_checkpoint_of_two_ranks_is_continued_by_other_ranks(tmp_path, saved, size, parallel):
+    folder, whole = saved
+    again = run_of(size, tmp_path, parallel, steps=12, resume=folder / "checkpoints" / "step-000000005")[0]
+    assert len(again["losses"]) == 7
+    assert numpy.abs(numpy.subtract(again["losses"], whole["losses"][5:])).max() <= 1e-10
+    assert weights_apart(again, whole) <= 1e-10
+
+
+def test_the_same_ranks_continue_bit_for_bit(tmp_path, saved):
+    folder, whole = saved
+    again = run_of(2, tmp_path, "fsdp", steps=12, resume=folder / "checkpoints" / "step-000000005")
+    assert again[0]["losses"] == whole["losses"][5:]
+    assert weights_apart(again[0], whole) == weights_apart(again[1], whole) == 0
+
+
+def test_four_ranks_continue_bit_for_bit(tmp_path):
+    whole = run_of(4, tmp_path / "whole", steps=8, checkpoint_every=3)[0]
+    step_3 = tmp_path / "whole" / "checkpoints" / "step-000000003"
+    again = run_of(4, tmp_path / "again", steps=8, resume=step_3)[0]
+    assert again["losses"] == whole["losses"][3:]
+    assert weights_apart(again, whole) == 0
+
+
+DYING = """
+import os, signal
+from metaopt import hookimpl
+from metaopt.problems.classification import Xor
+
+class Dying(Xor):
+    '''Kills rank 1 at its 25th loss, and in the next life rank 0 at its 30th.'''
+    losses = 0
+
+    def loss(self, model, batch):
+        self.losses += 1
+        life = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        if life < 2 and (os.environ["RANK"], self.losses) == [("1", 25), ("0", 30)][life]:
+            with open("deaths", "a") as file:
+                file.write("1")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().loss(model, batch)
+
+@hookimpl
+def metaopt_problems():
+    return {"dying": Dying}
+"""
+
+
+def test_ranks_that_are_killed_and_started_again_end_bit_for_bit(tmp_path):
+    asked = ["--stack", SPEC, "--steps", "60", "--checkpoint-every", "4"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    ended = commands(2, ["train", "--problem=xor", *asked, f"--log={whole}"], tmp_path)
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    (tmp_path / "dying.py").write_text(DYING)
+    again = ["train", "--plugin", "dying", "--problem", "dying", *asked, "--log", killed]
+    torch_run = torchrun(*again, folder=tmp_path, more=["--max-restarts", "3"])
+    assert torch_run.returncode == 0, torch_run.stderr
+    assert (tmp_path / "deaths").read_text() == "11"
+    one, other = (load(newest_of(log / "checkpoints")[0]) for log in (whole, killed))
+    assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
+
+
+def test_sigterm_on_one_rank_stops_all_at_the_same_step_with_a_checkpoint(tmp_path):
+    log = tmp_path / "run"
+    asked = ["train", "--problem=xor", "--steps=1000000", f"--log={log}", "--checkpoint-every=3"]
+    running = Together(2, _command, asked, str(tmp_path))
+    while not newest_of(log / "checkpoints"):
+        time.sleep(0.01)
+    os.kill(running.processes[1].pid, signal.SIGTERM)
+    running.end()
+    assert [process.exitcode for process in running.processes] == [143, 143]
+    path = newest_of(log / "checkpoints")[0]
+    told = "".join((tmp_path / f"rank{rank}.err").read_text() for rank in (0, 1))
+    assert told.count("metaopt: interrupted: after step") == 1
+    assert path.name in told and "The same command with --resume continues" in told

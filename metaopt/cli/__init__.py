@@ -21,6 +21,7 @@ from metaopt.errors import MetaoptError
 _ArgumentError: Any = typer.BadParameter.__mro__[2]
 
 INTERRUPTED = 130
+TERMINATED = 143  # what a shell reports for a program that SIGTERM ended
 PIPE_CLOSED = 141  # what a shell reports for a program that SIGPIPE ended
 
 
@@ -40,7 +41,11 @@ class Keep(StrEnum):
 
 
 class Interrupted(Exception):
-    """The user's Ctrl-C in a command that can say what is kept and how to go on."""
+    """The user's Ctrl-C, or a SIGTERM, in a command that can say what is kept and how to go on."""
+
+    def __init__(self, text: str = "", status: int = INTERRUPTED) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 def load_plugins(names: list[str]) -> list[str]:
@@ -166,7 +171,7 @@ def _run(arguments: list[str]) -> int:
     except MetaoptError as error:
         return _fail(error)
     except Interrupted as error:
-        return _fail(f"interrupted: {error}" if str(error) else "interrupted", INTERRUPTED)
+        return _fail(f"interrupted: {error}" if str(error) else "interrupted", error.status)
     except _ArgumentError as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # it carries the help text, already printed by rich
             return 2

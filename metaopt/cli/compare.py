@@ -1,5 +1,6 @@
 """`metaopt compare`: which of these optimizers is better on this problem."""
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,9 @@ def compare(
     baseline: Annotated[
         str | None, typer.Option(metavar="SPEC", help="The contender to compare with; the first by default.")
     ] = None,
-    problem: Annotated[str, typer.Option(help="What is trained; see: metaopt list problems.")] = "digits",
+    problems: Annotated[
+        list[str], typer.Option("--problem", metavar="PROBLEM", help="What is trained; may be repeated.")
+    ] = ["digits"],  # noqa: B006
     studies: Annotated[
         str,
         typer.Option("--studies", "--seeds", metavar="N|auto", help="Tunings per contender; auto: until it is clear."),
@@ -41,39 +44,62 @@ def compare(
     out: Annotated[Path, typer.Option(help="Where results go; an interrupted comparison continues there.")] = Path(
         "runs/compare"
     ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the table.")] = False,
     plugin: Plugins = [],  # noqa: B006 - typer reads the default and never changes it
 ) -> None:
     """Compare optimizers over studies: each tunes on validation data with a random placement; verdicts are over all."""
-    drawing, comparing, planning, report, results = _lab()
+    drawing, comparing, planning, report, several, results = _lab()
     drawing.check_forms(figures)
-    plan = planning.plan_comparison(
-        problem=problem,
-        specs=specs or (),
-        baseline=baseline,
-        studies=studies,
-        trials=trials,
-        steps=steps,
-        lr_min=lr_min,
-        lr_max=lr_max,
-        tune=not no_tune,
-        device=device,
-        out=out,
-        jobs=jobs,
-        plugins=plugin,
-        on=on,
-        retries=retries,
-    )
-    print(fitted(plan.promise(), hanging=2), flush=True)
-    with _progress(out) as progress:
-        comparison = comparing.run_comparison(plan, progress, retry_failed)
-        results.write_results(comparison)
-        pictures = drawing.write_figures(comparison, figures)
+    plans = [
+        planning.plan_comparison(
+            problem=problem,
+            specs=specs or (),
+            baseline=baseline,
+            studies=studies,
+            trials=trials,
+            steps=steps,
+            lr_min=lr_min,
+            lr_max=lr_max,
+            tune=not no_tune,
+            device=device,
+            out=folder,
+            jobs=jobs,
+            plugins=plugin,
+            on=on,
+            retries=retries,
+        )
+        for problem, folder in several.folders(problems, out).items()
+    ]
+    told = sys.stderr if as_json else sys.stdout
+    comparisons = []
+    for plan in plans:
+        print(fitted(f"{plan.problem}: {plan.promise()}" if len(plans) > 1 else plan.promise(), hanging=2), file=told)
+        told.flush()
+        with _progress(plan.out) as progress:
+            comparisons.append(comparing.run_comparison(plan, progress, retry_failed))
+            written = comparisons[-1].save(figures=figures)
+        if not as_json:
+            _tell(report, comparisons[-1], written)
+    if as_json:
+        found = [results.document(comparison) for comparison in comparisons]
+        print(json.dumps(found if len(problems) > 1 else found[0], indent=1))
+    if len(comparisons) > 1:
+        overview = several.write_overview(comparisons, out)
+        print(fitted(f"Over all problems: {overview}", hanging=2), file=told)
+
+
+def _tell(report: Any, comparison: Any, written: list[Path]) -> None:
+    """Print what a comparison found, and where it is."""
     print(report.headline(comparison))
     _print(report.rows(comparison), report.remarks(comparison))
     folder = comparison.folder
-    other = "; another comparison is in the folder above" if folder != out else ""
-    written = f"Written to {folder}: report.md, results.json, trials.csv, {', '.join(pictures)}{other}; look at: "
-    print(fitted(f"{written}tensorboard --logdir {folder / 'tensorboard'}", hanging=2))
+    other = "; another comparison is in the folder above" if folder != comparison.plan.out else ""
+    names = ", ".join(path.name for path in written)
+    print(
+        fitted(
+            f"Written to {folder}: {names}{other}; look at: tensorboard --logdir {folder / 'tensorboard'}", hanging=2
+        )
+    )
 
 
 def _lab() -> list[Any]:
@@ -82,8 +108,9 @@ def _lab() -> list[Any]:
 
     from metaopt.errors import MissingExtra
 
+    names = ("figures", "comparison", "plan", "report", "several", "results")
     try:
-        return [import_module(f"metaopt.lab.{name}") for name in ("figures", "comparison", "plan", "report", "results")]
+        return [import_module(f"metaopt.lab.{name}") for name in names]
     except ImportError as error:
         raise MissingExtra("compare", error.name or "a package", "lab") from None
 

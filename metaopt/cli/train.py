@@ -8,11 +8,11 @@ import warnings
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from metaopt.cli import INTERRUPTED, Interrupted, Keep, Plugins, Progress, fail, progress_of
+from metaopt.cli import INTERRUPTED, TERMINATED, Interrupted, Plugins, Progress, fail, progress_of
 from metaopt.errors import CheckpointError, MetaoptError, ProblemError
 
 if TYPE_CHECKING:
@@ -51,7 +51,11 @@ def train(
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --log.")] = False,
     keep: Annotated[
-        Keep | None, typer.Option(help="With --resume and another --stack: whose constants are in force.")
+        list[str] | None,
+        typer.Option(
+            metavar="N|live|saved",
+            help="How many checkpoints are kept [3]; with --resume and another --stack, whose constants are in force.",
+        ),
     ] = None,
     extend: Annotated[bool, typer.Option("--extend", help="With --resume: allow other --steps.")] = False,
     plugin: Plugins = [],  # noqa: B006  typer reads the default, nothing changes it
@@ -63,8 +67,11 @@ def train(
     from metaopt.lab.named import problem_named
     from metaopt.lab.ranks import joined, number_of_ranks, restarts, this_rank
 
-    if (keep or extend) and not resume:
-        raise CheckpointError("--keep and --extend say how a run is continued: give --resume as well")
+    kept, whose = _read_keep(keep or [])
+    if (whose or extend) and not resume:
+        raise CheckpointError(
+            "--keep live, --keep saved and --extend say how a run is continued: give --resume as well"
+        )
     if parallel and number_of_ranks() == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         raise ProblemError(
             f"--parallel {parallel} is for several processes: start them with "
@@ -75,6 +82,7 @@ def train(
     here = this_rank()
     with _one_voice(here), joined(here, device) as ranks:
         from metaopt.lab import checkpoint
+        from metaopt.lab.stopping import Stopped
         from metaopt.lab.train import DTYPES
         from metaopt.lab.train import train as run
 
@@ -102,15 +110,34 @@ def train(
                     parallel=(parallel or Way.ddp).value,
                     log=log,
                     checkpoint_every=checkpoint_every,
+                    **({} if kept is None else {"kept": kept}),
                     resume=goes_on,
-                    keep=None if keep is None else keep.value,
+                    keep=whose,
                     extend=extend,
                     progress=progress,
                 )
             except KeyboardInterrupt:
                 raise Interrupted(_kept(done, log)) from None
+            except Stopped as stopped:
+                raise Interrupted(str(stopped), status=TERMINATED) from None
         if ranks.rank == 0:
-            _report(result, log, loaded=keep is not None or extend)
+            _report(result, log, loaded=whose is not None or extend)
+
+
+def _read_keep(given: list[str]) -> tuple[int | None, Literal["live", "saved"] | None]:
+    """Return how many checkpoints are kept, and whose constants are in force. Raises CheckpointError."""
+    kept: int | None = None
+    whose: Literal["live", "saved"] | None = None
+    for value in given:
+        if value.isdigit() and int(value) > 0:
+            kept = int(value)
+        elif value == "live" or value == "saved":
+            whose = value
+        else:
+            raise CheckpointError(
+                f"--keep must be how many checkpoints are kept, such as 3, or live or saved, got {value}"
+            )
+    return kept, whose
 
 
 def _report(result: "Result", log: Path | None, *, loaded: bool) -> None:
@@ -148,7 +175,9 @@ def _one_voice(ranks: "Ranks") -> Iterator[None]:
                 warnings.simplefilter("ignore")
             yield
     except BaseException as error:
-        status = INTERRUPTED if isinstance(error, KeyboardInterrupt | Interrupted) else 2
+        status = 2
+        if isinstance(error, KeyboardInterrupt | Interrupted):
+            status = error.status if isinstance(error, Interrupted) else INTERRUPTED
         if ranks.is_first_to_tell():
             if isinstance(error, KeyboardInterrupt | Interrupted):
                 fail(f"interrupted: {error}" if str(error) else "interrupted")

@@ -1,11 +1,13 @@
 """What a result depends on besides its trial: versions, code, data, threads, device; with others it may differ."""
 
+import ast
 import hashlib
 import inspect
 import json
 import platform
 import sys
-from collections.abc import Sequence
+import sysconfig
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 import metaopt
 from metaopt.lab.named import problem_entry, problem_named
 from metaopt.registry import registry
+from metaopt.schedule import Schedule
 from metaopt.specs.pipeline import Pipeline
 
 # one, so that a run gives the same numbers alone and beside others
@@ -22,7 +25,7 @@ THREADS = 1
 
 def circumstances(problem: str, pipelines: Sequence[Pipeline], device: str, plugins: Sequence[str]) -> dict[str, Any]:
     """Return what all trials of a comparison have in common, as plain values."""
-    parts = sorted({part.name for pipeline in pipelines for part in pipeline})
+    parts = sorted({name for pipeline in pipelines for name in _names(pipeline)})
     entries = [problem_entry(problem), *(registry.find(name) for name in parts)]
     versions = {entry.origin: entry.version for entry in entries}
     versions |= {"metaopt": metaopt.__version__, "torch": torch.__version__, "python": platform.python_version()}
@@ -35,23 +38,91 @@ def circumstances(problem: str, pipelines: Sequence[Pipeline], device: str, plug
     }
 
 
+def _names(value: Any) -> Iterator[str]:
+    """Yield the names of all parts in a pipeline, also of those inside of others, and of schedules."""
+    if isinstance(value, Pipeline):
+        for part in value:
+            yield part.name
+            yield from _names(part.arguments)
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _names(inner)
+    elif isinstance(value, tuple | list):
+        for inner in value:
+            yield from _names(inner)
+    elif isinstance(value, Schedule):
+        yield from filter(None, [registry.name_of(type(value))])
+        yield from _names([*value.given.values(), *getattr(value, "positional", ())])
+
+
 def digest(value: Any) -> str:
     """Return a short name that changes with anything in a plain value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def _code(targets: Sequence[Any], plugins: Sequence[str]) -> str:
-    """Return a hash of metaopt's own files and of those that define the parts: a plugin is edited between two runs."""
+    """Return a hash of metaopt's own files and of those that define the parts, with all that these import from beside.
+
+    A plugin, or a module that it imports, is edited between two runs; what is installed has a version instead.
+    """
     files = set(Path(metaopt.__file__).parent.rglob("*.py"))
-    for target in (*targets, *(sys.modules[name] for name in plugins)):
+    for target in targets:
         try:
-            files.add(Path(inspect.getfile(target)))
+            files |= imported_files(Path(inspect.getfile(target)))
         except (TypeError, OSError):  # made in an interactive session: no file to read
             continue
+    for name in plugins:
+        files |= imported_files(Path(str(sys.modules[name].__file__)))
     contents = hashlib.sha256()
     for file in sorted(file for file in files if file.is_file()):
         contents.update(file.read_bytes())
     return contents.hexdigest()[:24]
+
+
+def imported_files(file: Path) -> set[Path]:
+    """Return a file and the files that it imports, directly or not, of modules that are loaded and not installed."""
+    loaded = _loaded_files()
+    known = {path: name for name, path in loaded.items()}
+    found: set[Path] = set()
+    pending = [file.resolve()]
+    while pending:
+        current = pending.pop()
+        if current in found:
+            continue
+        found.add(current)
+        pending += [loaded[name] for name in _imports(current, known.get(current, "")) & loaded.keys()]
+    return found
+
+
+def _loaded_files() -> dict[str, Path]:
+    installed = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")]
+    found = {}
+    for name, module in list(sys.modules.items()):
+        path = getattr(module, "__file__", None)
+        if isinstance(path, str) and path.endswith(".py") and name.split(".")[0] != "metaopt":
+            resolved = Path(path).resolve()
+            if not any(resolved.is_relative_to(folder) for folder in installed):
+                found[name] = resolved
+    return found
+
+
+def _imports(file: Path, name: str) -> set[str]:
+    """Return the names of all modules that a file may import, also inside of functions."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return set()
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            base = ".".join(filter(None, (above, node.module)))
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    # a module's packages are run as well
+    return {".".join(parts[: n + 1]) for parts in (one.split(".") for one in found) for n in range(len(parts))}
 
 
 def _named(device: str) -> str:

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from metaopt.lab.executors import LOCAL
 from metaopt.lab.executors.driver import Driver
 from metaopt.lab.holding import held
-from metaopt.lab.ledger import Ledger
+from metaopt.lab.ledger import Ledger, free_of_results
 from metaopt.lab.looks import level_after
 from metaopt.lab.plan import Plan
 from metaopt.lab.runs import Runs
@@ -95,6 +96,51 @@ class Comparison:
     def studies(self) -> int:
         """How many studies were made: at the look at which the comparison ended."""
         return len(self.contenders[0].studies)
+
+    @property
+    def verdicts(self) -> dict[str, Verdict]:
+        """The verdict on the loss of each contender but the baseline, by its spec."""
+        return {c.spec: c.verdict for c in self.contenders if c.verdict is not None}
+
+    @property
+    def target_verdicts(self) -> dict[str, Verdict]:
+        """The verdict on the time to the target of each contender but the baseline; none where nobody met it."""
+        return {c.spec: c.target_verdict for c in self.contenders if c.target_verdict is not None}
+
+    @property
+    def trials(self) -> Any:
+        """A row per trial, as trials.csv has them: a pandas DataFrame where pandas is installed, else a "
+        "list of dicts."""
+        from metaopt.lab.results import trial_rows
+
+        rows = trial_rows(self)
+        try:
+            pandas = import_module("pandas")
+        except ImportError:
+            return rows
+        return pandas.DataFrame(rows)
+
+    def figure(self, name: str) -> Any:
+        """Return a picture as a matplotlib Figure: "curves", "differences" or "sensitivity". Raises ProblemError."""
+        from metaopt.lab.figures import figure
+
+        return figure(self, name)
+
+    def save(self, folder: Path | str | None = None, figures: Sequence[str] = ("png",)) -> list[Path]:
+        """Write report, results, trials and pictures into the comparison's own folder, or another; return the files.
+
+        Raises LogError where the other folder has files of these names.
+        """
+        from metaopt.lab.figures import write_figures
+        from metaopt.lab.results import write_results
+
+        to = self.folder if folder is None else free_of_results(Path(folder))
+        return [*write_results(self, to), *write_figures(self, figures, to)]
+
+    def __str__(self) -> str:
+        from metaopt.lab.report import markdown
+
+        return markdown(self)
 
     @property
     def baseline(self) -> Contender:

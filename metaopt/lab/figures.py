@@ -7,6 +7,7 @@ import io
 import math
 import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -119,14 +120,17 @@ def figure(comparison: Comparison, name: str) -> Figure:
     return FIGURES[name](comparison)
 
 
-def write_figures(comparison: Comparison, forms: Sequence[str] = ("png",)) -> list[str]:
-    """Write every picture that the comparison has into its folder; return their names. Raises LogError."""
+def write_figures(comparison: Comparison, forms: Sequence[str] = ("png",), folder: Path | None = None) -> list[Path]:
+    """Write every picture that the comparison has into its folder; return the files. Raises MetaoptError."""
+    check_forms(forms)
     names = [name for name in FIGURES if comparison.plan.tune or name != "sensitivity"]
+    written: list[Path] = []
     for name in names:
         drawn = figure(comparison, name)
         for form in forms:
-            write_bytes(comparison.folder / f"{name}.{form}", _bytes(drawn, form))
-    return [f"{name}.{form}" for name in names for form in forms]
+            written.append((folder or comparison.folder) / f"{name}.{form}")
+            write_bytes(written[-1], _bytes(drawn, form))
+    return written
 
 
 def check_forms(forms: Sequence[str]) -> None:

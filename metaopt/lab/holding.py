@@ -1,5 +1,6 @@
 """A folder that one process at a time writes into, cleared of what a killed one left half-written."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,7 +53,10 @@ def held(folder: Path, what: str) -> Iterator[None]:
         raise LogError(f"{what} cannot be written to {folder}: {error.strerror or error}") from None
     try:
         for scratch in folder.glob(SCRATCH.format("*")):
-            scratch.unlink(missing_ok=True)
+            if scratch.is_dir():
+                shutil.rmtree(scratch)
+            else:
+                scratch.unlink(missing_ok=True)
         yield
     finally:
         lock.release()

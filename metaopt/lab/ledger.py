@@ -19,6 +19,14 @@ WRITTEN = (
 )
 
 
+def free_of_results(folder: Path) -> Path:
+    """Return a folder that holds no file that a comparison would write. Raises LogError."""
+    there = next((name for name in WRITTEN if (folder / name).exists()), None)
+    if there is not None:
+        raise LogError(f"{folder / there} is there already: choose another folder")
+    return folder
+
+
 @dataclass
 class Entry:
     """One comparison: its folder below the one of the ledger, its plan, and how many studies it was looked at with.

@@ -26,7 +26,7 @@ class Parallel(ABC):
 
     def __init__(self, problem: Problem, model: nn.Module, ranks: Ranks, dealing: Dealing | None = None) -> None:
         self.problem, self.model, self.ranks = problem, model, ranks
-        self.stop = False
+        self.wants_to_stop: Callable[[], bool] = lambda: False
         self._wishes: deque[tuple[torch.Tensor, torch.Event | None]] = deque()
 
     @abstractmethod
@@ -39,7 +39,7 @@ class Parallel(ABC):
 
     def has_to_stop(self) -> bool:
         """Return whether any rank wants to stop: the same answer on all ranks after the same step."""
-        return self.stop
+        return self.wants_to_stop()
 
     def _part(self, batch: Any) -> Any:
         return dealt(batch, self.ranks.rank, self.ranks.size, type(self.problem).__name__.lower())
@@ -47,7 +47,7 @@ class Parallel(ABC):
     def _row(self, loss: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return what is averaged over ranks beside the gradients: the loss, and whether this rank wants to stop."""
         loss = loss.detach().to(dtype).reshape(1)
-        return torch.cat([loss, loss.new_full((1,), float(self.stop))])
+        return torch.cat([loss, loss.new_full((1,), float(self.wants_to_stop()))])
 
     def _shared(self, row: torch.Tensor) -> torch.Tensor:
         """Return the loss of an averaged row; its wish is read by `has_to_stop`."""

@@ -163,7 +163,7 @@ def plan_comparison(
         jobs=jobs,
         plugins=tuple(plugins),
         circumstances=circumstances(problem, pipelines, device, plugins),
-        own=tuple(circumstances(problem, [pipeline], device, ()) for pipeline in pipelines),
+        own=tuple(circumstances(problem, [pipeline], device, plugins) for pipeline in pipelines),
         on=on,
         retries=retries,
     )

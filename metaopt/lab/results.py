@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from metaopt.errors import LogError
@@ -21,13 +22,19 @@ from metaopt.lab.runs import FINAL
 VERDICTS = "metaopt/verdicts"
 
 
-def write_results(comparison: Comparison) -> None:
+def write_results(comparison: Comparison, folder: Path | None = None) -> list[Path]:
     """Write results.json, trials.csv and report.md into the comparison's folder, each whole or not at all."""
-    folder = comparison.folder
-    write_text(folder / "results.json", json.dumps(document(comparison), indent=1) + "\n")
-    write_text(folder / "trials.csv", trials_csv(comparison))
-    write_text(folder / "report.md", markdown(comparison))
-    write_run(comparison)
+    written = {
+        "results.json": json.dumps(document(comparison), indent=1) + "\n",
+        "trials.csv": trials_csv(comparison),
+        "report.md": markdown(comparison),
+    }
+    paths = {(folder or comparison.folder) / name: text for name, text in written.items()}
+    for path, text in paths.items():
+        write_text(path, text)
+    if folder is None:
+        write_run(comparison)
+    return list(paths)
 
 
 def write_run(comparison: Comparison) -> None:

@@ -62,7 +62,7 @@ def read(path: Path, number: int | None = None) -> SavedOptimizer:
     file is executed. Raises CheckpointError.
     """
     file = _file_of(path)
-    content = read_saved(file)
+    content = checkpoint.load(file) if file.is_dir() else read_saved(file)
     found = list(_optimizers(content, (), DEEPEST))
     if not found:
         raise CheckpointError(f"{file} holds no optimizer's state_dict (a dict with 'state' and 'param_groups')")
@@ -77,7 +77,7 @@ def read(path: Path, number: int | None = None) -> SavedOptimizer:
 
 
 def _file_of(path: Path) -> Path:
-    if not path.is_dir():
+    if not path.is_dir() or (path / checkpoint.MANIFEST).is_file():
         return path
     for name in OPTIMIZER_FILES:
         if (path / name).is_file():

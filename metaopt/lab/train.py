@@ -1,7 +1,6 @@
 """One training run with checkpoints; a run that was killed goes on bit for bit."""
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -11,14 +10,17 @@ from typing import Any, Literal
 import torch
 
 from metaopt.construction.building import build
-from metaopt.errors import CheckpointError, MetaoptWarning, ProblemError
-from metaopt.lab import checkpoint
+from metaopt.distributed.shards import local
+from metaopt.errors import CheckpointError, ProblemError
+from metaopt.lab import checkpoint, resuming
 from metaopt.lab.batches import cast
 from metaopt.lab.dealing import tried
 from metaopt.lab.device import usable_device
 from metaopt.lab.holding import held
 from metaopt.lab.parallel import WAYS, Alone, Parallel
 from metaopt.lab.ranks import Ranks
+from metaopt.lab.saving import KEPT, Saver
+from metaopt.lab.stopping import Stopped, wishes_to_stop
 from metaopt.lab.telling import told
 from metaopt.lab.trial import cost_of_an_update
 from metaopt.lab.weights import evaluated, shown
@@ -28,7 +30,6 @@ from metaopt.stack import Stack
 
 # what `--dtype` offers
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-CONTENT = {"run", "step", "model", "stack", "random"}
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,13 @@ def train(
     parallel: str = "ddp",
     log: Path | None = None,
     checkpoint_every: int = 100,
+    kept: int = KEPT,
     resume: bool | Path = False,
     keep: Literal["live", "saved"] | None = None,
     extend: bool = False,
     progress: Callable[[int, Any], None] | None = None,
 ) -> Result:
-    """Train for `steps` calls of `step()`; checkpoints lie in `log/checkpoints`.
+    """Train for `steps` calls of `step()`; the last `kept` checkpoints lie in `log/checkpoints`.
 
     `ranks` are the processes that train together (`ranks.joined`), and `parallel` is how they do; the batch is the
     problem's, dealt over them. `resume` continues the newest checkpoint, or the one named. The spec may be another one
@@ -69,8 +71,6 @@ def train(
     ranks = ranks or Ranks(device=usable_device(device))
     device = ranks.device
     folder = None if log is None else log / "checkpoints"
-    if folder is not None and ranks.size > 1 and parallel == "fsdp":
-        raise CheckpointError("--parallel fsdp writes no checkpoints yet: leave --log out, or take --parallel ddp")
     where = f"{spec} cannot train {type(problem).__name__.lower()}"
     with told(where, lambda: _kept(folder)), _owned(folder, ranks):
         total = _updates(problem, spec, steps, device)
@@ -82,29 +82,43 @@ def train(
         run = {"problem": repr((type(problem).__name__, problem.given)), "spec": str(opt.spec), "seed": seed}
         run |= {"steps": steps, "data": problem.data_hash(), **({} if dtype is None else {"dtype": str(dtype)})}
         torch.manual_seed(seed)
+        first = 0
         if resume:
             opt.resume_with(keep=keep, extend=extend)
             changeable = {*(["spec"] if keep else []), *(["steps"] if extend else [])}
-            first = _resume(resume, folder, run, changeable, model, opt, device)
-        else:
-            first = 0
-        if not resume and folder is not None and checkpoint.found(folder):
+            first = resuming.resume(resume, folder, run, changeable, model, opt, ranks)
+        elif folder is not None and checkpoint.found(folder):
             raise CheckpointError(f"{folder} holds a run already: give --resume to continue it, or another --log")
-        with _closed(opt):
+        saver = None if folder is None else Saver(folder, ranks, kept)
+        with _closed(opt), wishes_to_stop() as way.wants_to_stop:
             batches = problem.batches(seed, device, start=first)
             for step in range(first + 1, steps + 1):
                 loss = _step(way, opt, cast(next(batches), dtype))
-                if folder is not None and (step % checkpoint_every == 0 or step == steps):
+                stops = way.has_to_stop() and step < steps
+                if saver is not None and (step % checkpoint_every == 0 or step == steps or stops):
                     # read here alone, so that no update in between waits for the device
-                    _check_finite(loss, model, step, folder)
-                    if ranks.rank == 0:
-                        checkpoint.save(folder, step, _content(run, step, model, opt))
+                    _check_finite(loss, model, step, saver)
+                    saver.save(step, resuming.content_of(run, step, model, opt))
+                if saver is not None:
+                    saver.check()
                 if progress is not None:
                     progress(step, loss)
-        _check_finite(0.0, model, steps, folder)
+                if stops:
+                    raise Stopped(f"after step {step} of {steps}: {_continued(saver)}")
+        if saver is not None:
+            saver.settle()
+        _check_finite(0.0, model, steps, saver)
         with shown(opt):
             evaluation = way.evaluate("validation")
     return Result(model, opt, evaluation, evaluated(opt))
+
+
+def _continued(saver: Saver | None) -> str:
+    """Return what is kept of a run that ends now, and how it goes on."""
+    if saver is None:
+        return "nothing was saved: give --log to be able to continue a run"
+    saver.settle()
+    return f"{checkpoint.newest(saver.folder)}. The same command with --resume continues"
 
 
 def _model(problem: Problem, seed: int, device: str, dtype: torch.dtype | None) -> torch.nn.Module:
@@ -161,60 +175,14 @@ def _step(way: Parallel, opt: Stack, batch: Any) -> Any:
     return opt.step(closure)
 
 
-def _check_finite(loss: Any, model: torch.nn.Module, step: int, folder: Path | None) -> None:
+def _check_finite(loss: Any, model: torch.nn.Module, step: int, saver: Saver | None) -> None:
     """Raise ProblemError for a loss, or for weights made by the update after it, that are not finite."""
     value = float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
     what = None if math.isfinite(value) else f"the loss is {value}"
-    if what is None and not all(bool(p.isfinite().all()) for p in model.parameters()):
+    if what is None and not all(bool(local(p.detach()).isfinite().all()) for p in model.parameters()):
         what = "a weight is not finite"
     if what is not None:
+        if saver is not None:
+            saver.settle()
+        folder = None if saver is None else saver.folder
         raise ProblemError(f"{what} at step {step}: lower lr or clip. {checkpoint.newest(folder)}")
-
-
-def _content(run: dict[str, Any], step: int, model: torch.nn.Module, opt: Stack) -> dict[str, Any]:
-    random = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state()
-    return {"run": run, "step": step, "model": model.state_dict(), "stack": opt.state_dict(), "random": random}
-
-
-def _resume(
-    resume: bool | Path,
-    folder: Path | None,
-    run: dict[str, Any],
-    changeable: set[str],
-    model: torch.nn.Module,
-    opt: Stack,
-    device: str,
-) -> int:
-    if folder is None:
-        raise CheckpointError("--resume needs --log: the directory of the run that is continued")
-    paths = [resume] if isinstance(resume, Path) else checkpoint.found(folder)
-    if not paths:
-        return 0  # killed before its first checkpoint: the run starts again, and ends the same
-    content = checkpoint.load(paths[0])
-    if not isinstance(content, dict) or content.keys() != CONTENT or not isinstance(content["run"], dict):
-        raise CheckpointError(
-            f"{paths[0]} was not written by `metaopt train`: expected the entries {', '.join(sorted(CONTENT))}"
-        )
-    for key, value in run.items():
-        if (there := content["run"].get(key)) != value and key not in changeable:
-            way = {
-                "spec": "; --keep live takes the new one, --keep saved the old values",
-                "steps": "; --extend allows it",
-            }
-            raise CheckpointError(
-                f"{paths[0]} is of another run: {key} is {there!r} there, {value!r} here{way.get(key, '')}"
-            )
-    model.load_state_dict(content["model"])
-    with warnings.catch_warnings():
-        if changeable:  # the load report says it, in a line of the command
-            warnings.simplefilter("ignore", MetaoptWarning)
-        opt.load_state_dict(content["stack"])
-    torch.set_rng_state(content["random"]["cpu"])
-    if device.startswith("cuda") and "cuda" in content["random"]:
-        torch.cuda.set_rng_state(content["random"]["cuda"])
-    step = int(content["step"])
-    if step > run["steps"]:
-        raise CheckpointError(f"{paths[0]} has made {step} steps already: give --steps {step} or more")
-    return step
