@@ -132,7 +132,7 @@ def _read_keep(given: list[str]) -> tuple[int | None, Literal["live", "saved"] |
         if value.isdigit() and int(value) > 0:
             kept = int(value)
         elif value == "live" or value == "saved":
-            whose = value
+            whose = "live" if value == "live" else "saved"
         else:
             raise CheckpointError(
                 f"--keep must be how many checkpoints are kept, such as 3, or live or saved, got {value}"
