@@ -110,7 +110,7 @@ def train(
                     parallel=(parallel or Way.ddp).value,
                     log=log,
                     checkpoint_every=checkpoint_every,
-                    **({} if kept is None else {"kept": kept}),
+                    kept=kept,
                     resume=goes_on,
                     keep=whose,
                     extend=extend,

@@ -54,13 +54,13 @@ def train(
     parallel: str = "ddp",
     log: Path | None = None,
     checkpoint_every: int = 100,
-    kept: int = KEPT,
+    kept: int | None = None,
     resume: bool | Path = False,
     keep: Literal["live", "saved"] | None = None,
     extend: bool = False,
     progress: Callable[[int, Any], None] | None = None,
 ) -> Result:
-    """Train for `steps` calls of `step()`; the last `kept` checkpoints lie in `log/checkpoints`.
+    """Train for `steps` calls of `step()`; the last `kept` checkpoints (3 if None) lie in `log/checkpoints`.
 
     `ranks` are the processes that train together (`ranks.joined`), and `parallel` is how they do; the batch is the
     problem's, dealt over them. `resume` continues the newest checkpoint, or the one named. The spec may be another one
@@ -89,7 +89,7 @@ def train(
             first = resuming.resume(resume, folder, run, changeable, model, opt, ranks)
         elif folder is not None and checkpoint.found(folder):
             raise CheckpointError(f"{folder} holds a run already: give --resume to continue it, or another --log")
-        saver = None if folder is None else Saver(folder, ranks, kept)
+        saver = None if folder is None else Saver(folder, ranks, KEPT if kept is None else kept)
         with _closed(opt), wishes_to_stop() as way.wants_to_stop:
             batches = problem.batches(seed, device, start=first)
             for step in range(first + 1, steps + 1):
