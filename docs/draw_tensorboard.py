@@ -20,7 +20,6 @@ from typing import Any
 from playwright.sync_api import Page, sync_playwright
 
 import metaopt
-from metaopt.cli import main as metaopt_command
 
 DOCS = Path(__file__).parent
 UPDATES = 300
@@ -51,7 +50,7 @@ def compare(folder: Path) -> None:
     """Make a small comparison on the same digits."""
     stacks = [word for spec in COMPARED for word in ("-o", spec)]
     size = ["--problem", "digits", "--steps", "60", "--studies", "8", "--trials", "2"]
-    metaopt_command(["compare", *size, *stacks, "--out", str(folder)])
+    subprocess.run([sys.executable, "-m", "metaopt", "compare", *size, *stacks, "--out", str(folder)], check=True)
 
 
 @contextlib.contextmanager
@@ -106,20 +105,20 @@ def main() -> None:
         folder = Path(name)
         for title, spec in STACKS.items():
             train(folder / "runs", title, spec)
-        compare(folder / "compared")
         page = started.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page()
         with tensorboard(folder / "runs", len(STACKS)) as address:
-            page.set_viewport_size({"width": 1110, "height": 760})
+            page.set_viewport_size({"width": 1280, "height": 760})
             page.goto(f"{address}/#scalars&_smoothingWeight=0&tagFilter={SCALARS}")
             page.wait_for_timeout(8000)  # charts are drawn one after the other, by a worker
             draw(page, "tensorboard")
-            page.set_viewport_size({"width": 1110, "height": 820})
+            page.set_viewport_size({"width": 1280, "height": 820})
             show(page, address, ["adamw + lookahead"])
             draw(page, "tensorboard-stack")
             show(page, address, list(STACKS))
             draw(page, "tensorboard-stacks")
+        compare(folder / "compared")
         with tensorboard(folder / "compared" / "tensorboard", len(COMPARED)) as address:
-            page.set_viewport_size({"width": 1110, "height": 400})
+            page.set_viewport_size({"width": 1280, "height": 400})
             show(page, address, ["comparison"])
             draw(page, "tensorboard-comparison")
 

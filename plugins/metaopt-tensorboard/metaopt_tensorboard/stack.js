@@ -187,7 +187,7 @@ function hyperparameters(part, scale, differing) {
     const now = row.points.length ? row.points.at(-1)[1] : null;
     const value = element("td", {}, element("span", {}, said(row)));
     if (now !== null && (row.schedule || String(now) !== row.value)) {
-      value.append(element("div", { class: "now" }, `now ${short(now)} `, chart(row.tag, row.points, scale)));
+      value.append(element("div", { class: "now" }, `now ${short(now)} `, chart(row.tag, row.points, scale, false, true)));
     }
     return element("tr", { class: differing.has(row.name) ? "differs" : row.default ? "default" : "", "data-name": row.name }, element("th", {}, row.name), value);
   }));
@@ -350,10 +350,10 @@ function ranges(stacks) {
   return scale;
 }
 
-function chart(tag, points, scale, big = false) {
+function chart(tag, points, scale, big = false, linear = false) {
   const [width, height, margin] = big ? [420, 170, 20] : [160, 28, 3];
   const [low, high] = scale.values.get(tag) ?? [0, 1];
-  const log = low > 0 && high / low > 100;
+  const log = !linear && low > 0 && high / low > 100; // a schedule is known by its shape
   const at = (value) => (log ? Math.log(value) : value);
   const x = (step) => margin + ((width - 2 * margin) * step) / scale.last;
   const y = (value) => (high > low ? height - margin - ((height - 2 * margin) * (at(value) - at(low))) / (at(high) - at(low)) : height / 2);
