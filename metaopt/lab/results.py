@@ -32,7 +32,8 @@ def write_results(comparison: Comparison, folder: Path | None = None) -> list[Pa
     paths = {(folder or comparison.folder) / name: text for name, text in written.items()}
     for path, text in paths.items():
         write_text(path, text)
-    if folder is None:
+    # beside the other runs; a copy elsewhere has none
+    if folder in (None, comparison.folder) and (comparison.folder / "tensorboard").is_dir():
         write_run(comparison)
     return list(paths)
 
