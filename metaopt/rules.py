@@ -233,7 +233,8 @@ def _operation(symbol: Symbol, args: list[Any], free: list[bool], group: Group) 
         return torch.stack(getattr(group, f"{name}s")(*args))
     if symbol.kind == TENSOR:
         return _ON_TENSORS[name](*args)
-    lists = [arg.unbind() if isinstance(arg, torch.Tensor) else arg for arg in args]
+    # a number may be a tensor too: a hyperparameter that lives on a device
+    lists = [arg.unbind() if of.kind == TENSOR else arg for of, arg in zip(symbol.args, args, strict=True)]
     if name in ("add", "mul") and not (isinstance(lists[0], list) and (free[0] or not free[1])):
         lists.reverse()
         free.reverse()

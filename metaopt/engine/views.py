@@ -99,6 +99,8 @@ class GroupView(Group):
         wrapper, state = self._wrapper, self._update.run.state
         if self._rows is not None or not same(self.parameters, waiting.members) or self.keeps_elsewhere:
             return False
+        if any(isinstance(number, torch.Tensor) for number in numbers.values()):
+            return False
         tensors: dict[str, tuple[Any, list[torch.Tensor]]] = {}
         for name in rule.tensors:
             slot = wrapper.slots.get(name)
