@@ -55,6 +55,29 @@ class Part:
         return kept
 
 
+class elementwise:  # noqa: N801 - a decorator
+    """A rule of elements: from a parameter's tensors and the part's numbers to what becomes of the tensors."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function.__func__
+        code = self.function.__code__
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        self.tensors, self.numbers = names[: code.co_argcount], names[code.co_argcount :]
+
+    def __call__(self, group: Any, **numbers: Any) -> None:
+        values = {name: numbers[name] if name in numbers else getattr(group, name) for name in self.numbers}
+        lists = [getattr(group, "params" if name == "param" else name) for name in self.tensors]
+        for tensors in zip(*lists, strict=True):
+            widest = max((t.dtype for t in tensors), key=lambda dtype: dtype.itemsize)
+            changed = self.function(*(t.to(widest) for t in tensors), **values)
+            for name, value in changed.items():
+                tensors[self.tensors.index(name)].copy_(value)
+            # <anchors>
+            if "param" in changed:
+                group.stack.move_inner_anchors(group.part, [tensors[self.tensors.index("param")]])
+            # </anchors>
+
+
 class Group:
     """What a part sees of one parameter group: aligned lists of parameters, gradients and kept tensors."""
 

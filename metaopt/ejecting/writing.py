@@ -292,7 +292,8 @@ def _part(wrapper: Wrapper, total: int | None, own: str) -> str:
     given += [f"acts_every={wrapper.acts_every!r}"] if wrapper.acts_every else []
     for name in wrapper.hyperparameters:
         value = getattr(wrapper, name)
-        if not re.search(rf"\.{name}\b", own) and name != wrapper.acts_every:
+        # a rule of elements takes its numbers by keyword
+        if not re.search(rf"\.{name}\b|\b{name}: (float|int)\b", own) and name != wrapper.acts_every:
             continue  # only branches that are left out ask for it
         text = f"{_schedule(value)}.curve({total}, {total})" if isinstance(value, Schedule) else _literal(value)
         given.append(f"{name}={text}")
@@ -317,6 +318,7 @@ def _literal(value: Any) -> str:
 def _tidy(text: str) -> str:
     """Remove comments for type checkers, imports that nothing uses, and surplus empty lines."""
     text = re.sub(r"  # (type: ignore|noqa)[^\n]*", "", text)
+    text = re.sub(r"(?<![\w.])Tensor\b", "torch.Tensor", text)
     for name, line in (
         ("contextmanager", "from contextlib import contextmanager\n"),
         ("math", "import math\n"),

@@ -52,7 +52,7 @@ def _names(value: Any) -> Iterator[str]:
             yield from _names(inner)
     elif isinstance(value, Schedule):
         yield from filter(None, [registry.name_of(type(value))])
-        yield from _names([*value.given.values(), *getattr(value, "positional", ())])
+        yield from _names([*value.given.values(), *(value.positional or ())])
 
 
 def digest(value: Any) -> str:
