@@ -232,7 +232,7 @@ def _works_with(entry: Entry, spec: str) -> list[str]:
 def _logger_sections(entry: Entry) -> list[str]:
     model = runs.Regression().model()
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / ("run.jsonl" if entry.name == "jsonl" else "run")
+        place = Path(folder) / (f"run.{entry.name}" if entry.name in ("jsonl", "csv") else "run")
         stack = metaopt.build(
             model,
             "clip_grad_norm(1.0) | adamw(lr=0.01, weight_decay=0.0) | lookahead",
@@ -249,6 +249,8 @@ def _logger_sections(entry: Entry) -> list[str]:
         stack.close()
         files = [place] if place.is_file() else sorted(place.rglob("*"))
         body = ["## What it writes", "Ten updates of a small model, `log_every=5`, made when this page was built."]
+        if entry.name == "csv":
+            return [*body, f"```text\n{place.read_text().rstrip()}\n```"]
         if place.is_file():
             lines = [json.dumps(json.loads(line), indent=None) for line in place.read_text().splitlines()]
             return [*body, "```json\n" + "\n".join(lines) + "\n```"]
