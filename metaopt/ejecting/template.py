@@ -55,7 +55,7 @@ class Part:
         return kept
 
 
-class elementwise:  # noqa: N801 - a decorator
+class elementwise:
     """A rule of elements: from a parameter's tensors and the part's numbers to what becomes of the tensors."""
 
     def __init__(self, function: Any) -> None:
