@@ -14,8 +14,8 @@ class Margin(tuple[str, str, str]):
     __slots__ = ()
 
 
-# the charts of a dashboard: section -> chart -> tags, each exact or a regular expression
 Layout = Mapping[str, Mapping[str, Sequence[str]]]
+"""The charts of a dashboard: section -> chart -> tags, each exact or a regular expression."""
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,7 @@ class Rule:
 
 
 elementwise = Rule
+"""Make a rule of elements of a static method: see `Rule` for its arguments and for how it is called."""
 
 
 def number_of(symbol: Symbol, numbers: Values) -> Any:
