@@ -143,7 +143,7 @@ def test_versions_count_the_updates_of_the_library(made: list[fused.Waiting]) ->
 
 def test_a_graph_that_needs_the_old_weights_is_refused() -> None:
     model = small_model()
-    opt = metaopt.build(model, "adamw")
+    opt = metaopt.build(model, "adamw | lookahead(k=1)")
     for _ in range(2):
         model(torch.ones(2, 3)).sum().backward()
         opt.step()
