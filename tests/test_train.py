@@ -114,7 +114,8 @@ def test_a_run_killed_at_ten_random_moments_ends_where_the_uninterrupted_one_end
         run.kill()
         assert run.process.exitcode == -signal.SIGKILL, "the run ended before it was killed"
     status, _, errors = warm.run(command(log, steps=300, more=["--resume"]), tmp_path)
-    assert (status, errors) == (0, "")
+    # a machine that is slow sees how far the run is
+    assert (status, [line for line in errors.splitlines() if not line.startswith("training ")]) == (0, [])
     assert equal(last(log), uninterrupted)
 
 

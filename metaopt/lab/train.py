@@ -90,7 +90,7 @@ def train(
         elif folder is not None and checkpoint.found(folder):
             raise CheckpointError(f"{folder} holds a run already: give --resume to continue it, or another --log")
         saver = None if folder is None else Saver(folder, ranks, KEPT if kept is None else kept)
-        with _closed(opt), wishes_to_stop() as way.wants_to_stop:
+        with _closed(opt), _kept_whole(saver), wishes_to_stop() as way.wants_to_stop:
             batches = problem.batches(seed, device, start=first)
             for step in range(first + 1, steps + 1):
                 loss = _step(way, opt, cast(next(batches), dtype))
@@ -111,6 +111,18 @@ def train(
         with shown(opt):
             evaluation = way.evaluate("validation")
     return Result(model, opt, evaluation, evaluated(opt))
+
+
+@contextmanager
+def _kept_whole(saver: Saver | None) -> Iterator[None]:
+    """Let a run that fails keep the checkpoint that is being written; several ranks do not wait for one another."""
+    try:
+        yield
+    except BaseException:
+        if saver is not None and saver.ranks.size == 1:
+            with suppress(CheckpointError):
+                saver.settle()
+        raise
 
 
 def _continued(saver: Saver | None) -> str:
