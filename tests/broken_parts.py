@@ -439,7 +439,7 @@ class IgnoresTheGroupsAlpha(Pull, every="k"):
         group.set_params(group.slow)
 
 
-@broken(WRAPPERS, "misspelt_hook", "acts_in_a_hook", "Did you mean on_gradients")
+@broken(WRAPPERS, "misspelt_hook", "acts_in_a_hook", "Did you mean on_gradients or observe_gradients?")
 class MisspellsItsHook(Wrapper):
     """g <- 0.5 g."""
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from metaopt.engine.run import STEPS as COUNTED_STEPS
 from metaopt.stack import Stack
 from metaopt.testing.comparing import tensors
 from metaopt.testing.feeding import STEPS, Halves
@@ -122,8 +123,8 @@ def declares_what_it_keeps(subject: StackSubject) -> None:
         for key in held
         if key not in known and not str(key).startswith(("metaopt.", *declared))
     }
-    groups = {key for group in opt.param_groups for key in group if not key.startswith("metaopt.")}
-    groups -= set(bare.param_groups[0])
+    # the engine counts steps where replicas meet by them
+    groups = {key for group in opt.param_groups for key in group} - {*bare.param_groups[0], COUNTED_STEPS}
     foreign |= groups - {
         f"{w.label}.{name}" for w in opt.wrappers for name in (*w.hyperparameters, *w.counters, *w.scalars)
     }

@@ -45,7 +45,7 @@ class Accumulate(Wrapper):
         weighs = bool(fresh) and (isinstance(weight, torch.Tensor) or weight != 1.0)
         if seen < groups.steps and not groups.is_flush:
             for group in fresh:
-                _add(group, group.sum, weight)
+                _add(group.sum, group.grads, weight)
                 group.clear_grads()
             if weighs:
                 groups.extra_weight.add_(weight - 1.0)
@@ -55,31 +55,48 @@ class Accumulate(Wrapper):
         # the sum stays as it is: if the update fails, the window is what it was before this step
         groups.set_counter("seen", 0)
         total = groups.extra_weight + (weight - 1.0) + seen if weighs else groups.extra_weight + seen
-        sums = _completed(fresh, weight)
+        means: dict[int, torch.Tensor] = {}
+        for group in fresh:
+            means.update(zip(map(id, group.parameters), _means(group, weight, total), strict=True))
         for group in groups.groups_with_state():
             pairs = zip(group.parameters, group.sum, strict=True)
-            means = [sums[id(p)] if id(p) in sums else kept.clone() for p, kept in pairs]
-            torch._foreach_div_(means, total.to(means[0].device))
-            group.replace_grads(means)
+            group.replace_grads([means[id(p)] if id(p) in means else s / total.to(s.device) for p, s in pairs])
 
 
-def _completed(fresh: list[Group], weight: float | torch.Tensor) -> dict[int, torch.Tensor]:
-    """Return the sums with the last gradients, by the identity of the parameter, beside those that are kept."""
-    found: dict[int, torch.Tensor] = {}
-    for group in fresh:
-        sums = [s.clone() for s in group.sum]
-        _add(group, sums, weight)
-        found.update(zip(map(id, group.parameters), sums, strict=True))
-    return found
+def _means(group: Group, weight: float | torch.Tensor, total: torch.Tensor) -> list[torch.Tensor]:
+    """Return (sum + weight gradient) / total, in the memory of the gradients where each has its own."""
+    sums, grads = group.sum, group.grads
+    total = total.to(sums[0].device)
+    # a gradient with a graph is not to be taken for the mean
+    if any(g.layout is not torch.strided or g.requires_grad for g in grads) or _share_memory(grads):
+        sums = [s.clone() for s in sums]
+        _add(sums, grads, weight)
+        torch._foreach_div_(sums, total)
+        return sums
+    plain = not isinstance(weight, torch.Tensor) and weight == 1.0
+    if plain and all(g.dtype == s.dtype for g, s in zip(grads, sums, strict=True)):
+        torch._foreach_add_(grads, sums)
+        torch._foreach_div_(grads, total)
+        return grads
+    for kept, gradient in zip(sums, grads, strict=True):
+        # a piece at a time: the sums of 16-bit gradients are wider
+        mean = [kept.clone()]
+        _add(mean, [gradient], weight)
+        gradient.copy_(mean[0].div_(total))
+    return grads
 
 
-def _add(group: Group, sums: list[torch.Tensor], weight: float | torch.Tensor) -> None:
+def _share_memory(tensors: list[torch.Tensor]) -> bool:
+    return len({t.data_ptr() for t in tensors}) < len(tensors)
+
+
+def _add(sums: list[torch.Tensor], gradients: list[torch.Tensor], weight: float | torch.Tensor) -> None:
     if isinstance(weight, torch.Tensor):
         weight = weight.to(sums[0].device)
-        for total, gradient in zip(sums, group.grads, strict=True):
+        for total, gradient in zip(sums, gradients, strict=True):
             total.addcmul_(gradient.to(total.dtype), weight.to(total.dtype))
     else:
-        torch._foreach_add_(sums, group.grads, alpha=weight)
+        torch._foreach_add_(sums, gradients, alpha=weight)
 
 
 @hookimpl
