@@ -70,7 +70,8 @@ def this_rank() -> Ranks:
     if number_of_ranks() == 1:
         return Ranks()
     store, rank, size = next(rendezvous("env://"))
-    return Ranks(rank, size, store=store)
+    # torchrun keeps one store over its restarts: what the processes before wrote there is not to be read as these ones'
+    return Ranks(rank, size, store=distributed.PrefixStore(f"metaopt/{restarts()}", store))
 
 
 @contextmanager
