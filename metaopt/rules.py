@@ -94,6 +94,8 @@ def applied(name: str, *args: Any, **keywords: Any) -> Symbol:
         raise SpecError(f"a rule of elements cannot use {name}; it can use {', '.join(OPERATIONS)}")
     if name == "clamp" and set(keywords) == {"min"} and len(args) == 1:
         args, keywords = (*args, keywords["min"]), {}
+    if name == "norm":  # torch.norm hands all its defaults on
+        keywords = {key: value for key, value in keywords.items() if value not in (None, False, "fro")}
     if keywords:
         raise SpecError(f"{name} in a rule of elements takes no {', '.join(keywords)}=: give the operands in order")
     symbols = tuple(a if isinstance(a, Symbol) else Symbol("constant", value=float(a)) for a in args)

@@ -9,6 +9,7 @@ import torch
 from small_runs import small_model
 
 import metaopt
+from metaopt import Group, Wrapper, anchor, elementwise
 from metaopt.engine import fused
 from metaopt.programs import kernels
 
@@ -43,9 +44,15 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[fused.Waiting]:
     return found
 
 
-def trained(spec: str, dtype: torch.dtype, steps: int = 7, change: Callable[[Built, int], None] | None = None) -> Built:
+def trained(
+    spec: Any,
+    dtype: torch.dtype,
+    steps: int = 7,
+    change: Callable[[Built, int], None] | None = None,
+    shapes: list[tuple[int, ...]] = SHAPES,
+) -> Built:
     generator = torch.Generator().manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(s, generator=generator, dtype=dtype)) for s in SHAPES]
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator, dtype=dtype)) for s in shapes]
     opt = metaopt.build(params, spec)
     for step in range(steps):
         for p in params:
@@ -77,6 +84,68 @@ def test_the_library_computes_the_same_bits(
     expected = trained(spec, dtype)
     assert not made
     assert_same(found, expected)
+
+
+class Chooses(Wrapper):
+    """A rule that chooses by element: it goes with the base in one pass."""
+
+    slow = anchor()
+
+    @elementwise
+    @staticmethod
+    def act(param: torch.Tensor, slow: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"slow": torch.where(param * slow > 0, param, slow * 0.5)}
+
+    def after_update(self, group: Group) -> None:
+        self.act(group)
+
+
+class Returns(Chooses):
+    """A rule that throws the new weights away; what the base keeps goes on."""
+
+    @elementwise
+    @staticmethod
+    def act(param: torch.Tensor, slow: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"param": slow}
+
+
+class Norm(Chooses):
+    """A rule with a sum, which has other bits in another order."""
+
+    @elementwise
+    @staticmethod
+    def act(param: torch.Tensor, slow: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"slow": slow + param / (torch.norm(param) + 1.0)}
+
+
+class Mean(Chooses):
+    """A rule with another sum."""
+
+    @elementwise
+    @staticmethod
+    def act(param: torch.Tensor, slow: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"slow": slow + param * torch.mean(param) + torch.dot(param, slow)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("part", [Chooses, Returns, Norm, Mean])
+def test_a_rule_of_an_author_has_the_same_bits(
+    part: type[Wrapper], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined: list[bool] = []
+    own = fused.Waiting.add
+
+    def add(self: fused.Waiting, *args: Any) -> bool:
+        joined.append(own(self, *args))
+        return joined[-1]
+
+    monkeypatch.setattr(fused.Waiting, "add", add)
+    # a mean over nothing is nan, which equals nothing
+    shapes = [shape for shape in SHAPES if shape != (0,)]
+    found = trained(metaopt.adamw(lr=0.01) | part(), dtype, shapes=shapes)
+    assert set(joined) == {part in (Chooses, Returns)}
+    monkeypatch.setattr(fused, "kernels", lambda: None)
+    assert_same(found, trained(metaopt.adamw(lr=0.01) | part(), dtype, shapes=shapes))
 
 
 def swapped(built: Built, step: int) -> None:

@@ -17,7 +17,7 @@ import torch
 __version__ = "0.1.0"
 
 # of the interface between this file and kernels.cpp
-INTERFACE = 1
+INTERFACE = 2
 OFF = "METAOPT_KERNELS"
 OPS = [
     "move",
@@ -36,15 +36,12 @@ OPS = [
     "max",
     "lerp",
     "addcmul",
-    "squares",
-    "products",
-    "sum",
     "adam",
     "sgd",
 ]
 CODES = {name: code for code, name in enumerate(OPS)}
-# where an operand is: working memory, a list of tensors, a number of the program, a number of each tensor
-REGISTER, TENSOR, NUMBER, OF_TENSOR = (kind << 20 for kind in range(4))
+# where an operand is: working memory, a list of tensors, a number of the program
+REGISTER, TENSOR, NUMBER = (kind << 20 for kind in range(3))
 MOST_NUMBERS = 64
 # how a product and a sum round: twice, or once with the first product fused, or with the last
 TWICE, FIRST, LAST = range(3)
@@ -58,26 +55,20 @@ Way = tuple[int, int]  # how whole vectors round, and how the rest of a tensor d
 
 class _Job(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("code", "ends")),
-        *((name, ctypes.c_int64) for name in ("passes", "tensors", "lists", "kept", "threads")),
+        ("code", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("length", "tensors", "threads")),
         *((name, ctypes.c_void_p) for name in ("address", "size", "number", "count", "base", "divisor")),
         *((name, ctypes.c_int64) for name in ("vector", "rounding", "rest_rounding", "lerp_rounding")),
-        *((name, ctypes.c_int64) for name in ("product_rounding", "quads")),
+        ("product_rounding", ctypes.c_int64),
     ]
 
 
 class Program:
-    """Instructions in passes: a sum over a tensor ends a pass. `kept` lists carry values to the next pass."""
+    """Instructions on elements, one after the other."""
 
-    def __init__(self, passes: Sequence[tuple[Sequence[Instruction], Sequence[Instruction]]], kept: int = 0) -> None:
-        code: list[int] = []
-        ends: list[int] = []
-        for part in itertools.chain.from_iterable(passes):
-            code.extend(itertools.chain.from_iterable(part))
-            ends.append(len(code) // 5)
-        self.kept = kept
-        self.passes = len(passes)
-        self.code, self.ends = array.array("i", code), array.array("i", ends)
+    def __init__(self, code: Sequence[Instruction]) -> None:
+        self.length = len(code)
+        self.code = array.array("i", itertools.chain.from_iterable(code))
 
 
 class Kernels:
@@ -89,47 +80,12 @@ class Kernels:
         self._run = {torch.float32: library.metaopt_run_float, torch.float64: library.metaopt_run_double}
         for function in self._run.values():
             function.argtypes, function.restype = [ctypes.POINTER(_Job)], None
-        self._norm = library.metaopt_norm_float
-        self._norm.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3]
-        self._norm.restype = ctypes.c_float
         # by dtype and "adam", "sgd" and "lerp": how torch rounds; None: in no way that the library knows
         self._roundings: dict[tuple[torch.dtype, str], Way | None] = {}
-        self._quads: int | None = None
 
     def knows(self, dtype: torch.dtype, *names: str) -> bool:
         """Return whether the library computes torch's numbers, bit for bit, for "adam", "sgd", "lerp", "addcmul"."""
         return dtype in self._run and all(self._rounding(dtype, name) is not None for name in names)
-
-    @property
-    def knows_norms(self) -> bool:
-        """Return whether the library computes torch's norm of float32 tensors, bit for bit."""
-        if self._quads is None:
-            sizes = [*range(1, 40), 1000]
-            tensors = [_samples(size, torch.float32, seed) for seed in range(8) for size in sizes]
-            expected = [float(norm) for norm in torch._foreach_norm(tensors)]
-            equal = (
-                q for q in (1, 0) if all(self.norm([t], [1], q) == n for t, n in zip(tensors, expected, strict=True))
-            )
-            self._quads = next(equal, -1)
-        return self._quads >= 0
-
-    def norm(self, tensors: Tensors, rows: Sequence[int], quads: int | None = None) -> float:
-        """Return the 2-norm of the norms of rows: tensor i has `rows[i]` rows of equal length, one after the other."""
-        address = array.array("Q", [t.data_ptr() for t in tensors])
-        sizes = array.array("q", [t.numel() // n for t, n in zip(tensors, rows, strict=True)])
-        number = array.array("q", rows)
-        quads = self._quads if quads is None else quads
-        return float(
-            self._norm(
-                len(tensors),
-                address.buffer_info()[0],
-                number.buffer_info()[0],
-                sizes.buffer_info()[0],
-                self.vector,
-                quads,
-                torch.get_num_threads(),
-            )
-        )
 
     def run(
         self,
@@ -146,17 +102,13 @@ class Kernels:
         roundings: Way | None = None,
     ) -> None:
         """Run a program over tensors of `dtype`: the addresses list by list, and the size of each tensor."""
-        n = len(size)
         number = array.array("d", [*numbers, *[0.0] * (MOST_NUMBERS - len(numbers))])
         own = array.array("d", [*settings, *[0.0] * (8 - len(settings))])
         roundings = roundings or (self._rounding(dtype, base) if base else None) or (TWICE, TWICE)
         job = _Job(
             code=program.code.buffer_info()[0],
-            ends=program.ends.buffer_info()[0],
-            passes=program.passes,
-            tensors=n,
-            lists=len(address) // max(1, n),
-            kept=program.kept,
+            length=program.length,
+            tensors=len(size),
             threads=torch.get_num_threads(),
             address=address.buffer_info()[0],
             size=size.buffer_info()[0],
@@ -169,7 +121,6 @@ class Kernels:
             rest_rounding=roundings[1],
             lerp_rounding=(self._known(dtype, "lerp") or roundings)[0],
             product_rounding=(self._known(dtype, "addcmul") or roundings)[0],
-            quads=max(0, self._quads or 0),
         )
         self._run[dtype](ctypes.byref(job))
 
@@ -199,7 +150,7 @@ class Kernels:
         instruction, numbers, settings = _expected(name, case, lists, counts)
         self.run(
             dtype,
-            Program([([instruction], [])]),
+            Program([instruction]),
             addresses(*own),
             array.array("q", sizes),
             numbers,

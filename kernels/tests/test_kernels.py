@@ -93,7 +93,7 @@ def test_adam_is_torch_s(
             kernels,
             threads,
             dtype,
-            Program([([(CODES["adam"], P, P, G, M)], [])]),
+            Program([(CODES["adam"], P, P, G, M)]),
             addresses(*found),
             array("q", SIZES),
             base="adam",
@@ -130,7 +130,7 @@ def test_sgd_is_torch_s(
             dampening=dampening, nesterov=bool(nesterov), maximize=maximize, is_first_step=False, grad_scale=None,
             found_inf=None,
         )  # fmt: skip
-        program = Program([([(CODES["sgd"], P, P, G, M if momentum else 0)], [])])
+        program = Program([(CODES["sgd"], P, P, G, M if momentum else 0)])
         run(kernels, threads, dtype, program, addresses(*found), array("q", SIZES), base="sgd", settings=settings)
     assert_equal(found, expected)
 
@@ -150,21 +150,8 @@ def test_single_operations_are_torch_s(kernels: Kernels, threads: int, dtype: to
         (CODES["move"], P, M, 0, 0),
         (CODES["addcmul"], V, V, P, G),
     ]
-    run(kernels, threads, dtype, Program([(code, [])]), addresses(*found), array("q", SIZES), [weight])
+    run(kernels, threads, dtype, Program(code), addresses(*found), array("q", SIZES), [weight])
     assert_equal(found, expected)
-
-
-def test_norms_are_torch_s(kernels: Kernels) -> None:
-    assert kernels.knows_norms
-    tensors = lists(torch.float32)[0]
-    for tensor in tensors:
-        assert kernels.norm([tensor], [1]) == float(torch._foreach_norm([tensor])[0])
-    assert kernels.norm(tensors, [1] * len(tensors)) == float(
-        torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
-    )
-    large = torch.randn(1 << 16, generator=torch.Generator().manual_seed(1))
-    rows = torch.linalg.vector_norm(large.view(64, -1), dim=1)
-    assert kernels.norm([large], [64]) == float(torch.linalg.vector_norm(rows))
 
 
 def test_a_kind_of_update_that_differs_in_one_bit_is_torch_s_own(
@@ -190,7 +177,7 @@ def test_two_threads_of_torch_compute_the_same(kernels: Kernels) -> None:
     torch._foreach_lerp_(expected[1], expected[0], 0.3)
     kernels.run(
         torch.float32,
-        Program([([(CODES["adam"], P, P, G, M), (CODES["lerp"], G, G, P, NUMBER)], [])]),
+        Program([(CODES["adam"], P, P, G, M), (CODES["lerp"], G, G, P, NUMBER)]),
         addresses(*found),
         array("q", sizes),
         [0.3],

@@ -173,9 +173,7 @@ class Waiting:
         lists = [(name, self._place(key, each)) for name, (key, each) in tensors.items()]
         if any(place is None for _, place in lists):
             return False
-        self._items.append(
-            Item(graph, tuple((name, place) for name, place in lists if place is not None), on_update=False)
-        )
+        self._items.append(Item(graph, tuple((name, place) for name, place in lists if place is not None)))
         self._numbers.append(numbers)
         if self._compiled() is None:
             del self._items[-1], self._numbers[-1]
@@ -229,7 +227,7 @@ def waiting_update(
 
     A profiler and whatever else watches torch's calls is to see them.
     """
-    if kernels() is None or torch.autograd.profiler._is_profiler_enabled or torch._C._len_torch_dispatch_stack():
+    if torch.autograd.profiler._is_profiler_enabled or torch._C._len_torch_dispatch_stack():
         return None
     waiting = Waiting(lists, group, members, gradients, scale)
     return waiting if waiting.begin() else None

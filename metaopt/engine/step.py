@@ -8,7 +8,7 @@ import torch
 
 from metaopt.engine import averages, param_state
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, has_fused_kernel
-from metaopt.engine.fused import LARGE, fits_kernel, lists_for, waiting_update
+from metaopt.engine.fused import LARGE, FusedLists, fits_kernel, lists_for, waiting_update
 from metaopt.engine.run import AVERAGE_SHOWN, TEMPLATE, UPDATES, Run
 from metaopt.engine.structure import Placed
 from metaopt.engine.update import Evaluation, Members, Update, blocks_of
@@ -16,6 +16,7 @@ from metaopt.engine.views import GroupsView, GroupView, block_views_of, gradient
 from metaopt.errors import StepError
 from metaopt.group import Group
 from metaopt.misuse.base import warn_of_kernel
+from metaopt.programs import kernels
 from metaopt.wrapper import Closure, Wrapper
 
 
@@ -262,17 +263,23 @@ def _step_directly(update: Update, chain: Chain) -> bool:
             return False
     scale = vars(chain.base).get("grad_scale")
     # what comes right after a first update, or looks at the update itself, reads the weights at once
-    may_wait = not update.initial and update.run.incomplete is not None and not chain.needs_weights_before
-    rules = [w for w in chain.written_behind if w.has_rules]
+    may_wait = kernels() is not None and not (update.initial or update.run.incomplete is None)
     for lists, group, members, gradients in found:
-        # for a small update without a rule, torch's kernel is called sooner than the library
-        gains = any(_is_due(w, group, counted=False) for w in rules) or (scale is not None and lists.elements > LARGE)
-        waiting = waiting_update(lists, group, members, gradients, scale) if may_wait and gains else None
+        waiting = None
+        if may_wait and not chain.needs_weights_before and _gains_by_waiting(chain, group, lists, scale):
+            waiting = waiting_update(lists, group, members, gradients, scale)
         if waiting is None:
             lists.step(group, members, gradients, scale)
         else:
             update.waiting[id(group)] = waiting
     return True
+
+
+def _gains_by_waiting(chain: Chain, group: ParamGroup, lists: FusedLists, scale: Any) -> bool:
+    """Return whether the library saves a pass: for a small update without a rule, torch's kernel is called sooner."""
+    if scale is not None and lists.elements > LARGE:
+        return True
+    return any(wrapper.has_rules and _is_due(wrapper, group, counted=False) for wrapper in chain.written_behind)
 
 
 def _late_momentum(update: Update, chain: Chain) -> set[int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from metaopt.lab.device import usable_device
@@ -71,7 +72,7 @@ def this_rank() -> Ranks:
         return Ranks()
     store, rank, size = next(rendezvous("env://"))
     # torchrun keeps one store over its restarts: what the processes before wrote there is not to be read as these ones'
-    return Ranks(rank, size, store=distributed.PrefixStore(f"metaopt/{restarts()}", store))
+    return Ranks(rank, size, store=PrefixStore(f"metaopt/{restarts()}", store))
 
 
 @contextmanager

@@ -17,8 +17,7 @@ from metaopt.lab.named import problem_named
 from metaopt.lab.search import points, with_rate_space
 from metaopt.lab.trial import Trial, cost_of_an_update
 from metaopt.lab.whole_file import write_whole
-from metaopt.lab.workers import Workers
-from metaopt.lab.workers import _begin as begin
+from metaopt.lab.workers import Workers, begin_process
 from metaopt.problem import Problem
 from metaopt.space import Space
 from metaopt.specs.pipeline import as_pipeline, parse, parse_value
@@ -107,7 +106,7 @@ class ProblemTask(Task):
         return digest([self.problem, self.spec, self.seed, self.budget, self.device, self.common])
 
     def begin_process(self) -> None:
-        begin(self.plugins)
+        begin_process(self.plugins)
 
     @cached_property
     def spaces(self) -> Mapping[str, Space]:  # type: ignore[override]

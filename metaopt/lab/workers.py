@@ -110,7 +110,9 @@ class Workers:
         while source and len(running) < most:
             if self._pool is None:
                 self._others = set(multiprocessing.active_children())
-                self._pool = ProcessPoolExecutor(self.jobs, _context(), initializer=_begin, initargs=(self.plugins,))
+                self._pool = ProcessPoolExecutor(
+                    self.jobs, _context(), initializer=begin_process, initargs=(self.plugins,)
+                )
             future = self._pool.submit(_run_and_store, source[0], self.folder, self.jobs)
             running[future] = source.popleft()
 
@@ -166,7 +168,7 @@ def _context() -> Any:
     return context
 
 
-def _begin(plugins: Sequence[str]) -> None:
+def begin_process(plugins: Sequence[str]) -> None:
     """Make a worker ready: plugins, one thread, and an end with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone hears the keyboard, and ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
