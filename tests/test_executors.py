@@ -9,12 +9,13 @@ import pytest
 import warm
 
 from metaopt.errors import ProblemError
-from metaopt.lab.comparison import Comparison, run_comparison
+from metaopt.lab.comparison import run_comparison
 from metaopt.lab.executors import Died, Task, executor_named, task_of
 from metaopt.lab.executors.driver import Driver
 from metaopt.lab.executors.folder import Folder, Worker
 from metaopt.lab.plan import Plan, plan_comparison
 from metaopt.lab.trial import Trial
+from metaopt.testing.executors import results_of
 
 
 def plan(out: Path, on: str = "local", **more: object) -> Plan:
@@ -25,13 +26,6 @@ def plan(out: Path, on: str = "local", **more: object) -> Plan:
 
 def trials_of(made: Plan) -> list[Trial]:
     return [trial for position in range(2) for number in range(2) for trial in made.study(position, number).values()]
-
-
-def runs(comparison: Comparison) -> list[dict[str, object]]:
-    """Return all results without what says where and how long they took."""
-    left = ("where", "jobs", "seconds")
-    found = [run for contender in comparison.contenders for study in contender.studies for run in study.trials.values()]
-    return [{key: value for key, value in run.items() if key not in left} for run in found]
 
 
 def work(out: Path, lease: float, idle: float = 5.0) -> int:
@@ -55,11 +49,11 @@ def workers():
 
 
 def test_workers_on_a_folder_give_the_results_of_one_process_bit_for_bit(tmp_path, workers):
-    expected = runs(run_comparison(plan(tmp_path / "local")))
+    expected = results_of(run_comparison(plan(tmp_path / "local")))
     for _ in range(2):
         workers(tmp_path / "out")
     found = run_comparison(plan(tmp_path / "out", "folder"))
-    assert runs(found) == expected
+    assert results_of(found) == expected
     assert {run["where"]["on"] for contender in found.contenders for run in contender.runs} == {"folder"}
     assert not list((tmp_path / "out" / "tasks").glob("*.lease"))
 

@@ -15,6 +15,8 @@ from metaopt.lab.executors import Died, Executor, Result, Task
 PER_JOB = 8
 # seconds between two looks at what the jobs have written
 LOOK = 0.2
+# seconds that a process of this machine has to end
+PATIENCE = 30.0
 
 
 def _run(tasks: list[Task], folder: str) -> None:
@@ -44,6 +46,8 @@ class Slurm(Executor):
         self._submitter.update_parameters(**{**defaults, **given})
         self._waiting: list[Task] = []
         self._running: list[tuple[Any, list[Task]]] = []
+        # jobs whose results are all here
+        self._ending: list[Any] = []
 
     def submit(self, task: Task) -> None:
         # one that an earlier driver left is taken
@@ -65,6 +69,7 @@ class Slurm(Executor):
                         yield task, outcome
                 if not tasks:
                     self._running.remove((job, tasks))
+                    self._ending.append(job)
             if not came:
                 time.sleep(LOOK)
 
@@ -91,7 +96,14 @@ class Slurm(Executor):
     def cancel(self) -> None:
         for job, _ in self._running:
             job.cancel()
+            self._ending.append(job)
         self._running.clear()
+        # processes of this machine end before their owner lets go of them; what Slurm runs ends without us
+        until = time.monotonic() + PATIENCE
+        while self._submitter.cluster != "slurm" and time.monotonic() < until:
+            if all(job.done() for job in self._ending):
+                break
+            time.sleep(LOOK)
 
 
 def _parameters(text: str) -> dict[str, Any]:

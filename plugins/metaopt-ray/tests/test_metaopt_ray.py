@@ -8,6 +8,7 @@ import pytest
 from metaopt.lab.comparison import run_comparison
 from metaopt.lab.plan import plan_comparison
 from metaopt.registry import registry
+from metaopt.testing.executors import results_of
 
 pytest.importorskip("metaopt_ray", reason="the plugin is not installed", exc_type=ImportError)
 
@@ -23,15 +24,9 @@ def compared(out: Path, on: str):
     return run_comparison(plan_comparison(problem="rosenbrock", out=out, on=on, **settings))
 
 
-def without_place(comparison):
-    left = ("where", "jobs", "seconds")
-    found = [r for contender in comparison.contenders for s in contender.studies for r in s.trials.values()]
-    return [{key: value for key, value in run.items() if key not in left} for run in found]
-
-
 @pytest.mark.slow
 def test_a_node_that_is_killed_changes_no_result(tmp_path):
-    expected = without_place(compared(tmp_path / "local", "local"))
+    expected = results_of(compared(tmp_path / "local", "local"))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     other = cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False)
@@ -58,5 +53,5 @@ def test_a_node_that_is_killed_changes_no_result(tmp_path):
     finally:
         ray.shutdown()
         cluster.shutdown()
-    assert without_place(found) == expected
+    assert results_of(found) == expected
     assert {run["where"]["on"] for contender in found.contenders for run in contender.runs} == {"ray"}

@@ -6,6 +6,7 @@ from metaopt import ProblemError
 from metaopt.lab.comparison import run_comparison
 from metaopt.lab.plan import plan_comparison
 from metaopt.registry import registry
+from metaopt.testing.executors import results_of
 
 pytest.importorskip("metaopt_slurm", reason="the plugin is not installed", exc_type=ImportError)
 
@@ -20,17 +21,11 @@ def compared(out, on):
     return run_comparison(plan_comparison(problem="rosenbrock", out=out, on=on, **settings))
 
 
-def without_place(comparison):
-    left = ("where", "jobs", "seconds")
-    found = [r for contender in comparison.contenders for s in contender.studies for r in s.trials.values()]
-    return [{key: value for key, value in run.items() if key not in left} for run in found]
-
-
 @pytest.mark.slow
 def test_jobs_of_several_trials_give_the_results_of_one_process(tmp_path):
-    expected = without_place(compared(tmp_path / "local", "local"))
+    expected = results_of(compared(tmp_path / "local", "local"))
     found = compared(tmp_path / "slurm", "slurm:cluster=local,per_job=4")
-    assert without_place(found) == expected
+    assert results_of(found) == expected
     assert {run["where"]["on"] for contender in found.contenders for run in contender.runs} == {"slurm"}
     # eight trials in two jobs
     assert len({run["where"]["process"] for c in found.contenders for s in c.studies for run in s.trials.values()}) == 2
