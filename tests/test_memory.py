@@ -15,6 +15,15 @@ pytestmark = pytest.mark.slow
 WHOLE = "clip_grad_norm(1.0) | adamw | lookahead(k=5)"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def only_what_is_new_is_collected():
+    """Leave out what the process holds by now: each profile collects garbage, and a long run has much to look at."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def parameters(dtype=torch.float32, device="cpu"):
     # 16 MiB in float32: far more than a stack may take for a moment, whatever the pieces in which it works
     return [torch.nn.Parameter(torch.randn(512, 1024, device=device).to(dtype)) for _ in range(8)]
