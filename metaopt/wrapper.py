@@ -79,6 +79,7 @@ ACROSS_REPLICAS = {
             ge=0.0,
             lt=1.0,
             doc="after a delayed step, the share of a replica's own weights in its new ones",
+            per_group=False,
         ),
     )
 }

@@ -62,6 +62,7 @@ AVERAGES = {
     "tail_average.every",
     "tail_average.start",
 }
+EXCHANGE = ("across", "compress", "fragments", "delay", "blend")
 TOGETHER = {
     "sam.rho",  # the norm is over all groups: see below
     "sam.adaptive",
@@ -73,6 +74,8 @@ TOGETHER = {
     "lookahead.pullback_momentum",
     "lookahead.slow_dtype",
     "outer.slow_dtype",
+    # of an exchange between replicas: see clients/test_replicas.py
+    *(f"{part}.{name}" for part in ("lookahead", "outer") for name in EXCHANGE),
     "ema.average_dtype",
     "ema.device",
     "lookahead.device",
@@ -191,6 +194,9 @@ def test_what_all_groups_share_is_refused_in_one_of_them(key: str) -> None:
         "average_dtype": "float32",
         "device": "cpu",
         "factor": 0.5,
+        "across": "replicas",
+        "compress": "bfloat16",
+        "blend": 0.9,
         "metric": "loss",  # the name that plateau waits for
         "plateau.mode": "max",
         "threshold_mode": "abs",
@@ -213,6 +219,8 @@ FLOATS = sorted(
     and entry.name not in ("gpa", "schedule_free")
     # gradients that only fall hold no spike, and nothing is recorded here: these parts have files of their own
     and entry.name not in ("zclip", "skip_spikes", "plateau")
+    # there is one replica here
+    and name not in EXCHANGE
 )
 
 
