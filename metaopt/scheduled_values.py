@@ -123,7 +123,11 @@ class ScheduledValues:
         value, current = self._written[key][0], group[key]
         found = "a tensor that was changed" if isinstance(current, torch.Tensor) else repr(current)
         written = "its own" if isinstance(value, torch.Tensor) else repr(value)
-        by_hand = "; to change the rate by hand, call opt.scale_lr(factor)" if key == "lr" else ""
+        by_hand = (
+            "; to change the rate by hand, call opt.scale_lr(factor), and to lower it by a metric, use the part plateau"
+            if key == "lr"
+            else ""
+        )
         return (
             f"{key} is driven by the schedule {self.schedules[key]!r}, which wrote {written}, but holds {found}: "
             f"something else sets it too, most likely a torch scheduler (a Trainer makes one by default). "

@@ -10,6 +10,7 @@ from metaopt.checkpoint_file import read_saved
 from metaopt.engine.checkpoint.precedence import count_of
 from metaopt.errors import CheckpointError, ParameterError, SpecError
 from metaopt.explaining import findings
+from metaopt.explaining.paths import paths
 from metaopt.explaining.table import Explanation, Row, table
 from metaopt.logger import Table
 from metaopt.scheduled_values import LR_FACTOR
@@ -52,6 +53,7 @@ def explain(
         total_steps=None if stack is None else stack.total_steps,
         rows=tuple(rows),
         notes=_notes(stack),
+        paths=() if stack is None else paths(stack),
         findings=findings.in_optimizer(optimizer, model, drivers, batch_size, [row.peak for row in rows]),
     )
 

@@ -57,6 +57,8 @@ class Explanation:
     findings: tuple[Finding, ...] = field(default=())
     # what was decided for the user, and how to decide otherwise
     notes: tuple[str, ...] = ()
+    # how the updates are made, one line for each base
+    paths: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return "\n".join([self._headline(), "", *_table(self.rows), *self._noted(), "", *self._found()])
@@ -71,7 +73,8 @@ class Explanation:
         return f"{self.optimizer}{done}"
 
     def _noted(self) -> list[str]:
-        return ["", *(f"note: {note}" for note in self.notes)] if self.notes else []
+        lines = [*(f"path: {path}" for path in self.paths), *(f"note: {note}" for note in self.notes)]
+        return ["", *lines] if lines else []
 
     def _found(self) -> list[str]:
         if not self.findings:

@@ -1,0 +1,154 @@
+"""Which path an update takes: one pass of the optional library, torch's fused kernel, or the base's own `step()`."""
+
+import os
+from collections.abc import Iterable
+
+import torch
+
+from metaopt.engine.chain import Chain, ParamGroup
+from metaopt.engine.fused import CAREFUL, LARGE, is_uniform
+from metaopt.programs import kernels, library
+from metaopt.rules import Rule
+from metaopt.stack import Stack
+from metaopt.wrapper import Wrapper
+
+CHANGING = {"on_update", "after_updates"}
+BEHIND = {*CHANGING, "after_update"}
+
+
+def paths(stack: Stack) -> tuple[str, ...]:
+    """Return one line for each base: which path its updates take from the second one on, and why not a faster one."""
+    return tuple(dict.fromkeys(_path(stack, chain) for chain in stack.chains))
+
+
+def _path(stack: Stack, chain: Chain) -> str:
+    base = type(chain.base).__name__
+    groups = chain.groups_in(stack.param_groups)
+    reasons = (_why_its_own_step(chain, group, len(groups) > 1) for group in groups)
+    own = _why_no_direct_call(chain) or next(filter(None, reasons), None)
+    if own is not None:
+        return f"{base}.step(); torch's fused kernel is not called directly, because {own}"
+    kernel = f"torch's fused kernel of {base}, called directly"
+    changing = [w.label for w in chain.leading_on_update]
+    if changing and not chain.needs_weights_before:
+        return f"{kernel}, on copies of the weights, because {_and(changing)} {_act(changing, 'change')} the update"
+    joined, left = _parts_that_join(chain)
+    behind = f"; {left}" if left else ""
+    labels = [wrapper.label for wrapper in joined]
+    dtypes = {p.dtype for group in groups for p in group["params"]}
+    # an update waits for whatever part has rules, and is made by the library although none joins
+    waits = any(wrapper.has_rules for wrapper in chain.written_behind) and not chain.needs_weights_before
+    if not (joined or waits):
+        return kernel + _about_a_factor(stack, chain, dtypes) + behind
+    absent = _why_no_library(chain, joined, dtypes)
+    if absent is None:
+        return f"{_and([base, *labels])} in one pass over memory, by metaopt-kernels ({kernels().variant}){behind}"
+    if not joined:
+        return kernel + behind
+    return f"{kernel}; {_and(labels)} could join its pass over memory, but {absent}"
+
+
+# ---- the base's own step
+
+
+def _why_no_direct_call(chain: Chain) -> str | None:
+    if chain.fused_state is not None:
+        return None
+    if type(chain.base) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
+        return "its step() is not the one that torch wrote"
+    return "that is done for torch's own Adam, AdamW and SGD only"
+
+
+def _why_its_own_step(chain: Chain, group: ParamGroup, is_one_of_many: bool) -> str | None:
+    """Return why the base steps a group itself; None if torch's kernel is called for it."""
+    members = [p for p in group["params"] if p.requires_grad]
+    where = f"of group {group['name']}: " if is_one_of_many and "name" in group else ""
+    elsewhere = next((p.device.type for p in members if not p.is_cpu), None)
+    if elsewhere is not None:
+        return f"{where}that is done for parameters in main memory only, and some are on {elsewhere}"
+    careful = next((name for name in CAREFUL if group.get(name)), None)
+    if careful is not None:
+        return f"{where}{careful}=True"
+    tensor = next((key for key in ("lr", "betas") if _has_tensor(group.get(key))), None)
+    if tensor is not None:
+        return f"{where}{tensor} is a tensor"
+    if not group.get("fused"):
+        return f"{where}fused={group.get('fused')}"
+    if members and not (is_uniform(members, members[0].dtype) and members[0].dtype.is_floating_point):
+        return f"{where}its parameters are not plain contiguous tensors of one floating dtype"
+    return None
+
+
+def _has_tensor(value: object) -> bool:
+    return any(isinstance(v, torch.Tensor) for v in (value if isinstance(value, tuple) else (value,)))
+
+
+# ---- the library
+
+
+def _parts_that_join(chain: Chain) -> tuple[list[Wrapper], str]:
+    """Return the parts behind the base that can join its pass over memory, and why those behind them cannot."""
+    acting = [w for w in chain.written_behind if w.implemented_hooks() & BEHIND]
+    if chain.needs_weights_before:
+        reader = next(w for w in acting if chain.layout(w).uses_previous or w.implemented_hooks() & CHANGING)
+        return [], f"{reader.label} compares the weights before the update and after it"
+    joined: list[Wrapper] = []
+    for wrapper in acting:
+        if wrapper.takes_means and getattr(wrapper, "across", None) is not None:
+            return joined, f"{wrapper.label} exchanges weights with other replicas"
+        if not wrapper.has_rules or wrapper.implemented_hooks() & CHANGING:
+            return joined, f"{wrapper.label} acts behind it, because it is not written as rules of elements"
+        if not all(_joins(chain, wrapper, rule) for rule in _rules(wrapper)):
+            return joined, f"{wrapper.label} acts behind it, because its rules need more than elements of their own"
+        joined.append(wrapper)
+    return joined, ""
+
+
+def _rules(wrapper: Wrapper) -> list[Rule]:
+    found = [value for kind in type(wrapper).__mro__ for value in vars(kind).values()]
+    return [value for value in found if isinstance(value, Rule)]
+
+
+def _joins(chain: Chain, wrapper: Wrapper, rule: Rule) -> bool:
+    """Return whether a rule may join: what `GroupView` asks at each update, as far as it is known beforehand."""
+    if rule.graph.sums or _keeps_elsewhere(wrapper):
+        return False
+    kinds = {getattr(wrapper.slots.get(name), "kind", None) for name in rule.tensors if name != "param"}
+    if not kinds <= {"anchor", "start", "zeros"}:
+        return False
+    return "param" not in rule.graph.outputs or not chain.layout(wrapper).inner_anchor_keys
+
+
+def _keeps_elsewhere(wrapper: Wrapper) -> bool:
+    devices = [slot.device for slot in wrapper.active_slots().values() if slot.device is not None]
+    return any(vars(wrapper).get(device, device) is not None for device in devices)
+
+
+def _why_no_library(chain: Chain, joined: Iterable[Wrapper], dtypes: set[torch.dtype]) -> str | None:
+    if library is None:
+        return "metaopt-kernels is not installed (in a checkout: pip install ./kernels)"
+    native = kernels()
+    if native is None:
+        off = os.environ.get(library.OFF) == "0"
+        return f"{library.OFF}=0 turns metaopt-kernels off" if off else "metaopt-kernels has no build for this machine"
+    kernel = "adam" if "step" in (chain.fused_state or ()) else "sgd"
+    used = {symbol.op for w in joined for rule in _rules(w) for symbol in rule.graph.order}
+    unknown = [d for d in dtypes if not native.knows(d, kernel, *(used & {"lerp", "addcmul"}))]
+    return f"metaopt-kernels does not compute torch's numbers in {str(unknown[0])[6:]}" if unknown else None
+
+
+def _about_a_factor(stack: Stack, chain: Chain, dtypes: set[torch.dtype]) -> str:
+    """Return what the library does without a part that joins: it divides large gradients in the base's pass."""
+    before = any("on_gradients" in w.implemented_hooks() for w in chain.ordered)
+    elements = sum(p.numel() for group in chain.groups_in(stack.param_groups) for p in group["params"])
+    if chain.needs_weights_before or not before or elements <= LARGE or _why_no_library(chain, (), dtypes) is not None:
+        return ""
+    return f"; a factor of the gradients is taken in the same pass, by metaopt-kernels ({kernels().variant})"
+
+
+def _and(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _act(names: list[str], verb: str) -> str:
+    return verb if len(names) > 1 else f"{verb}s"
