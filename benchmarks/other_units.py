@@ -26,7 +26,7 @@ from metaopt.lab.placement import placed
 from metaopt.lab.plan import HIGHEST, LOWEST, STUDIES, TRIALS
 from metaopt.lab.statistics import LEVEL, verdicts
 from metaopt.lab.trial import has_diverged
-from metaopt.problem import Problem
+from metaopt.problem_class import Problem
 
 MOMENTUM = 0.9
 

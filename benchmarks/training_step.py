@@ -8,7 +8,7 @@ from torch import nn
 from benchmarks.clock import sample
 from metaopt.lab.shapes import CONTEXT, LAYERS, WEIGHT_SCALE, WIDTH
 from metaopt.lab.timing import Spread, spread
-from metaopt.problem import Problem
+from metaopt.problem_class import Problem
 from metaopt.registry import registry
 
 BATCH = 8

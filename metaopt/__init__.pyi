@@ -34,12 +34,13 @@ from metaopt.group import Groups as Groups
 from metaopt.hooks import Example as Example
 from metaopt.hooks import hookimpl as hookimpl
 from metaopt.hyperparameters import hyper as hyper
+from metaopt.lab.own.making import problem as problem
 from metaopt.logger import Histogram as Histogram
 from metaopt.logger import Layout as Layout
 from metaopt.logger import Logger as Logger
 from metaopt.logger import Margin as Margin
 from metaopt.logger import Table as Table
-from metaopt.problem import Problem as Problem
+from metaopt.problem_class import Problem as Problem
 from metaopt.registry import register as register
 from metaopt.rules import elementwise as elementwise
 from metaopt.schedule import Schedule as Schedule

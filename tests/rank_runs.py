@@ -11,7 +11,7 @@ import warm
 
 from metaopt.cli import main
 from metaopt.lab.ranks import joined, this_rank
-from metaopt.lab.train import train
+from metaopt.lab.training import train
 from metaopt.registry import registry
 
 PATIENCE = 240

@@ -36,7 +36,7 @@ BOTTOM: dict[str, set[str]] = {
     "rules": {"errors", "group"},
     "programs": {"rules"},
     "wrapper": {"errors", "hyperparameters", "schedule", "slots", "group", "rules"},
-    "problem": {"errors", "hyperparameters"},
+    "problem_class": {"errors", "hyperparameters"},
     "registry": {"errors", "hooks"},
     "lr_reporter": set(),
     "misuse": {"errors", "wrapper"},
@@ -67,7 +67,7 @@ ENGINE = (
 TOP = {"lab", "cli", "testing"}
 PACKAGES = {"distributed", "specs", "construction", "explaining", "ejecting", "misuse"}
 MODULES = {f.stem for f in ROOT.glob("*.py")} - {"__init__", "__main__"} | PACKAGES
-BELOW_SPECS = {*BOTTOM, "engine", "stack", "compiled_step"} - {"problem"}
+BELOW_SPECS = {*BOTTOM, "engine", "stack", "compiled_step"} - {"problem_class"}
 ALLOWED: dict[str, set[str]] = {
     **BOTTOM,
     "compiled_step": BELOW_ENGINE | {"engine"},

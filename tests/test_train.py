@@ -19,7 +19,7 @@ from metaopt import CheckpointError, ProblemError
 from metaopt.cli import main
 from metaopt.lab import checkpoint
 from metaopt.lab.holding import held, scratch_of
-from metaopt.lab.train import train
+from metaopt.lab.training import train
 from metaopt.problems.classification import Xor
 from metaopt.registry import registry
 

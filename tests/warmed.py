@@ -6,7 +6,7 @@ import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp
 import torch.utils.tensorboard.summary  # noqa: F401
 
-import metaopt.lab.train  # noqa: F401
+import metaopt.lab.training  # noqa: F401
 from metaopt.registry import registry
 
 registry.names()

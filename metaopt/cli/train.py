@@ -17,7 +17,7 @@ from metaopt.errors import CheckpointError, MetaoptError, ProblemError
 
 if TYPE_CHECKING:
     from metaopt.lab.ranks import Ranks
-    from metaopt.lab.train import Result
+    from metaopt.lab.training import Result
 
 
 class Way(StrEnum):
@@ -83,8 +83,8 @@ def train(
     with _one_voice(here), joined(here, device) as ranks:
         from metaopt.lab import checkpoint
         from metaopt.lab.stopping import Stopped
-        from metaopt.lab.train import DTYPES
-        from metaopt.lab.train import train as run
+        from metaopt.lab.training import DTYPES
+        from metaopt.lab.training import train as run
 
         # what torchrun starts again goes on, whether or not it was told to resume
         goes_on = resume or (restarts() > 0 and log is not None)

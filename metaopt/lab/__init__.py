@@ -1,10 +1,10 @@
-"""Training, tuning, comparing, statistics, figures: `compare(...)` and `tune(...)` are what the commands do."""
+"""Training, tuning, comparing, statistics, figures: `train`, `tune` and `compare` are what the commands do."""
 
 from importlib import import_module
 from typing import Any
 
 # public name -> the module that defines it; imported when it is asked for, since some need the extra `lab`
-_HOMES = {"compare": "comparing", "tune": "tuning"}
+_HOMES = {"compare": "comparing", "train": "training", "tune": "tuning"}
 
 
 def __getattr__(name: str) -> Any:

@@ -49,7 +49,7 @@ def part(batch: Any, first: int, end: int) -> Any:
 
 def examples(batch: Any, problem: str) -> int:
     """Return how many examples a batch holds. Raises ProblemError where its tensors disagree, or there is none."""
-    sizes = {len(tensor) for tensor in _tensors(batch) if tensor.dim()}
+    sizes = {len(tensor) for tensor in tensors(batch) if tensor.dim()}
     if len(sizes) != 1:
         what = f"tensors of {', '.join(map(str, sorted(sizes)))} rows" if sizes else f"{type(batch).__name__}"
         raise ProblemError(
@@ -59,9 +59,10 @@ def examples(batch: Any, problem: str) -> int:
     return sizes.pop()
 
 
-def _tensors(batch: Any) -> Iterator[torch.Tensor]:
+def tensors(batch: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of a batch in their order."""
     if isinstance(batch, torch.Tensor):
         yield batch
     elif isinstance(batch, Mapping | tuple | list):
         for value in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(value)
+            yield from tensors(value)

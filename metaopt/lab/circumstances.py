@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import metaopt
-from metaopt.lab.named import problem_entry, problem_named
+from metaopt.lab.named import file_of, problem_entry, problem_named
 from metaopt.registry import registry
 from metaopt.schedule import Schedule
 from metaopt.specs.pipeline import Pipeline
@@ -31,7 +31,7 @@ def circumstances(problem: str, pipelines: Sequence[Pipeline], device: str, plug
     versions |= {"metaopt": metaopt.__version__, "torch": torch.__version__, "python": platform.python_version()}
     return {
         "versions": versions,
-        "code": _code([entry.target for entry in entries], plugins),
+        "code": _code([entry.target for entry in entries], plugins, file_of(problem)),
         "data": problem_named(problem).data_hash(),
         "threads": THREADS,
         "device": _named(device),
@@ -60,7 +60,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _code(targets: Sequence[Any], plugins: Sequence[str]) -> str:
+def _code(targets: Sequence[Any], plugins: Sequence[str], own: Path | None = None) -> str:
     """Return a hash of metaopt's own files and of those that define the parts, with all that these import from beside.
 
     A plugin, or a module that it imports, is edited between two runs; what is installed has a version instead.
@@ -71,6 +71,8 @@ def _code(targets: Sequence[Any], plugins: Sequence[str]) -> str:
             files |= imported_files(Path(inspect.getfile(target)))
         except (TypeError, OSError):  # made in an interactive session: no file to read
             continue
+    if own is not None:
+        files |= imported_files(own)
     for name in plugins:
         files |= imported_files(Path(str(sys.modules[name].__file__)))
     contents = hashlib.sha256()

@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from metaopt.lab.comparison import Comparison, run_comparison
+from metaopt.lab.named import text_of
 from metaopt.lab.plan import plan_comparison
+from metaopt.problem_class import Problem
 
 
 def compare(
     specs: Sequence[str],
     *,
-    problem: str = "digits",
+    problem: str | Problem = "digits",
     out: Path | str = "runs/compare",
     progress: Callable[[int, int], None] = lambda done, total: None,
     retry_failed: bool = False,
@@ -19,11 +21,13 @@ def compare(
 ) -> Comparison:
     """Compare optimizers as `metaopt compare` does, whose options these are, and write what it writes into `out`.
 
+    `problem` is a name, `my_module:name`, or a problem, such as `metaopt.problem(...)` at the top level of a module.
     Options: `baseline`, `studies`, `trials`, `steps`, `tune`, `lr_min`, `lr_max`, `device`, `jobs`, `plugins`, `on`,
     `retries`. Guard a
     script with `if __name__ == "__main__":` where `jobs` is above 1: its processes import it. Raises MetaoptError.
     """
-    plan = plan_comparison(problem=problem, specs=list(map(str, specs)), out=Path(out), **options)
+    named = text_of(problem, options.get("jobs", 1))
+    plan = plan_comparison(problem=named, specs=list(map(str, specs)), out=Path(out), **options)
     comparison = run_comparison(plan, progress, retry_failed)
     comparison.save()
     return comparison

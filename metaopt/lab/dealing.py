@@ -10,7 +10,7 @@ from torch import nn
 
 from metaopt.errors import MetaoptError, ProblemError
 from metaopt.lab.batches import examples, part
-from metaopt.problem import Problem
+from metaopt.problem_class import Problem
 
 # relative; the sums of two examples differ by rounding
 TOLERANCE = 1e-2

@@ -15,7 +15,7 @@ from torch import distributed, nn
 from metaopt.lab.batches import dealt
 from metaopt.lab.dealing import Dealing
 from metaopt.lab.ranks import Ranks
-from metaopt.problem import Problem
+from metaopt.problem_class import Problem
 
 # on an accelerator a wish to stop is read so many steps later: reading it at once would wait for the device
 LATER = 8

@@ -15,7 +15,7 @@ from metaopt.lab.named import problem_named
 from metaopt.lab.telling import told
 from metaopt.lab.weights import FAST, evaluated, shown
 from metaopt.logger import HyperValue, Logger
-from metaopt.problem import Problem
+from metaopt.problem_class import Problem
 from metaopt.stack import Stack
 
 POINTS = 20

@@ -13,12 +13,12 @@ from metaopt.errors import LogError, ProblemError, SpecError
 from metaopt.lab.circumstances import circumstances, digest
 from metaopt.lab.device import usable_device
 from metaopt.lab.holding import held
-from metaopt.lab.named import problem_named
+from metaopt.lab.named import problem_named, text_of
 from metaopt.lab.search import points, with_rate_space
 from metaopt.lab.trial import Trial, cost_of_an_update
 from metaopt.lab.whole_file import write_whole
 from metaopt.lab.workers import Workers, begin_process
-from metaopt.problem import Problem
+from metaopt.problem_class import Problem
 from metaopt.space import Space
 from metaopt.specs.pipeline import as_pipeline, parse, parse_value
 from metaopt.specs.spaces import spaces_of, with_values
@@ -169,7 +169,7 @@ def loss_of(result: Mapping[str, Any]) -> float:
 def tune(
     spec: Any,
     *,
-    problem: str = "digits",
+    problem: str | Problem = "digits",
     trials: int = 30,
     steps: int | None = None,
     method: str | None = None,
@@ -189,6 +189,7 @@ def tune(
     """
     if trials < 2 or jobs < 1 or (steps is not None and steps < 1):
         raise ProblemError(f"trials must be 2 or more, jobs and steps 1 or more, got {trials}, {jobs} and {steps}")
+    problem = text_of(problem, jobs)
     made, pipeline = problem_named(problem), with_rate_space(as_pipeline(spec))
     budget = steps or made.default_steps
     method = method or ("halving" if budget >= LONG else "sobol")

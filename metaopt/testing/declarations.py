@@ -76,7 +76,10 @@ def text_rebuilds_the_stack(subject: StackSubject) -> None:
 def holds_its_bounds(subject: Subject) -> None:
     """What lies outside a declared bound is refused by name, and what is allowed never ends in a Python error."""
     target = subject.entry.target
-    hyperparameters = part(subject.entry.name, subject.entry.kind).hyperparameters
+    if ":" in subject.entry.name:  # a problem in a user's module, under no name of its own
+        hyperparameters = getattr(target, "hyperparameters", {})
+    else:
+        hyperparameters = part(subject.entry.name, subject.entry.kind).hyperparameters
     for name, hyperparameter in hyperparameters.items():
         for value in _outside(hyperparameter):
             _is_refused(subject, target, name, value, hyperparameter)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from metaopt.problem import Problem
+from metaopt.problem_class import Problem
 from metaopt.testing.comparing import same
 from metaopt.testing.feeding import own_random_numbers
 from metaopt.testing.outcome import CheckFailed, check

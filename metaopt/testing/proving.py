@@ -11,6 +11,7 @@ import torch
 
 from metaopt.errors import MetaoptError
 from metaopt.hooks import Example
+from metaopt.lab.named import problem_entry
 from metaopt.registry import Entry, registry
 from metaopt.specs.pipeline import parse
 from metaopt.testing.allowed_values import spec_with_allowed
@@ -52,6 +53,9 @@ def cases(name: str, *, device: str = "cpu", **given: Any) -> list[Case]:
 
     `given` replaces fields of each `metaopt.Example`. Raises MetaoptError.
     """
+    if ":" in name.partition("(")[0]:  # a user's own problem, in a module of theirs
+        entry = problem_entry(name)
+        return [Case(entry.name, Example(), (ProblemSubject(entry, Example(), "", torch.device(device)),))]
     text = "" if "(" not in name else name
     entry = registry.find(name.partition("(")[0].strip())
     examples = registry.examples(entry.name)

@@ -17,6 +17,7 @@ from metaopt.lab.batches import cast
 from metaopt.lab.dealing import tried
 from metaopt.lab.device import usable_device
 from metaopt.lab.holding import held
+from metaopt.lab.named import problem_named
 from metaopt.lab.parallel import WAYS, Alone, Parallel
 from metaopt.lab.ranks import Ranks
 from metaopt.lab.saving import KEPT, Saver
@@ -24,7 +25,7 @@ from metaopt.lab.stopping import Stopped, wishes_to_stop
 from metaopt.lab.telling import told
 from metaopt.lab.trial import cost_of_an_update
 from metaopt.lab.weights import evaluated, shown
-from metaopt.problem import Problem
+from metaopt.problem_class import Problem
 from metaopt.specs.pipeline import parse
 from metaopt.stack import Stack
 
@@ -43,16 +44,16 @@ class Result:
 
 
 def train(
-    problem: Problem,
+    problem: str | Problem,
     spec: str,
     *,
-    steps: int,
+    steps: int | None = None,
     seed: int = 0,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     ranks: Ranks | None = None,
     parallel: str = "ddp",
-    log: Path | None = None,
+    log: Path | str | None = None,
     checkpoint_every: int = 100,
     kept: int | None = None,
     resume: bool | Path = False,
@@ -60,7 +61,9 @@ def train(
     extend: bool = False,
     progress: Callable[[int, Any], None] | None = None,
 ) -> Result:
-    """Train for `steps` calls of `step()`; the last `kept` checkpoints (3 if None) lie in `log/checkpoints`.
+    """Train a problem, or the one that a text names, for `steps` calls of `step()`, or as many as it says itself.
+
+    The last `kept` checkpoints (3 if None) lie in `log/checkpoints`.
 
     `ranks` are the processes that train together (`ranks.joined`), and `parallel` is how they do; the batch is the
     problem's, dealt over them. `resume` continues the newest checkpoint, or the one named. The spec may be another one
@@ -68,6 +71,9 @@ def train(
     each step and its loss, over all ranks. Raises MetaoptError, for a loss that is not finite and a full disk or memory
     too: the last checkpoint stays.
     """
+    problem = problem_named(problem) if isinstance(problem, str) else problem
+    steps = problem.default_steps if steps is None else steps
+    log = None if log is None else Path(log)
     ranks = ranks or Ranks(device=usable_device(device))
     device = ranks.device
     folder = None if log is None else log / "checkpoints"
