@@ -1,4 +1,4 @@
-"""Averages shown in the parameters' place, and the weights back, bit for bit (law 13)."""
+"""Averages shown in the parameters' place, and the weights back, bit for bit."""
 
 import copy
 from collections.abc import Iterator

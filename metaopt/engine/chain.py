@@ -31,7 +31,7 @@ ParamState = dict[str, Any]
 # state[p][PLACEHOLDER]: 1 if the base has yet to make its state of a parameter, whose entries, if any, only show which
 # keys there will be (param_state); an old key, kept for checkpoints
 PLACEHOLDER = "metaopt.anew"
-# of a move of the weights, what so many steps of a base must leave if it goes with the move
+# a base goes along with a move of the weights if this share of it is left after so many of the base's steps
 LEAST_KEPT = 0.8
 TRIED_STEPS = 8
 # copies of every parameter, and numbers in one tensor, that a wrapper may keep: more is a mistake in writing
@@ -39,7 +39,7 @@ MOST_COPIES = 1_000
 MOST_NUMBERS = 1_000_000
 # updates between two moves of an average that is expected to have moved after a hundred updates
 OFTEN = 20
-# group entries that say how to run and not what is computed
+# group entries that choose how the base computes its update, not which numbers come out
 RUN_FLAGS = frozenset({"foreach", "fused", "capturable", "differentiable"})
 # torch's elementwise optimizers: stepped block by block they compute the same numbers
 ELEMENTWISE = frozenset(

@@ -5,7 +5,7 @@ first update of a parameter, but stored after it.
 
 A distributed checkpoint needs the same keys for every parameter. What the base has yet to make is therefore shown by
 placeholders: what a scratch base makes of zeros. They stand in the copy that `state_dict()` returns, and in the live
-state only if a client asked for it by the template step (law 16); the next update begins as if they had never been.
+state only if a client asked for it by its template step, a `step()` with rates and gradients of 0; the next update removes them first.
 """
 
 from typing import Any
@@ -67,7 +67,7 @@ def _missing(chain: Chain, p: torch.Tensor, param_state: ParamState) -> ParamSta
 
 
 def of_wrappers(chain: Chain, param_state: ParamState) -> ParamState:
-    """Return a parameter's state without placeholders of the base."""
+    """Return a parameter's state without what only stands for entries of the base; the mark itself becomes 0."""
     if not param_state.get(PLACEHOLDER):
         return param_state
     return {**{k: v for k, v in param_state.items() if not chain.is_base_key(k)}, PLACEHOLDER: 0.0}
@@ -211,7 +211,7 @@ def restore(update: Update) -> None:
     """After a failed update: put the wrappers' entries back. The base's state and the weights are not undone."""
     run = update.run
     for p, (chain, _) in _places(run, update.initial).items():
-        # the base has begun, or keeps no state: it may have moved the parameter, whose copy is from before
+        # the base may have moved the parameter: the copy from before the step stays in force
         if run.state.get(p) or _has_moved(chain, p, update.initial[p]):
             _store(run, chain, p, update.initial[p])
         elif p in update.parked:
@@ -233,6 +233,7 @@ def _lacks_moments(chain: Chain, param_state: ParamState) -> bool:
 
 
 def _store_moments(chain: Chain, p: torch.Tensor, param_state: ParamState, key: str) -> None:
+    """Begin a wrapper's copy of each of the base's moments with zeros."""
     for base_key, value in [(k, v) for k, v in param_state.items() if chain.is_base_key(k)]:
         if isinstance(value, list | dict):
             raise StepError(

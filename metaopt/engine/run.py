@@ -1,4 +1,4 @@
-"""A run: a base with its groups and state, and what is remembered between two updates. Only this outlives a step."""
+"""A run: a base with its groups and state, and what is remembered between two updates."""
 
 import weakref
 from collections import defaultdict
@@ -43,7 +43,8 @@ AVERAGE_SHOWN = "metaopt.swapped"
 TEMPLATE = "metaopt.template"
 # where in `Run.own_schedules` those of this group are; a group that follows the stack's schedules has no such entry
 OWN_SCHEDULES = "metaopt.own_schedules"
-# the rate that a group was built with: what a client sets later is no other setting; None under a schedule
+# the rate that a group was built with, None under a schedule: a client that changes the rate later has not asked for
+# another setting
 BUILT_LR = "metaopt.built_lr"
 # how often `step()` was called, if wrappers exchange means over replicas: skipped or not, all replicas make the same
 STEPS = "metaopt.steps"

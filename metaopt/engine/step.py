@@ -47,8 +47,8 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
     """Do all that comes before the base's step; return the evaluation, without an update if none is due.
 
     None: a client stepped with a rate of 0 and gradients of 0 to see the keys of the state, as distributed checkpoints
-    do. It found placeholders, and no update was made. Features that are not in use cost one look at a flag, so that a
-    stack without wrappers is as fast as its base.
+    do. It found placeholders, and no update was made. A feature that is not in use costs the test of one
+    flag, so that a stack without wrappers is as fast as its base.
     """
     run.skipped = None
     structure = run.structure
@@ -78,11 +78,11 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
         except BaseException:
             abandon(update)
             raise
-    if run.second_clip is not None:
-        run.second_clip = run.second_clip.look(run.base.param_groups)
-    if not any(update.gather(group)[0] for group in run.base.param_groups) and not run.flushing:
-        return _skip(evaluation, "no gradients")
     try:
+        if run.second_clip is not None:
+            run.second_clip = run.second_clip.look(run.base.param_groups)
+        if not any(update.gather(group)[0] for group in run.base.param_groups) and not run.flushing:
+            return _skip(evaluation, "no gradients")
         if structure.keeps_early_state:
             param_state.add_early_state(update)
         param_state.collect_initial(update)
@@ -101,7 +101,7 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
 
 
 def _skip(evaluation: Evaluation, reason: str) -> Evaluation:
-    """Leave a step that makes no update: nothing advances."""
+    """End a step that makes no update: no count, schedule or average advances; other replicas are not kept waiting."""
     run = evaluation.run
     run.skipped = reason
     if run.exchange is not None and evaluation.update is not None:
@@ -378,13 +378,14 @@ def finish(update: Update, loss: Any) -> None:
     # a torch scheduler bound to the base before it was wrapped looks here
     run.base._opt_called = True  # type: ignore[attr-defined]
     try:
+        # the base has made its update: it counts, whatever fails from here on
+        for group in run.base.param_groups:
+            group[UPDATES] += 1
         if update.initial or run.incomplete is None:
             param_state.store(update)
             param_state.find_incomplete(run)
             run.watch_16_bits()
         run.state_size = len(run.base.state)
-        for group in run.base.param_groups:
-            group[UPDATES] += 1
         if run.exchange is not None:
             run.exchange.count_step()
         for placed in run.structure.acts_behind:
@@ -401,7 +402,6 @@ def finish(update: Update, loss: Any) -> None:
         raise
     finally:
         update.take_back()
-        # the update was made, also if a wrapper behind it raised
         if run.has_schedules:
             run.write_schedules()
     run.metrics.end_update(run.updates)
@@ -475,7 +475,7 @@ def _change_later(update: Update, group: ParamGroup, wrapper: Wrapper) -> None:
 
 
 def _follow(update: Update, group: ParamGroup, wrapper: Wrapper, members: Members) -> None:
-    """Let anchors nearer the base follow the weights that a wrapper has moved (law 11)."""
+    """Let anchors nearer the base follow the weights that a wrapper has moved."""
     for view in views_of(update, group, wrapper, members):
         view.move_inner_anchors()
 
@@ -485,7 +485,7 @@ def _due(update: Update, placed: Placed, *, counted: bool) -> list[ParamGroup]:
 
 
 def _is_due(wrapper: Wrapper, group: ParamGroup, *, counted: bool) -> bool:
-    """Return whether a wrapper acts at this update; `counted`: the update is in the count already."""
+    """Return whether a wrapper acts at this update; `counted`: the count already includes this update."""
     if wrapper.acts_every is None:
         return True
     k: int = group[f"{wrapper.label}.{wrapper.acts_every}"]

@@ -332,7 +332,7 @@ class GroupView(Group):
         self.move_inner_anchors()
 
     def move_inner_anchors(self) -> None:
-        """Set the anchors between the base and the wrapper to the weights (law 11)."""
+        """Set the anchors between the base and the wrapper to the weights."""
         state = self._update.run.state
         for key in self._chain.layout(self._wrapper).inner_anchor_keys:
             # an anchor that has yet to be taken will be taken from the weights of that moment

@@ -226,3 +226,4 @@ def test_a_pullback_is_refused_where_the_base_keeps_dicts() -> None:
     opt = stack("heavyball.AdamW", model, "lookahead(k=3, pullback_momentum='pullback')")
     with pytest.raises(metaopt.StepError, match="holds lists or dicts"):
         train("heavyball.AdamW", model, opt, 0, 1)
+    assert opt.updates == 1  # the base has made it

@@ -1,4 +1,4 @@
-"""Loading a checkpoint, whole or not at all (law 1), and forgetting parts of the state on request."""
+"""Loading a checkpoint, whole or not at all, and forgetting parts of the state on request."""
 
 import copy
 from collections import defaultdict
@@ -65,7 +65,7 @@ def _base_state(state: dict[Any, Any], foreign: tuple[str, ...]) -> dict[Any, An
 
 
 def _without_bytes(value: Any) -> Any:
-    """Return what a base wrote beside state and groups, without bytes: a base might unpickle them (law 4)."""
+    """Return what a base wrote beside state and groups, without bytes: a base might unpickle them."""
     if not isinstance(value, dict):
         return copy.copy(value)
     return {key: _without_bytes(v) for key, v in value.items() if not isinstance(v, bytes | bytearray)}

@@ -218,9 +218,9 @@ class _Merge:
 
 
 def _rates_differ(group: ParamGroup, saved: ParamGroup) -> bool:
-    """Return whether the rates were built apart, or user code has set this stack's since.
+    """Return whether the groups were built with different rates, or user code has changed this stack's rate since.
 
-    A rate that was built alike and changed in the run, by a torch scheduler or by hand, is no other setting.
+    Rates that were built equal and differ now because the saved run changed its own are no difference in settings.
     """
     if not same(_as_built(saved), _as_built(group)):
         return not same(saved["lr"], group["lr"])

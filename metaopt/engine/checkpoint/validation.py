@@ -1,4 +1,4 @@
-"""What a load refuses, before anything of the checkpoint is applied (law 1)."""
+"""What a load refuses, before anything of the checkpoint is applied."""
 
 from collections.abc import Mapping
 from typing import Any
