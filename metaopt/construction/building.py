@@ -152,7 +152,7 @@ def _hint_at_decay(model: Any, base: torch.optim.Optimizer) -> None:
     flat = sum(p.dim() <= 1 for group in base.param_groups if group.get("weight_decay") for p in group["params"])
     if flat:
         warnings.warn(
-            f"weight_decay also acts on {flat} parameters of one dimension (biases, norms); "
+            f"weight_decay also acts on {flat} parameter{'s' if flat > 1 else ''} of one dimension (biases, norms); "
             f"metaopt.groups(model, no_decay='1d') leaves them out",
             HintWarning,
             stacklevel=4,  # the line that builds the stack

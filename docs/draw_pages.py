@@ -1,0 +1,51 @@
+"""Look at the built site: pictures of some pages, light and dark, by the Chromium that is installed.
+
+`mkdocs build --strict && python docs/draw_pages.py [PAGE ...]` needs the program `chromium` and
+`plugins/metaopt-tensorboard[test]`. The pictures go to build/pages; it is an error if a page loads from elsewhere.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+ROOT = Path(__file__).parent.parent
+SITE, OUT = ROOT / "build" / "site", ROOT / "build" / "pages"
+PAGES = [
+    "index.html",
+    "get-started.html",
+    "guides/averages.html",
+    "parts/lookahead.html",
+    "architecture.html",
+]
+WIDTH, HEIGHT = 1280, 860
+TALLEST = 3 * HEIGHT  # of a picture: the begin of a page, not all of a long one
+
+
+def main(pages: list[str]) -> None:
+    """Take a picture of each page in each theme. Exit with status 1 if a page cannot be shown without a network."""
+    browser = shutil.which("chromium") or sys.exit("this needs the program chromium")
+    OUT.mkdir(parents=True, exist_ok=True)
+    loaded: set[str] = set()
+    with sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        for theme in ("light", "dark"):
+            context = chromium.new_context(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme=theme)
+            page = context.new_page()
+            page.on("request", lambda request: loaded.add(request.url))
+            for name in pages:
+                page.goto((SITE / name).as_uri())
+                page.wait_for_load_state("networkidle")
+                height = min(page.evaluate("document.documentElement.scrollHeight"), TALLEST)
+                path = OUT / f"{name.removesuffix('.html').replace('/', '-')}-{theme}.png"
+                page.screenshot(path=path, full_page=True, clip={"x": 0, "y": 0, "width": WIDTH, "height": height})
+                wide = page.evaluate("document.documentElement.scrollWidth")
+                print(f"{path}{f': {wide} pixels wide, the window has {WIDTH}' if wide > WIDTH else ''}")
+        chromium.close()
+    if elsewhere := sorted(url for url in loaded if not url.startswith(("file:", "data:", "blob:"))):
+        sys.exit(f"loaded from elsewhere: {', '.join(elsewhere)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or PAGES)
