@@ -16,6 +16,11 @@ from metaopt.errors import PluginError, UnknownPart, did_you_mean, with_article
 KINDS = tuple(hooks.HOOKS)
 BUILT_IN = ("optimizers", "wrappers", "schedules", "spaces", "tuners", "loggers", "problems")
 LONGEST_DESCRIPTION = 150
+# packages of this repository, by the first word of the names that they offer
+PLUGINS = {
+    word: f"metaopt-{word.replace('_', '-')}"
+    for word in ("mlflow", "optuna", "pytorch_optimizer", "ray", "slurm", "wandb")
+}
 # imported when executors are asked for: it imports torch
 OWN_EXECUTOR = "metaopt.lab.executors.folder"
 # the origin of what `metaopt.register` was given
@@ -254,7 +259,23 @@ class Registry:
             if not any(entry.target is target for entry in found):
                 found.append(Entry(name, kind, target, origin, version))
 
+    def offered_elsewhere(self, name: str) -> str:
+        """Return how to come by a name that a package of this repository offers, or an empty text."""
+        word = name.partition(".")[0]
+        plugin = PLUGINS.get(word)
+        if plugin is None or any(known.partition(".")[0] == word for known in self.names()):
+            return ""
+        for broken in self.broken():
+            if broken.name == plugin:
+                return f"{name!r} is offered by {plugin}, which is installed and cannot be used: {broken.error}"
+        return (
+            f"{name!r} is offered by {plugin}, which is not installed: "
+            f"pip install -e plugins/{plugin} in a checkout of metaopt"
+        )
+
     def _unknown(self, name: str, kind: str | None) -> str:
+        if elsewhere := self.offered_elsewhere(name):
+            return elsewhere
         called = kind or "part"
         names = self.names(kind)
         for entry in self.entries(kind):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import metaopt
-from metaopt.registry import NAME, Registry
+from metaopt.registry import NAME, BrokenPlugin, Registry
 
 
 class Mine(torch.optim.SGD):
@@ -53,6 +53,34 @@ def test_every_part_says_what_it_is() -> None:
 def test_an_unknown_name_names_near_ones_and_the_list() -> None:
     with pytest.raises(metaopt.UnknownPart, match=r"Did you mean .*adam.* See: metaopt list optimizers"):
         Registry().find("adm", "optimizer")
+
+
+@pytest.mark.parametrize(
+    ("name", "plugin"),
+    [
+        ("mlflow", "mlflow"),
+        ("wandb", "wandb"),
+        ("optuna.tpe", "optuna"),
+        ("pytorch_optimizer.lion", "pytorch-optimizer"),
+    ],
+)
+def test_a_name_that_a_plugin_of_this_repository_offers_says_what_to_install(
+    name: str, plugin: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metaopt.registry.metadata.entry_points", lambda group: ())  # nothing is installed
+    with pytest.raises(
+        metaopt.UnknownPart, match=rf"metaopt-{plugin}, which is not installed: pip install -e plugins/me"
+    ):
+        Registry().find(name)
+
+
+def test_a_plugin_of_this_repository_that_cannot_be_imported_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry()
+    monkeypatch.setattr(registry, "broken", lambda: [BrokenPlugin("metaopt-mlflow", "ImportError: no numpy")])
+    if "mlflow" in registry.names():
+        pytest.skip("metaopt-mlflow is installed")
+    with pytest.raises(metaopt.UnknownPart, match="which is installed and cannot be used: ImportError: no numpy"):
+        registry.find("mlflow")
 
 
 @pytest.mark.parametrize(

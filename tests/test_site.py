@@ -27,7 +27,14 @@ def test_every_public_name_is_in_the_reference():
 
 def test_every_built_in_part_is_in_the_navigation():
     shown = {name for kind in parts.navigation() for members in kind.values() for entry in members for name in entry}
-    assert shown == {entry.name for entry in registry.entries() if entry.origin == "metaopt"}
+    assert shown == {entry.name for entry in registry.entries() if entry.origin == "metaopt"} | {"mlflow", "wandb"}
+
+
+@pytest.mark.parametrize("name", ["mlflow", "wandb"])
+def test_a_logger_of_a_plugin_has_a_page_without_its_library(name):
+    (entry,) = [entry for entry in parts.entries() if entry.name == name]
+    page = parts.page(entry)
+    assert f"pip install -e plugins/metaopt-{name}" in page and "`run='metaopt'`" in page and "goes on" in page
 
 
 @pytest.mark.parametrize("entry", parts.entries(), ids=lambda entry: entry.name)

@@ -3,6 +3,8 @@
 import inspect
 import json
 import tempfile
+from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +43,30 @@ PLACES = {
 }
 
 
+# packages of this repository whose loggers have pages too; their modules import what they need when they are used
+LOGGERS = ("mlflow", "wandb")
+PLUGINS = Path(__file__).parent.parent.parent / "plugins"
+
+
 def entries() -> list[Entry]:
-    """Return the parts that come with metaopt."""
-    return [entry for entry in registry.entries() if entry.origin == "metaopt"]
+    """Return the parts that come with metaopt, and the loggers of this repository's plugins."""
+    own = [entry for entry in registry.entries() if entry.origin == "metaopt"]
+    return sorted([*own, *_loggers()], key=lambda entry: (list(KINDS).index(entry.kind), entry.name))
+
+
+@cache
+def _loggers() -> tuple[Entry, ...]:
+    """Return entries made from the modules' own hooks: they need not be installed."""
+    found = []
+    for name in LOGGERS:
+        path = PLUGINS / f"metaopt-{name}" / f"metaopt_{name}.py"
+        spec = spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        offered = module.metaopt_loggers()
+        found += [Entry(own, "logger", target, f"metaopt-{name}") for own, target in offered.items()]
+    return tuple(found)
 
 
 def pages() -> dict[str, str]:
@@ -93,7 +116,7 @@ def _paragraphs(entry: Entry) -> list[str]:
     """Return what the class says; of a class of torch's the rule that its plugin notes, and its first sentence."""
     own = (inspect.getdoc(entry.target) or "").split("\n\n")
     notes = [paragraph for note in registry.notes(entry.name) for paragraph in note.split("\n\n")]
-    if notes or not entry.target.__module__.startswith("metaopt."):
+    if notes or not entry.target.__module__.startswith(("metaopt.", "metaopt_")):
         return [*notes, own[0]]
     return own
 
@@ -103,6 +126,8 @@ def _kind(entry: Entry) -> str:
     called = f" Elsewhere it is called {', '.join(f'`{name}`' for name in others)}." if others else ""
     article = "An" if entry.kind == "optimizer" else "A"
     kind = "search space" if entry.kind == "space" else entry.kind
+    if entry.origin != "metaopt":
+        return f"{article} {kind} of the package `{entry.origin}`, which is in the folder `plugins/{entry.origin}`."
     return f"{article} {kind} that comes with metaopt.{called}"
 
 
@@ -230,6 +255,15 @@ def _works_with(entry: Entry, spec: str) -> list[str]:
 
 
 def _logger_sections(entry: Entry) -> list[str]:
+    if entry.origin != "metaopt":
+        given = inspect.signature(entry.target).parameters.values()
+        arguments = ", ".join(f"`{argument.name}={argument.default!r}`" for argument in given)
+        return [
+            "## Use",
+            f"```text\npip install -e plugins/{entry.origin}\n```",
+            f'```py\nopt = metaopt.build(model, "adamw(lr=1e-3)", log=metaopt.{entry.name}("runs", run="first"))\n```',
+            f"Its arguments are {arguments}.",
+        ]
     model = runs.Regression().model()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / (f"run.{entry.name}" if entry.name in ("jsonl", "csv") else "run")

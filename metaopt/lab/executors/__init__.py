@@ -108,6 +108,8 @@ def executor_named(text: str, folder: Path, jobs: int) -> Executor:
     name, _, address = text.partition(":")
     known = registry.executors()
     if name not in known:
+        if elsewhere := registry.offered_elsewhere(name):
+            raise ProblemError(f"--on {text}: {elsewhere}")
         raise ProblemError(
             f"--on {text}: no executor is called {name!r}.{did_you_mean(name, [LOCAL, *known])} "
             f"Choose from: {', '.join([LOCAL, *sorted(known)])}"
