@@ -5,7 +5,8 @@ first update of a parameter, but stored after it.
 
 A distributed checkpoint needs the same keys for every parameter. What the base has yet to make is therefore shown by
 placeholders: what a scratch base makes of zeros. They stand in the copy that `state_dict()` returns, and in the live
-state only if a client asked for it by its template step, a `step()` with rates and gradients of 0; the next update removes them first.
+state only if a client asked for it by its template step, a `step()` with rates and gradients of 0; the next update
+removes them first.
 """
 
 from typing import Any

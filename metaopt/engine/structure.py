@@ -98,7 +98,7 @@ class Structure:
 def fights(
     chains: Iterable[Chain], groups: Sequence[ParamGroup], *, only_modes: bool = False
 ) -> list[tuple[Chain, list[str]]]:
-    """Return the bases whose next step undoes moves of the weights, with the labels of the wrappers that make such moves.
+    """Return the bases whose next step undoes moves of the weights, with the labels of the wrappers that move them.
 
     `only_modes`: try only bases with `train()` and `eval()`, which a schedule-free one has; others cost time.
     """
