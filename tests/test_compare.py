@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,14 +13,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+
 import metaopt
 from metaopt import MetaoptError
 from metaopt.cli import main
+from metaopt.lab.bands import quartiles
 from metaopt.lab.comparison import Comparison, judge, run_comparison
 from metaopt.lab.holding import held, scratch_of
 from metaopt.lab.ledger import NAME
@@ -27,6 +32,7 @@ from metaopt.lab.plan import Plan, plan_comparison
 from metaopt.lab.rates import rate_of, with_rate
 from metaopt.lab.report import remarks, rows
 from metaopt.lab.results import document, write_results
+from metaopt.lab.runs import names
 from metaopt.lab.savings import evaluations_saved
 from metaopt.lab.trial import has_diverged
 from metaopt.registry import registry
@@ -575,40 +581,107 @@ def test_two_comparisons_do_not_write_into_one_folder(tmp_path: Path) -> None:
 # ---- TensorBoard
 
 
-def read_back(folder: Path) -> dict[str, list[tuple[int, float]]]:
+def event_file(folder: Path) -> Any:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found = EventAccumulator(str(folder)).Reload()
+    return EventAccumulator(str(folder)).Reload()
+
+
+def read_back(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    found = event_file(folder)
     return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
 
-def test_there_is_a_tensorboard_run_per_study_and_one_of_their_median(tmp_path: Path) -> None:
-    contenders = run_comparison(small(tmp_path)).contenders
-    folder = tmp_path / "tensorboard"
-    assert sorted(path.name for path in folder.glob("[0-9]*")) == ["1-sgd", "2-sgd-lookahead"]
-    names = ["median", *(f"study-{number}" for number in range(3))]
-    assert sorted(path.name for path in (folder / "2-sgd-lookahead").iterdir()) == names
-    studies = [read_back(folder / "2-sgd-lookahead" / name) for name in names[1:]]
-    together = read_back(folder / "2-sgd-lookahead" / "median")
-    assert set(together) == set(studies[0]) >= {"train/loss", "validation/loss", "test/loss", "lookahead/distance"}
-    for tag in ("train/loss", "validation/loss", "test/loss"):
-        middle = [sorted(study[tag][i][1] for study in studies)[1] for i in range(len(together[tag]))]
-        assert [value for _, value in together[tag]] == pytest.approx(middle)
-        assert [step for step, _ in together[tag]] == [step for step, _ in studies[0][tag]]
+def runs_in(folder: Path) -> list[str]:
+    """Return the runs that TensorBoard finds there."""
+    return sorted(str(events.parent.relative_to(folder)) for events in folder.rglob("*tfevents*"))
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A comparison that was written with all studies, then without; and the runs that it had the first time."""
+    folder = tmp_path_factory.mktemp("shown")
+    assert compared(folder, "--all-seeds") == 0
+    runs = runs_in(folder / "tensorboard")
+    assert compared(folder) == 0
+    return folder, runs
+
+
+def test_tensorboard_has_a_run_per_contender_and_one_of_the_whole(shown: tuple[Path, list[str]]) -> None:
+    folder, with_studies = shown
+    assert runs_in(folder / "tensorboard") == ["1-sgd", "2-sgd-lookahead", "comparison"]
+    # single studies are more runs than TensorBoard selects by itself: only if they are asked for
+    studies = [f"{name}/study-{n}" for name in ("1-sgd", "2-sgd-lookahead") for n in range(3)]
+    assert with_studies == sorted(["1-sgd", "2-sgd-lookahead", "comparison", *studies])
+
+
+def test_a_contender_s_run_is_the_median_of_its_studies_with_their_quartiles(tmp_path: Path) -> None:
+    contenders = run_comparison(small(tmp_path, studies=5), all_seeds=True).contenders
+    folder = tmp_path / "tensorboard" / "2-sgd-lookahead"
+    studies = [read_back(folder / f"study-{number}") for number in range(5)]
+    together = read_back(folder)
+    tags = {"train/loss", "train/learning_rate", "validation/loss", "test/loss", "lookahead/distance"}
+    assert set(studies[0]) >= tags
+    ends = {f"quartiles/{tag}/{end}" for tag in studies[0] for end in ("lower", "upper")}
+    assert set(together) == {*studies[0], *ends}
+    for tag, points in studies[0].items():
+        for place, shown in ((1, f"quartiles/{tag}/lower"), (2, tag), (3, f"quartiles/{tag}/upper")):
+            expected = [sorted(study[tag][i][1] for study in studies)[place] for i in range(len(points))]
+            assert [value for _, value in together[shown]] == pytest.approx(expected)
+            assert [step for step, _ in together[shown]] == [step for step, _ in points]
     assert studies[1]["test/loss"] == [(20, pytest.approx(contenders[1].losses[1]))]
 
 
-def test_the_verdicts_are_a_run_of_their_own_that_programs_can_read(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+@pytest.mark.parametrize("studies", [2, 3, 4, 7, 10])
+def test_quartiles_are_those_of_numpy_and_right_for_infinite_losses(studies: int) -> None:
+    values = np.random.default_rng(0).normal(size=(studies, 5))
+    expected = np.quantile(values, [0.25, 0.5, 0.75], axis=0, method="averaged_inverted_cdf")
+    assert quartiles(values) == pytest.approx(expected)
+    assert list(quartiles([math.inf] * studies)) == [math.inf] * 3
+    assert quartiles([1.0, 2.0, math.inf, math.inf])[1] == math.inf  # half of them diverged
 
-    assert compared(tmp_path) == 0
-    assert compared(tmp_path) == 0  # a second call writes it anew, once
-    found = EventAccumulator(str(tmp_path / "tensorboard" / "comparison")).Reload()
-    texts = {
-        tag: [e.tensor_proto.string_val[0].decode() for e in found.Tensors(tag)] for tag in found.Tags()["tensors"]
+
+def test_runs_of_equal_parts_are_told_apart_by_their_arguments() -> None:
+    specs = ["sgd", "sgd(momentum=0.9)", "sgd | lookahead", "clip_grad_norm(1.0) | adamw(lr=cosine(0.01))"]
+    assert names(specs) == ["1-sgd", "2-sgd-momentum=0.9", "3-sgd-lookahead", "4-clip_grad_norm-adamw"]
+
+
+def test_the_dashboard_has_a_band_per_contender(shown: tuple[Path, list[str]]) -> None:
+    folder, _ = shown
+    found = event_file(folder / "tensorboard" / "comparison")
+    (written,) = found.Tensors("custom_scalars__config__")
+    layout = Layout.FromString(written.tensor_proto.string_val[0])
+    charts = {chart.title: chart.margin.series[0] for category in layout.category for chart in category.chart}
+    assert layout.category[0].title == "validation: median and quartiles of 3 studies"
+    band = charts["validation/loss"]
+    assert (band.value, band.lower, band.upper) == (
+        "validation/loss",
+        "quartiles/validation/loss/lower",
+        "quartiles/validation/loss/upper",
+    )
+    drawn = read_back(folder / "tensorboard" / "1-sgd")
+    assert {tag for chart in charts.values() for tag in (chart.value, chart.lower, chart.upper)} >= {
+        tag for tag in drawn if "test/" not in tag
     }
+
+
+def test_the_run_of_the_whole_has_the_pictures_that_are_files_as_well(shown: tuple[Path, list[str]]) -> None:
+    folder, _ = shown
+    found = event_file(folder / "tensorboard" / "comparison")
+    images = {tag.removeprefix("metaopt/"): found.Images(tag)[0] for tag in found.Tags()["images"]}
+    assert set(images) == {"curves", "differences", "sensitivity"}
+    for name, image in images.items():
+        assert image.encoded_image_string == (folder / f"{name}.png").read_bytes()
+        assert image.width > image.height > 100
+
+
+def test_the_verdicts_are_a_run_of_their_own_that_programs_can_read(shown: tuple[Path, list[str]]) -> None:
+    folder, _ = shown  # the second call has written it anew, once
+    found = event_file(folder / "tensorboard" / "comparison")
+    tags = [tag for tag in found.Tags()["tensors"] if tag.startswith("metaopt/")]
+    texts = {tag: [e.tensor_proto.string_val[0].decode() for e in found.Tensors(tag)] for tag in tags}
     (table,) = texts["metaopt/verdicts/text_summary"]
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((folder / "results.json").read_text())
     read = json.loads(table)
     assert [row["contender"] for row in read["rows"]] == [contender["spec"] for contender in results["contenders"]]
     first, *others = read["rows"]
@@ -616,12 +689,20 @@ def test_the_verdicts_are_a_run_of_their_own_that_programs_can_read(tmp_path: Pa
     assert [row["p"] for row in others] == [
         contender["verdict"]["corrected_p"] for contender in results["contenders"][1:]
     ]
-    assert texts["metaopt/report/text_summary"] == [(tmp_path / "report.md").read_text()]
+    (report,) = texts["metaopt/report/text_summary"]
+    assert "![" not in report  # there are no files beside it
+    for row in rows_of(folder / "report.md"):
+        assert all(f"| {cell} " in report for cell in row)
+
+
+def rows_of(report: Path) -> list[list[str]]:
+    table = [line for line in report.read_text().splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table]
 
 
 def test_the_median_run_counts_what_diverged_as_infinite(tmp_path: Path) -> None:
     run_comparison(small(tmp_path, problem="rosenbrock", specs=("sgd(lr=0.001)", "sgd(lr=10.0)"), tune=False))
-    lost = read_back(tmp_path / "tensorboard" / "2-sgd" / "median")
+    lost = read_back(tmp_path / "tensorboard" / "2-sgd-lr=10.0")
     assert lost["test/loss"][0][1] == math.inf
     assert lost["validation/loss"][-1][1] == math.inf
 

@@ -44,6 +44,7 @@ def compare(
     out: Annotated[Path, typer.Option(help="Where results go; an interrupted comparison continues there.")] = Path(
         "runs/compare"
     ),
+    all_seeds: Annotated[bool, typer.Option("--all-seeds", help="TensorBoard also gets a run for each study.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the table.")] = False,
     plugin: Plugins = [],  # noqa: B006 - typer reads the default and never changes it
 ) -> None:
@@ -76,7 +77,7 @@ def compare(
         print(fitted(f"{plan.problem}: {plan.promise()}" if len(plans) > 1 else plan.promise(), hanging=2), file=told)
         told.flush()
         with _progress(plan.out) as progress:
-            comparisons.append(comparing.run_comparison(plan, progress, retry_failed))
+            comparisons.append(comparing.run_comparison(plan, progress, retry_failed, all_seeds))
             written = comparisons[-1].save(figures=figures)
         if not as_json:
             _tell(report, comparisons[-1], written)

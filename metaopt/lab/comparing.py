@@ -17,6 +17,7 @@ def compare(
     out: Path | str = "runs/compare",
     progress: Callable[[int, int], None] = lambda done, total: None,
     retry_failed: bool = False,
+    all_seeds: bool = False,
     **options: Any,
 ) -> Comparison:
     """Compare optimizers as `metaopt compare` does, whose options these are, and write what it writes into `out`.
@@ -28,6 +29,6 @@ def compare(
     """
     named = text_of(problem, options.get("jobs", 1))
     plan = plan_comparison(problem=named, specs=list(map(str, specs)), out=Path(out), **options)
-    comparison = run_comparison(plan, progress, retry_failed)
+    comparison = run_comparison(plan, progress, retry_failed, all_seeds)
     comparison.save()
     return comparison

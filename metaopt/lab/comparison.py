@@ -9,7 +9,7 @@ from typing import Any
 
 from metaopt.lab.executors import LOCAL
 from metaopt.lab.executors.driver import Driver
-from metaopt.lab.holding import held
+from metaopt.lab.holding import held, write_bytes
 from metaopt.lab.ledger import Ledger, free_of_results
 from metaopt.lab.looks import level_after
 from metaopt.lab.plan import Plan
@@ -131,11 +131,19 @@ class Comparison:
 
         Raises LogError where the other folder has files of these names.
         """
-        from metaopt.lab.figures import write_figures
+        from metaopt.lab.comparison_run import write_run
+        from metaopt.lab.figures import pictures
         from metaopt.lab.results import write_results
 
         to = self.folder if folder is None else free_of_results(Path(folder))
-        return [*write_results(self, to), *write_figures(self, figures, to)]
+        own = (self.folder / "tensorboard").is_dir() and to == self.folder  # a copy elsewhere has no runs
+        drawn = pictures(self, [*figures, *(["png"] if own else [])])
+        if own:
+            write_run(self, {name.removesuffix(".png"): drawn[name] for name in drawn if name.endswith(".png")})
+        asked = {to / name: content for name, content in drawn.items() if name.rpartition(".")[2] in figures}
+        for path, content in asked.items():
+            write_bytes(path, content)
+        return [*write_results(self, to), *asked]
 
     def __str__(self) -> str:
         from metaopt.lab.report import markdown
@@ -148,10 +156,16 @@ class Comparison:
         return self.contenders[self.plan.baseline]
 
 
-def run_comparison(plan: Plan, progress: Progress = lambda done, total: None, retry_failed: bool = False) -> Comparison:
+def run_comparison(
+    plan: Plan,
+    progress: Progress = lambda done, total: None,
+    retry_failed: bool = False,
+    all_seeds: bool = False,
+) -> Comparison:
     """Make the studies of every contender; stop at the first declared look at which every verdict is clear.
 
-    Finished trials lie in `<out>/trials`: an interrupted comparison continues where it stopped. Raises MetaoptError.
+    Finished trials lie in `<out>/trials`: an interrupted comparison continues where it stopped. TensorBoard gets a run
+    per contender, and with `all_seeds` one per study as well. Raises MetaoptError.
     """
     trials, contenders = plan.out / "trials", range(len(plan.specs))
     with (
@@ -173,7 +187,7 @@ def run_comparison(plan: Plan, progress: Progress = lambda done, total: None, re
             judge(found)
             if all(c.verdict is None or c.verdict.word != "no difference shown" for c in found.contenders):
                 break
-        runs.write(found.contenders)
+        runs.write(found.contenders, all_seeds)
         ledger.looked(plan, found.studies)
     return found
 

@@ -6,8 +6,7 @@ Contenders are told apart by line and marker as well as by colour, so that a pag
 import io
 import math
 import textwrap
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from metaopt.errors import ProblemError
+from metaopt.lab.bands import quartiles
 from metaopt.lab.comparison import Comparison, Contender
-from metaopt.lab.holding import write_bytes
 from metaopt.lab.statistics import paired_differences
 
 # Okabe and Ito's, which the colour-blind see too
@@ -37,8 +36,7 @@ def curves(comparison: Comparison) -> Figure:
         x, runs = _on_one_grid(contender.runs)
         if not len(x):
             continue
-        # whole runs, not means of two: one of them may be infinite
-        low, middle, high = np.quantile(runs, [0.25, 0.5, 0.75], axis=0, method="closest_observation")
+        low, middle, high = quartiles(runs)
         style = _style(position)
         markevery = (position % 3, max(1, len(x) // 6))
         axes.plot(x, _finite(middle), label=_label(contender), markevery=markevery, linewidth=1.8, **style)
@@ -120,17 +118,18 @@ def figure(comparison: Comparison, name: str) -> Figure:
     return FIGURES[name](comparison)
 
 
-def write_figures(comparison: Comparison, forms: Sequence[str] = ("png",), folder: Path | None = None) -> list[Path]:
-    """Write every picture that the comparison has into its folder; return the files. Raises MetaoptError."""
+def pictures(comparison: Comparison, forms: Iterable[str]) -> dict[str, bytes]:
+    """Return every picture that the comparison has in each form, by the name of its file. Raises ProblemError."""
+    forms = list(dict.fromkeys(forms))
     check_forms(forms)
     names = [name for name in FIGURES if comparison.plan.tune or name != "sensitivity"]
-    written: list[Path] = []
-    for name in names:
-        drawn = figure(comparison, name)
-        for form in forms:
-            written.append((folder or comparison.folder) / f"{name}.{form}")
-            write_bytes(written[-1], _bytes(drawn, form))
-    return written
+    return {f"{name}.{form}": content for name in names for form, content in _drawn(comparison, name, forms)}
+
+
+def _drawn(comparison: Comparison, name: str, forms: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    drawn = figure(comparison, name)
+    for form in forms:
+        yield form, _bytes(drawn, form)
 
 
 def check_forms(forms: Sequence[str]) -> None:

@@ -4,22 +4,16 @@ import csv
 import io
 import json
 import math
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from metaopt.errors import LogError
 from metaopt.lab.comparison import Comparison, Contender
 from metaopt.lab.holding import write_text
 from metaopt.lab.named import problem_named
 from metaopt.lab.plan import expanded
 from metaopt.lab.power import fewest_studies
-from metaopt.lab.report import markdown, word_of
-from metaopt.lab.runs import FINAL
-
-# the tag of the verdicts in the event files
-VERDICTS = "metaopt/verdicts"
+from metaopt.lab.report import markdown
 
 
 def write_results(comparison: Comparison, folder: Path | None = None) -> list[Path]:
@@ -32,38 +26,7 @@ def write_results(comparison: Comparison, folder: Path | None = None) -> list[Pa
     paths = {(folder or comparison.folder) / name: text for name, text in written.items()}
     for path, text in paths.items():
         write_text(path, text)
-    # beside the other runs; a copy elsewhere has none
-    if folder in (None, comparison.folder) and (comparison.folder / "tensorboard").is_dir():
-        write_run(comparison)
     return list(paths)
-
-
-def write_run(comparison: Comparison) -> None:
-    """Write the run `comparison` for TensorBoard: the report as text, the verdicts as JSON. Raises LogError."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    folder = comparison.folder / "tensorboard" / "comparison"
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        with SummaryWriter(str(folder)) as writer:
-            writer.add_text("metaopt/report", markdown(comparison), 0)
-            writer.add_text(VERDICTS, json.dumps(_plain(verdict_table(comparison))), 0)
-    except OSError as error:
-        raise LogError(f"cannot write to {folder}: {error.strerror or error}") from error
-
-
-def verdict_table(comparison: Comparison) -> dict[str, Any]:
-    """Return the verdicts of all contenders, which the tab "Stack" of TensorBoard draws."""
-    rows = []
-    for contender in comparison.contenders:
-        found, word = contender.verdict, word_of(comparison, contender)
-        numbers = ("difference", "low", "high")
-        row = {"contender": contender.spec, "p": None, **dict.fromkeys(numbers), "verdict": word}
-        if found is not None:
-            row |= {name: getattr(found, name) for name in numbers}
-            row["p"] = found.corrected_p
-        rows.append(row)
-    return {"baseline": comparison.baseline.spec, "metric": FINAL, "level": comparison.level, "rows": rows}
 
 
 def document(comparison: Comparison) -> dict[str, Any]:
@@ -81,8 +44,8 @@ def document(comparison: Comparison) -> dict[str, Any]:
         "fewest_studies": fewest_studies(len(comparison.contenders) - 1, comparison.level),
         "contenders": [_contender(contender) for contender in comparison.contenders],
     }
-    plain: dict[str, Any] = _plain(found)
-    return plain
+    written: dict[str, Any] = plain(found)
+    return written
 
 
 def _contender(contender: Contender) -> dict[str, Any]:
@@ -145,10 +108,10 @@ def _lost(value: float | None, name: str) -> float:
     return math.inf if name.endswith("loss") else math.nan
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return a value with text in place of numbers that JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {str(key): plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,28 +1,31 @@
-"""The TensorBoard runs of a comparison: one per contender and study, and one per contender of the median."""
+"""The TensorBoard runs of a comparison: one per contender, the median of its studies with a band around it.
+
+More than 40 runs and TensorBoard selects none at the start: single studies are written only if somebody asks.
+"""
 
 import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from metaopt.errors import LogError
+from metaopt.lab.bands import quartiles
 from metaopt.lab.plan import Plan
-from metaopt.logger import HyperValue, Logger
+from metaopt.logger import HyperValue, Layout, Logger, Margin
 from metaopt.registry import registry
 from metaopt.specs.pipeline import parse
 
-MEDIAN = "median"
 FINAL = "test/loss"
 MARK = ".metaopt-compare"
 
 Result = dict[str, Any]
+Points = Mapping[int, Mapping[str, float]]
 
 
 class Runs:
-    """The folder `tensorboard` of a comparison: the best run of every study. Raises LogError."""
+    """The folder `tensorboard` of a comparison. Raises LogError."""
 
     def __init__(self, plan: Plan, folder: Path) -> None:
         self._plan = plan
@@ -30,55 +33,84 @@ class Runs:
         if self._folder.exists() and not (self._folder / MARK).exists():
             raise LogError(f"{self._folder} is there and no comparison made it: choose another --out")
 
-    def write(self, contenders: Sequence[Any]) -> None:
-        """Write all runs, in place of what an earlier call left there."""
+    def write(self, contenders: Sequence[Any], all_seeds: bool = False) -> None:
+        """Write a run per contender, and one per study where asked, in place of what an earlier call left there."""
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
         (self._folder / MARK).touch()  # nothing else is ever removed
-        for position, contender in enumerate(contenders):
-            for number, run in enumerate(contender.runs):
-                self._study(position, number, run)
-            self._median(position, contender.runs)
+        for name, contender in zip(names(self._plan.specs), contenders, strict=True):
+            # the stack that is shown is that of the study in the middle
+            middle = sorted(contender.runs, key=lambda run: _number(run["test"]["loss"]))[len(contender.runs) // 2]
+            last = max(run["updates"] for run in contender.runs)
+            self._run(name, middle, _together([_points(run, last) for run in contender.runs]))
+            for number, run in enumerate(contender.runs if all_seeds else ()):
+                self._run(f"{name}/study-{number}", run, _points(run, run["updates"]))
 
-    def name(self, position: int) -> str:
-        """Return a contender's name in TensorBoard: its place and its parts, `2-sgd-lookahead`."""
-        parts = [part.label or part.name for part in parse(self._plan.specs[position])]
-        return re.sub(r"[^a-z0-9_.-]+", "", f"{position + 1}-{'-'.join(parts)}")[:80]
-
-    def _study(self, position: int, number: int, result: Result) -> None:
-        """Write the run of one study; x is the number of updates."""
-        points = {int(step): _numbers(values) for step, values in result["points"]}
-        self._run(f"{self.name(position)}/study-{number}", result, points, _number(result["test"]["loss"]))
-
-    def _median(self, position: int, results: Sequence[Result]) -> None:
-        """Write the median over studies, under the tags of the studies' own runs; one that diverged has "
-        "infinite losses."""
-        runs = [{int(step): _numbers(values) for step, values in result["points"]} for result in results]
-        steps = sorted({step for run in runs for step in run})
-        tags = list(dict.fromkeys(tag for run in runs for values in run.values() for tag in values))
-        points: dict[int, dict[str, float]] = {}
-        for step in steps:
-            for tag in tags:
-                values = [run[step][tag] for run in runs if tag in run.get(step, {})]
-                if values and tag.endswith("loss"):
-                    values += [math.inf] * sum(not run.get(step) for run in runs)
-                if values:
-                    points.setdefault(step, {})[tag] = median(values)
-        final = median([_number(result["test"]["loss"]) for result in results])
-        self._run(f"{self.name(position)}/{MEDIAN}", results[0], points, final)
-
-    def _run(self, name: str, result: Result, points: Mapping[int, Mapping[str, float]], final: float) -> None:
+    def _run(self, name: str, result: Result, points: Points) -> None:
         logger: Logger = registry.find("tensorboard", "logger").target(self._folder / name, metric=FINAL)
         hparams: dict[str, HyperValue] = result["hparams"]
         logger.open(step=0, tags=(), spec=result["spec"], hparams=hparams)
         for step, values in points.items():
             logger.scalars(step, values)
-        logger.scalars(result["updates"], {FINAL: final})
         logger.close()
 
 
-def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
-    return {tag: _number(value) for tag, value in values.items()}
+def names(specs: Sequence[str]) -> list[str]:
+    """Return the contenders' names in TensorBoard: place and parts, `2-sgd-lookahead`; arguments if those repeat."""
+    short = ["-".join(part.label or part.name for part in parse(spec)) for spec in specs]
+    said = [name if short.count(name) == 1 else spec for name, spec in zip(short, specs, strict=True)]
+    return [
+        f"{number}-{re.sub(r'[^A-Za-z0-9_.=]+', '-', name).strip('-.')}"[:80].rstrip("-.")
+        for number, name in enumerate(said, 1)
+    ]
+
+
+def charts(contenders: Sequence[Any]) -> Layout:
+    """Return the charts of a comparison: each is a line per contender, the median, in a band between the quartiles."""
+    known = {tag for contender in contenders for run in contender.runs for _, values in run["points"] for tag in values}
+    sections: dict[str, dict[str, Margin]] = {}
+    for tag in sorted(known, key=lambda tag: (not tag.startswith("validation/"), not tag.startswith("train/"), tag)):
+        section = tag.partition("/")[0]
+        studies = len(contenders[0].runs)
+        title = f"{section}: median and quartiles of {studies} studies"
+        sections.setdefault(title, {})[tag] = Margin((tag, *_ends(tag)))
+    return sections
+
+
+def _ends(tag: str) -> tuple[str, str]:
+    """Return the tags of the lower and the upper quartile: a section of their own, away from the medians."""
+    return f"quartiles/{tag}/lower", f"quartiles/{tag}/upper"
+
+
+def _points(result: Result, last: int) -> dict[int, dict[str, float]]:
+    """Return what a study logged, by the number of updates, and its result on test data after the `last` of them."""
+    points = {int(step): {tag: _number(value) for tag, value in values.items()} for step, values in result["points"]}
+    final = {f"test/{name}": _lost(name) if value is None else value for name, value in result["test"].items()}
+    points.setdefault(last, {}).update(final)
+    return points
+
+
+def _together(studies: Sequence[Points]) -> dict[int, dict[str, float]]:
+    """Return medians and quartiles; a study that has ended early is as bad as can be from there on."""
+    steps = sorted({step for points in studies for step in points})
+    tags = list(dict.fromkeys(tag for points in studies for values in points.values() for tag in values))
+    found: dict[int, dict[str, float]] = {step: {} for step in steps}
+    for tag in tags:
+        judged = tag.endswith("loss") or tag.startswith("validation/")
+        for step in steps:
+            values = [points[step][tag] for points in studies if tag in points.get(step, {})]
+            if not values:
+                continue
+            if judged:
+                values += [_lost(tag)] * (len(studies) - len(values))
+            low, middle, high = map(float, quartiles(values))
+            found[step] |= {tag: middle, **dict(zip(_ends(tag), (low, high), strict=True))}
+    return found
+
+
+def _lost(name: str) -> float:
+    """Return the worst value of a metric: a loss is to be small, anything else large."""
+    return math.inf if name.endswith("loss") else -math.inf
 
 
 def _number(value: float | None) -> float:

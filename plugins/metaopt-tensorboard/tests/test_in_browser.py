@@ -15,6 +15,7 @@ from tensorboard_server import tensorboard
 from torch.utils.tensorboard import SummaryWriter
 
 import metaopt
+from metaopt.lab import compare
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: it drives the browser")
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -50,6 +51,7 @@ HOSTILE = {
         }
     ],
 }
+COMPARED = ["sgd", "sgd | lookahead"]
 VERDICTS = {
     "baseline": "sgd(lr=0.1)",
     "metric": "test/loss",
@@ -99,9 +101,10 @@ def server(tmp_path_factory):
         train(logdir / name, spec)
     write(logdir / MARKUP, {MARKUP: [1.0, float("nan"), float("inf"), 2.0]}, stack=HOSTILE)
     write(logdir / "comparison", verdicts=VERDICTS)
+    compare(COMPARED, problem="noisy_quadratic", studies=3, trials=2, steps=20, jobs=1, out=logdir / "real")
     with tensorboard(logdir, "--reload_interval=1") as running:
         running.logdir = logdir
-        wait_for_runs(running, len(RUNS) + 2)
+        wait_for_runs(running, len(RUNS) + 2 + len(COMPARED) + 1)
         yield running
 
 
@@ -263,6 +266,36 @@ def test_the_custom_scalars_tab_opens_as_a_dashboard(tab):
     # curves are drawn, not only their frames: the losses of all runs
     playwright.expect(page.get_by_text(f"Matches ({len(RUNS)})").first).to_be_visible()
     tab.keep("custom scalars")
+    tab.window.get_by_role("tab", name="Stack").click()
+
+
+def test_a_comparison_opens_as_bands_around_medians(tab, server):
+    assert [run for run in server.get("runs") if "real" in run] == [
+        f"real/tensorboard/{name}" for name in ("1-sgd", "2-sgd-lookahead", "comparison")
+    ]
+    tab.window.get_by_role("tab", name="Custom Scalars").click()
+    page = tab.window.locator("tf-custom-scalar-dashboard")
+    playwright.expect(page.get_by_role("button", name="validation: median and quartiles of 3 studies")).to_be_visible()
+    band = page.locator("tf-custom-scalar-margin-chart-card", has_text="validation/loss").first
+    playwright.expect(band.get_by_text(f"Matches ({len(COMPARED)})")).to_be_visible()
+    band.scroll_into_view_if_needed()
+    # an area is drawn for each contender, with a line
+    areas = band.locator("path.area")
+    playwright.expect(areas).to_have_count(len(COMPARED))
+    assert all(d.count("L") > 20 for d in areas.evaluate_all("all => all.map(path => path.getAttribute('d'))"))
+    tab.keep("a comparison, its bands")
+    tab.window.get_by_role("tab", name="Stack").click()
+
+
+def test_the_pictures_of_a_comparison_are_images(tab):
+    tab.window.get_by_role("tab", name="Images").click()
+    page = tab.window.locator("tf-image-dashboard")
+    for name in ("curves", "differences", "sensitivity"):
+        picture = page.locator("tf-image-loader", has_text=f"metaopt/{name}").locator("img")
+        playwright.expect(picture).to_be_visible()
+        playwright.expect(picture).to_have_js_property("complete", True)
+        assert picture.evaluate("image => image.naturalWidth") > 500
+    tab.keep("a comparison, its pictures")
     tab.window.get_by_role("tab", name="Stack").click()
 
 
