@@ -317,6 +317,16 @@ class Stack(torch.optim.Optimizer):
         self._run.adopt_groups()
         return self._run.exchange is not None and bool(self._run.exchange.join())
 
+    @property
+    def takes_means(self) -> bool:
+        """Whether a part takes means over replicas: one with `across="replicas"`."""
+        return self._run.exchange is not None
+
+    @property
+    def met_replicas(self) -> bool:
+        """Whether the last `step()` had an outer step over all replicas: the same answer on all of them."""
+        return self._run.exchange is not None and self._run.exchange.met
+
     def train(self, mode: bool = True) -> None:
         """Call the base's `train()` if it has one (schedule-free optimizers do); averages of wrappers stay."""
         for chain in self.chains:

@@ -81,11 +81,19 @@ def _command(arguments: list[str], folder: str) -> None:
 
 def _train(name: str, spec: str, how: dict[str, Any]) -> dict[str, Any]:
     losses: list[float] = []
+    sent: list[int] = []
+    all_reduce = torch.distributed.all_reduce
+
+    def counted(tensor: torch.Tensor, *args: Any, **how: Any) -> Any:
+        sent.append(tensor.numel() * tensor.element_size())
+        return all_reduce(tensor, *args, **how)
+
+    torch.distributed.all_reduce = counted
     with joined(this_rank(), "cpu") as ranks:
         problem = registry.find(name, "problem").target(**how.pop("problem", {}))
         result = train(problem, spec, ranks=ranks, progress=lambda _, loss: losses.append(float(loss.detach())), **how)
         weights = {key: whole(p) for key, p in result.model.state_dict().items()}
-        return {"weights": weights, "losses": losses, "evaluation": result.evaluation}
+        return {"weights": weights, "losses": losses, "evaluation": result.evaluation, "sent": sent}
 
 
 def whole(tensor: torch.Tensor) -> Any:

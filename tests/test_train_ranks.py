@@ -10,10 +10,13 @@ import numpy
 import pytest
 import torch
 from rank_runs import Together, _command, commands, trained
+from reference_replicas import Rule, simulated
 
+from metaopt.lab.batches import dealt
 from metaopt.lab.checkpoint import found as newest_of
 from metaopt.lab.checkpoint import load
 from metaopt.lab.torchrun import separated
+from metaopt.registry import registry
 
 pytestmark = pytest.mark.slow
 
@@ -70,6 +73,52 @@ def test_stacks_that_look_at_the_loss_or_evaluate_it_often_decide_alike():
         assert weights_apart(one, other) == 0
 
 
+LOCAL = "sgd(lr=0.1, momentum=0.9) | outer(k=3, lr=0.7, momentum=0.9, across='replicas')"
+
+
+def test_local_updates_are_their_simulation_and_send_nothing_between_outer_steps():
+    how = {"problem": SMALL, "steps": 9, "dtype": torch.float64}
+    replicas = trained(2, "charlm", LOCAL, parallel="local", **how)
+    problem = registry.find("charlm", "problem").target(**SMALL)
+    model = problem.model(0, "cpu").double()
+    batches = problem.batches(0, "cpu")
+    drawn = [next(batches) for _ in range(how["steps"])]
+    names = [name for name, _ in model.named_parameters()]
+
+    def gradients(worker, step, weights):
+        own = dealt(drawn[step - 1], worker, 2, "charlm")
+        with torch.no_grad():
+            for p, weight in zip(model.parameters(), weights, strict=True):
+                p.copy_(weight)
+        return torch.autograd.grad(problem.loss(model, own), list(model.parameters()))
+
+    starts = [p.detach().clone() for p in model.parameters()]
+    expected = simulated(starts, 2, how["steps"], gradients, Rule(3, 0.7, 0.9), lr=0.1, momentum=0.9)[-1]
+    for found in replicas:
+        for name, weight in zip(names, expected[0], strict=True):
+            assert numpy.abs(found["weights"][name] - weight.numpy()).max() <= 1e-12
+    assert weights_apart(*replicas) == 0 and replicas[0]["evaluation"] == replicas[1]["evaluation"]
+    # one for each outer step with all weights, and beside it whether a replica has to stop
+    assert replicas[0]["sent"] == [8 * sum(w.numel() for w in starts), 4] * 3
+
+
+def test_replicas_continue_bit_for_bit_and_others_take_the_outer_weights(tmp_path):
+    def local(size, path, **how):
+        more = {"problem": {**SMALL, "batch_size": 12}, "dtype": torch.float64, "steps": 9}
+        return trained(size, "charlm", LOCAL, parallel="local", log=path, **more, **how)
+
+    whole = local(2, tmp_path / "whole", checkpoint_every=4)
+    step_4 = tmp_path / "whole" / "checkpoints" / "step-000000004"
+    again = local(2, tmp_path / "again", resume=step_4)
+    # in the middle of a period, each with weights and losses of its own
+    assert whole[0]["losses"] != whole[1]["losses"]
+    assert [found["losses"] for found in again] == [found["losses"][4:] for found in whole]
+    assert weights_apart(again[0], whole[0]) == weights_apart(again[1], whole[0]) == 0
+    three = local(3, tmp_path / "three", resume=step_4)
+    assert [len(found["losses"]) for found in three] == [5] * 3
+    assert weights_apart(three[0], three[1]) == weights_apart(three[0], three[2]) == 0
+
+
 def one_voice(ended):
     """Return the one line of all ranks, none of which may have ended well."""
     assert all(status == 2 for status, _, _ in ended), ended
@@ -90,6 +139,7 @@ def test_a_batch_that_ranks_cannot_share_is_one_line(tmp_path):
     ("arguments", "told"),
     [
         (["--problem=noisy_quadratic"], "cannot be dealt over ranks"),
+        (["--problem=xor", "--parallel=local"], "--parallel local needs a part that averages over replicas"),
         (["--problem=rosenbrock"], "cannot be dealt over ranks: expected tensors"),
         (["--problem=xor", "--stack=adm"], "adm"),
         (["--problem=xor", "--steps=0"], "--steps"),

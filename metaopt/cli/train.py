@@ -25,6 +25,7 @@ class Way(StrEnum):
 
     ddp = "ddp"
     fsdp = "fsdp"
+    local = "local"
 
 
 class Dtype(StrEnum):

@@ -68,6 +68,8 @@ class Exchange:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.joined = False
+        # whether an exchange was due at the last step: the same answer on all replicas
+        self.met = False
         # of the step in progress: how many updates all replicas have had the time for, or None between two of these
         self._round: int | None = None
         # by wrapper and fragment, while a delay lasts
@@ -78,6 +80,7 @@ class Exchange:
     def count_step(self) -> None:
         """Count a call of `step()`; with a wrapper that gathers several steps into one update, so many are a round."""
         run = self.run
+        self.met = False
         each = self._steps_per_round()
         if run.replicas.size == 1:
             self._round = run.updates
@@ -110,6 +113,7 @@ class Exchange:
         for number in range(fragments):
             since = self._round - k * (number + 1) // fragments
             due = since >= 0 and since % k == 0
+            self.met = self.met or due
             if due and not delay:
                 for bucket in self._sent_in_turn(update, placed, number):
                     self._step(update, placed, bucket.parts, bucket.means())

@@ -2,7 +2,9 @@
 
 A checkpoint is a folder `step-<number>` with the tensors, in the format of torch.distributed.checkpoint, `rest.pt` with
 everything else, and `manifest.json` with the checksum of each file. The file `newest` of the folder above names the
-last one that was published. Files `step-<number>-<sha256>.pt` of earlier versions are read as well.
+last one that was published. Replicas that train by local updates have a part each: `replica<number>.` stands before the
+names of its tensors, and `rest.pt` has a list of what else is their own. Files `step-<number>-<sha256>.pt` of earlier
+versions are read as well.
 """
 
 import hashlib
@@ -20,6 +22,8 @@ POINTER = "newest"
 MANIFEST = "manifest.json"
 REST = "rest.pt"
 CONTENT = {"run", "step", "model", "stack", "random"}
+
+REPLICAS = "replicas"
 
 Target = Callable[[str, dict[str, Any]], torch.Tensor | None]
 
@@ -55,8 +59,15 @@ def is_whole(path: Path, rank: int = 0, ranks: int = 1) -> bool:
         return False
 
 
-def load(path: Path, target: Target | None = None) -> dict[str, Any]:
+def prefix(replica: int) -> str:
+    """Return what stands before the names of a replica's tensors."""
+    return f"replica{replica}."
+
+
+def load(path: Path, target: Target | None = None, replica: int = 0) -> dict[str, Any]:
     """Return what a checkpoint holds, with whole tensors, or what `target(key, rest)` gives for a tensor to read into.
+
+    Of replicas that train by local updates it is the part of one of them; `replicas` is then how many there were.
 
     It can hold tensors and plain values alone. Raises CheckpointError, naming the newest whole checkpoint, where a
     file is damaged.
@@ -64,7 +75,11 @@ def load(path: Path, target: Target | None = None) -> dict[str, Any]:
     if target is None and not is_whole(path):
         raise damaged(path)
     rest = read_saved(path if path.suffix == ".pt" else path / REST)
-    if not isinstance(rest, dict) or rest.keys() != CONTENT or not all(isinstance(rest[k], dict) for k in _DICTS):
+    if (
+        not isinstance(rest, dict)
+        or rest.keys() - {REPLICAS} != CONTENT
+        or not all(isinstance(rest[k], dict) for k in _DICTS)
+    ):
         raise CheckpointError(
             f"{path} was not written by `metaopt train`: expected the entries {', '.join(sorted(CONTENT))}"
         )
@@ -73,15 +88,23 @@ def load(path: Path, target: Target | None = None) -> dict[str, Any]:
         return rest
     from metaopt.lab.tensor_files import read_tensors, sizes_of
 
+    replicas = rest.pop(REPLICAS, None)
+    own = ""
+    if replicas is not None:
+        replica = replica if replica < len(replicas) else 0
+        own = prefix(replica)
+        rest |= {**replicas[replica], REPLICAS: len(replicas)}
     tensors = {}
     for key, (size, dtype) in sizes_of(path).items():
-        given = None if target is None else target(key, rest)
+        if not key.startswith(own):
+            continue
+        given = None if target is None else target(key.removeprefix(own), rest)
         if given is None or given.shape != size:
             tensors[key] = torch.empty(size, dtype=dtype)
         else:
             tensors[key] = torch.empty_like(given, dtype=dtype)
     read_tensors(path, tensors)
-    return joined(tensors, rest)
+    return joined({key.removeprefix(own): tensor for key, tensor in tensors.items()}, rest)
 
 
 _DICTS = ("run", "model", "stack")

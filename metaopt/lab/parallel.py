@@ -1,7 +1,7 @@
-"""How ranks train one model: alone, DistributedDataParallel (`ddp`), or with shards of it (`fsdp`, fully_shard).
+"""How ranks train one model: alone, DistributedDataParallel (`ddp`), sharded (`fsdp`), or as replicas (`local`).
 
-A rank gets its part of each batch of the problem. The loss that the optimizer sees is that of the whole batch, the
-same on all ranks, and so is the wish of any rank to stop.
+A rank gets its part of each batch of the problem. With ddp and fsdp the loss that the optimizer sees is that of the
+whole batch, the same on all ranks, and so is the wish of any rank to stop. Replicas know their own part alone.
 """
 
 from abc import ABC, abstractmethod
@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
+from metaopt.errors import ProblemError
 from metaopt.lab.batches import dealt
 from metaopt.lab.dealing import Dealing
 from metaopt.lab.ranks import Ranks
 from metaopt.problem_class import Problem
+from metaopt.stack import Stack
 
 # on an accelerator a wish to stop is read so many steps later: reading it at once would wait for the device
 LATER = 8
@@ -24,10 +26,17 @@ LATER = 8
 class Parallel(ABC):
     """Evaluates the loss and its gradient on this rank's part of a batch, and shares both with the others."""
 
+    # whether each rank has weights and state of its own
+    has_replicas = False
+
     def __init__(self, problem: Problem, model: nn.Module, ranks: Ranks, dealing: Dealing | None = None) -> None:
         self.problem, self.model, self.ranks = problem, model, ranks
         self.wants_to_stop: Callable[[], bool] = lambda: False
         self._wishes: deque[tuple[torch.Tensor, torch.Event | None]] = deque()
+
+    def expect(self, opt: Stack) -> None:
+        """Take the stack that makes the steps. Raises ProblemError for one that cannot train in this way."""
+        self._opt = opt
 
     @abstractmethod
     def backward(self, batch: Any) -> torch.Tensor:
@@ -166,6 +175,33 @@ class Sharded(_Agreed):
         return found
 
 
+class LocalUpdates(Parallel):
+    """Replicas: no gradient is sent, and the parts with `across="replicas"` average the ways that the weights went."""
+
+    has_replicas = True
+
+    def expect(self, opt: Stack) -> None:
+        if not opt.takes_means:
+            raise ProblemError(
+                f"--parallel local needs a part that averages over replicas, and {opt.spec} has none: write "
+                f"\"adamw(lr=3e-3) | outer(k=30, across='replicas')\", or use --parallel ddp"
+            )
+        super().expect(opt)
+
+    def backward(self, batch: Any) -> torch.Tensor:
+        loss = self.problem.loss(self.model, self._part(batch))
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    def has_to_stop(self) -> bool:
+        if not self._opt.met_replicas:
+            return False
+        # together with the outer step: between two of them nothing is sent
+        wish = torch.tensor([float(self.wants_to_stop())])
+        distributed.all_reduce(wish, group=self.ranks.group)
+        return bool(wish > 0.0)
+
+
 class _Call(nn.Module):
     """Calls a function of the model inside `forward`, where the shards are gathered."""
 
@@ -177,4 +213,4 @@ class _Call(nn.Module):
         return function(self.model, *arguments)
 
 
-WAYS: dict[str, type[Parallel]] = {"ddp": DataParallel, "fsdp": Sharded}
+WAYS: dict[str, type[Parallel]] = {"ddp": DataParallel, "fsdp": Sharded, "local": LocalUpdates}

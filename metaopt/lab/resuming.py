@@ -30,10 +30,12 @@ def resume(
     model: torch.nn.Module,
     opt: Stack,
     ranks: Ranks,
+    has_replicas: bool = False,
 ) -> int:
     """Load the newest checkpoint, or the one chosen; return how many steps it has made. Raises CheckpointError.
 
-    `changeable` are the entries of `run` that may be others than those of the checkpoint.
+    `changeable` are the entries of `run` that may be others than those of the checkpoint. Of replicas each goes on with
+    its own part; one that the run did not have takes the outer weights of the others when it joins them.
     """
     if folder is None:
         raise CheckpointError("--resume needs --log: the directory of the run that is continued")
@@ -45,8 +47,13 @@ def resume(
     if not all(ranks.gathered(checkpoint.is_whole(path, ranks.rank, ranks.size))):
         raise checkpoint.damaged(path)
     live = _Live(model)
-    content = checkpoint.load(path, live.like)
+    content = checkpoint.load(path, live.like, ranks.rank if has_replicas else 0)
     _check_same_run(path, content, run, changeable)
+    step = int(content["step"])
+    if step > run["steps"]:
+        raise CheckpointError(f"{path} has made {step} steps already: give --steps {step} or more")
+    if has_replicas and ranks.rank >= content.get(checkpoint.REPLICAS, ranks.size):
+        return step
     model.load_state_dict(live.placed("model", content["model"]))
     entries = content["stack"]["state"].items()
     state = {number: live.placed(f"stack.{number}", values, content) for number, values in entries}
@@ -59,9 +66,6 @@ def resume(
     torch.set_rng_state(random["cpu"])
     if ranks.device.startswith("cuda") and "cuda" in random:
         torch.cuda.set_rng_state(random["cuda"])
-    step = int(content["step"])
-    if step > run["steps"]:
-        raise CheckpointError(f"{path} has made {step} steps already: give --steps {step} or more")
     return step
 
 

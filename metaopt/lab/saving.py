@@ -13,7 +13,7 @@ import torch
 from torch import distributed
 
 from metaopt.errors import CheckpointError
-from metaopt.lab.checkpoint import MANIFEST, POINTER, REST, found, name_of, newest, separated, sha256
+from metaopt.lab.checkpoint import MANIFEST, POINTER, REPLICAS, REST, found, name_of, newest, prefix, separated, sha256
 from metaopt.lab.holding import scratch_of
 from metaopt.lab.ranks import Ranks, lost_contact
 
@@ -26,8 +26,8 @@ class Saver:
     The processes agree on a group of their own: on the one of the gradients their collectives would mix with those.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, kept: int = KEPT) -> None:
-        self.folder, self.ranks, self.kept = folder, ranks, kept
+    def __init__(self, folder: Path, ranks: Ranks, kept: int = KEPT, has_replicas: bool = False) -> None:
+        self.folder, self.ranks, self.kept, self.has_replicas = folder, ranks, kept, has_replicas
         self._group: Any = distributed.new_group(backend="gloo") if ranks.size > 1 else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -45,10 +45,15 @@ class Saver:
         self._step = step
         rank, size = self.ranks.rank, self.ranks.size
         tensors, rest = separated(content)
-        # what all ranks have, each writes a part of; of shards each has its own
-        shared = sorted(key for key, tensor in tensors.items() if not _is_sharded(tensor))
-        left_to_others = {key for position, key in enumerate(shared) if position % size != rank}
-        own = {key: tensor.detach() for key, tensor in tensors.items() if key not in left_to_others}
+        own = {key: tensor.detach() for key, tensor in tensors.items()}
+        if self.has_replicas:
+            own = {prefix(rank) + key: tensor for key, tensor in own.items()}
+        else:
+            # what all ranks have, each writes a part of; of shards each has its own
+            shared = sorted(key for key, tensor in tensors.items() if not _is_sharded(tensor))
+            for position, key in enumerate(shared):
+                if position % size != rank:
+                    del own[key]
         rest, random = copy.deepcopy({key: value for key, value in rest.items() if key != "random"}), rest["random"]
         scratch = scratch_of(self.folder / name_of(step))
         try:
@@ -90,11 +95,15 @@ class Saver:
         written.result()
         rank = self.ranks.rank
         sums = {path.name: sha256(path) for path in scratch.glob(f"__{rank}_*")}
-        each = self.ranks.gathered((sums, random), self._group)
+        # with replicas, the plain values are each one's own as well
+        values = {key: rest[key] for key in ("model", "stack")} if self.has_replicas else None
+        each = self.ranks.gathered((sums, random, values), self._group)
+        if self.has_replicas:
+            rest = {**rest, REPLICAS: [own for _, _, own in each]}
         failed: OSError | None = None
         if rank == 0:
             try:
-                self._finish(scratch, {**rest, "random": [state for _, state in each]}, dict(_all(each)))
+                self._finish(scratch, {**rest, "random": [state for _, state, _ in each]}, dict(_all(each)))
             except OSError as error:
                 failed = error
         # nobody goes on before it is published, and all end if it was not
@@ -134,7 +143,7 @@ class Saver:
 
 
 def _all(each: list[Any]) -> Any:
-    return (item for sums, _ in each for item in sums.items())
+    return (item for sums, _, _ in each for item in sums.items())
 
 
 def _is_sharded(tensor: torch.Tensor) -> bool:

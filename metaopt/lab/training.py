@@ -84,6 +84,7 @@ def train(
         model = way.model
         # parameters, not the module: nobody could follow build's hint about decay here
         opt = build(model.named_parameters(), spec, total_steps=total, log=log)
+        way.expect(opt)
         opt.train()
         run = {"problem": repr((type(problem).__name__, problem.given)), "spec": str(opt.spec), "seed": seed}
         run |= {"steps": steps, "data": problem.data_hash(), **({} if dtype is None else {"dtype": str(dtype)})}
@@ -92,10 +93,11 @@ def train(
         if resume:
             opt.resume_with(keep=keep, extend=extend)
             changeable = {*(["spec"] if keep else []), *(["steps"] if extend else [])}
-            first = resuming.resume(resume, folder, run, changeable, model, opt, ranks)
+            first = resuming.resume(resume, folder, run, changeable, model, opt, ranks, way.has_replicas)
         elif folder is not None and checkpoint.found(folder):
             raise CheckpointError(f"{folder} holds a run already: give --resume to continue it, or another --log")
-        saver = None if folder is None else Saver(folder, ranks, KEPT if kept is None else kept)
+        saver = None if folder is None else Saver(folder, ranks, KEPT if kept is None else kept, way.has_replicas)
+        opt.join_replicas()
         with _closed(opt), _kept_whole(saver), wishes_to_stop() as way.wants_to_stop:
             batches = problem.batches(seed, device, start=first)
             for step in range(first + 1, steps + 1):

@@ -123,8 +123,7 @@ class OptunaTuner(Tuner):
         return _bounded(task.loss(Tried(point)))
 
     def _elsewhere(self, task: Task, count: int) -> None:
-        methods = multiprocessing.get_all_start_methods()
-        context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        context = _context()
         workers = [context.Process(target=_work, args=(self, task)) for _ in range(count)]
         for worker in workers:
             worker.start()
@@ -160,6 +159,16 @@ class GaussianProcess(OptunaTuner):
 def done_of(study: optuna.Study) -> list[FrozenTrial]:
     """Return the trials that ended, in the order in which they began."""
     return study.get_trials(deepcopy=False, states=DONE)
+
+
+def _context() -> Any:
+    """Return how processes start: never by a fork of this one; what they import is imported once for all."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # the first optimizer would import torch._dynamo, and the first storage sqlalchemy and alembic, in each
+    context.set_forkserver_preload([__name__, "torch._dynamo", "optuna.storages._rdb.storage", "alembic.command"])
+    return context
 
 
 def _work(tuner: OptunaTuner, task: Task) -> None:

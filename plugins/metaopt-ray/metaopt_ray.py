@@ -1,12 +1,13 @@
 """Trials on a Ray cluster: one task for each, with one processor, and one GPU where it trains on one."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from metaopt import hookimpl
+from metaopt import MetaoptWarning, ProblemError, hookimpl
 from metaopt.lab.executors import Died, Executor, Result, Task
 
 
@@ -29,6 +30,15 @@ class Ray(Executor):
 
     def submit(self, task: Task) -> None:
         gpus = int(task.trial["device"].startswith("cuda"))
+        if gpus and not self._running and not ray.cluster_resources().get("GPU"):
+            # Ray itself would wait without a word
+            if self._is_ours:
+                raise ProblemError("--on ray: no GPU on this machine, and --device cuda needs one for each trial")
+            warnings.warn(
+                "no node of the Ray cluster has a GPU: trials with --device cuda wait until one comes",
+                MetaoptWarning,
+                stacklevel=2,
+            )
         self._running[self._remote.options(num_cpus=1, num_gpus=gpus).remote(task)] = task
 
     def results(self) -> Iterator[tuple[Task, Result | Died]]:
