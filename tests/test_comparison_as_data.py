@@ -1,8 +1,11 @@
 """A comparison in Python, as data, and over several problems."""
 
+import copy
 import csv
+import itertools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from scipy import stats
 from metaopt.cli import main
 from metaopt.errors import LogError, ProblemError
 from metaopt.lab import compare
-from metaopt.lab.comparison import Comparison
+from metaopt.lab.comparison import Comparison, judge
+from metaopt.lab.figures import log_ticks
 
 SPECS = ["sgd(momentum=0.9)", "adamw", "sgd"]
 
@@ -81,9 +85,7 @@ def test_a_comparison_in_python_has_verdicts_trials_and_figures(found: Compariso
     assert found.verdicts["sgd"].word in ("better", "worse", "no difference shown")
     assert len(found.trials) == 3 * 8 * 2
     for name in ("curves", "differences", "sensitivity"):
-        axes = found.figure(name).axes[0]
-        found.figure(name).draw_without_rendering()
-        assert sum(bool(label.get_text()) for label in axes.get_xticklabels()) >= 2
+        assert found.figure(name).axes[0].get_title(loc="left").startswith("xor: ")
     with pytest.raises(ProblemError, match="curves, differences, sensitivity"):
         found.figure("nothing")
     saved = found.save(tmp_path / "elsewhere", figures=["svg", "pdf"])
@@ -94,8 +96,61 @@ def test_a_comparison_in_python_has_verdicts_trials_and_figures(found: Compariso
 
 
 def test_contenders_are_told_apart_in_grey(found: Comparison) -> None:
-    lines = found.figure("curves").axes[0].get_lines()
-    assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == len(SPECS)
+    axes = found.figure("curves").axes[0]
+    lines = [line for line in axes.get_lines() if line.get_linestyle() != "None"]
+    assert len(lines) == len({line.get_linestyle() for line in lines}) == len(SPECS)
+    assert len({line.get_marker() for line in lines}) == len(SPECS)
+    # bars of the quartiles, where bands are shades that overlap
+    bars = [segment for collection in axes.collections for segment in getattr(collection, "get_segments", list)()]
+    assert len(bars) >= 5 * len(SPECS)
+
+
+def rescaled(found: Comparison, change: Callable[[float], float]) -> Comparison:
+    """Return the comparison as if all its losses were others."""
+    other = copy.deepcopy(found)
+    for contender in other.contenders:
+        for trial in contender.trials:
+            trial["curve"] = [(at, change(loss)) for at, loss in trial["curve"]]
+            for split in ("validation", "test"):
+                trial[split]["loss"] = change(trial[split]["loss"])
+    judge(other)
+    return other
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda loss: loss,
+        lambda loss: 1.0 + 1e-3 * loss,  # no power of ten in the range, and no 2 or 5
+        lambda loss: 0.31 + 0.02 * loss,
+        lambda loss: loss**30,
+        lambda loss: -loss,  # no logarithm
+        lambda loss: 0.25,  # a range of nothing
+    ],
+)
+def test_every_axis_has_three_readable_ticks(found: Comparison, change: Callable[[float], float]) -> None:
+    other = rescaled(found, change)
+    for name in ("curves", "differences", "sensitivity"):
+        drawn = other.figure(name)
+        drawn.draw_without_rendering()
+        axes = drawn.axes[0]
+        for axis in (axes.xaxis, *([axes.yaxis] if name != "differences" else [])):
+            low, high = axis.get_view_interval()
+            inside = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+            assert 3 <= len({tick.label1.get_text() for tick in inside} - {""}) <= 12
+            across = axis is axes.xaxis
+            boxes = sorted(
+                (box.x0, box.x1) if across else (box.y0, box.y1)
+                for box in (tick.label1.get_window_extent() for tick in inside)
+            )
+            assert all(this[1] < after[0] for this, after in itertools.pairwise(boxes))  # none lies over another
+
+
+@pytest.mark.parametrize(("low", "high"), [(1e-12, 1e3), (0.9, 1.1), (2.01, 4.99), (1e-3, 0.5), (0.3, 0.45)])
+def test_ticks_of_a_logarithmic_axis_are_few_and_round(low: float, high: float) -> None:
+    ticks = log_ticks(low, high)
+    assert 3 <= len(ticks) <= 8 and low <= ticks[0] < ticks[-1] <= high
+    assert all(float(f"{tick:.4g}") == pytest.approx(tick) for tick in ticks)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -13,11 +13,12 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
 from metaopt.errors import ProblemError
 from metaopt.lab.bands import quartiles
 from metaopt.lab.comparison import Comparison, Contender
+from metaopt.lab.report import word_of
 from metaopt.lab.statistics import paired_differences
 
 # Okabe and Ito's, which the colour-blind see too
@@ -25,62 +26,81 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 FORMS = ("png", "pdf", "svg")
-INCHES = (8.0, 5.4)
+# small, so that the letters are large where a page shows the picture small
+INCHES = (6.6, 4.8)
+# letters of a line of the title, and of the legend
+TITLE, LEGEND = 80, 72
 
 
 def curves(comparison: Comparison) -> Figure:
     """Return validation loss against gradient evaluations, median and quartiles over the studies' best runs."""
     plan = comparison.plan
     figure, axes = _empty(f"{plan.problem}: median and quartiles of {comparison.studies} studies")
-    for position, contender in enumerate(comparison.contenders):
-        x, runs = _on_one_grid(contender.runs)
-        if not len(x):
-            continue
-        low, middle, high = quartiles(runs)
+    drawn = [(c, *_on_one_grid(c.runs)) for c in comparison.contenders]
+    bands = {position: (x, quartiles(runs)) for position, (_, x, runs) in enumerate(drawn) if len(x)}
+    # a run that explodes leaves the picture: the others are what there is to see
+    starts = [abs(middle[0]) for _, (_, middle, _) in bands.values() if math.isfinite(middle[0])]
+    shown = [value for _, band in bands.values() for value in band.ravel() if value <= 10 * min(starts, default=1.0)]
+    top = 100 * abs(max(shown, default=1.0))
+    for position, (x, (low, middle, high)) in bands.items():
         style = _style(position)
-        markevery = (position % 3, max(1, len(x) // 6))
-        axes.plot(x, _finite(middle), label=_label(contender), markevery=markevery, linewidth=1.8, **style)
-        axes.fill_between(x, _finite(low), _finite(high), color=style["color"], alpha=0.15, linewidth=0)
-    axes.set(xlabel="gradient evaluations", ylabel="validation loss", yscale="log")
-    _log_ticks(axes.yaxis)
+        # contenders' marks are not above one another
+        every = max(1, len(x) // 6)
+        marked = slice(position * every // len(drawn), None, every)
+        label = _label(comparison.contenders[position])
+        middle = np.where(np.isfinite(middle), middle, math.nan)
+        axes.plot(x, middle, label=label, markevery=marked, linewidth=1.8, markersize=5, **style)
+        # a quarter of the studies diverged: the band has no upper end
+        high = np.minimum(high, top)
+        axes.fill_between(x, low, high, where=np.isfinite(low), color=style["color"], alpha=0.12, linewidth=0)
+        # shades of grey are hard to tell apart where bands overlap
+        lengths = np.abs(np.stack([middle - low, high - middle]))[:, marked]
+        axes.errorbar(x[marked], middle[marked], lengths, fmt="none", ecolor=style["color"], capsize=2.5, elinewidth=1)
+    axes.set(xlabel="gradient evaluations", ylabel="validation loss")
+    _scale(axes.yaxis, shown)
     return _finished(figure, axes)
 
 
 def differences(comparison: Comparison) -> Figure:
     """Return the difference in test loss from the baseline, a point per study, with its pseudo-median and interval."""
-    plan = comparison.plan
-    others = [c for c in comparison.contenders if c is not comparison.baseline]
-    figure, axes = _empty(f"{plan.problem}: test loss less that of {comparison.baseline.spec}, study by study")
-    shown = {c.spec: paired_differences(c.losses, comparison.baseline.losses) for c in others}
-    sizes = [abs(d) for ds in shown.values() for d in ds if math.isfinite(d)]
+    others = [c for c in comparison.contenders if c.verdict is not None]
+    figure, axes = _empty(f"{comparison.plan.problem}: test loss less that of {comparison.baseline.spec}")
+    figure.set_figheight(1.4 + 1.1 * len(others))
+    shown = [paired_differences(c.losses, comparison.baseline.losses) for c in others]
+    sizes = [abs(d) for ds in shown for d in ds if math.isfinite(d)]
     edge = 1.15 * max(sizes, default=1.0) or 1.0
-    for position, contender in enumerate(comparison.contenders):
-        if contender.verdict is None:
+    for row, (contender, values) in enumerate(zip(others, shown, strict=True)):
+        verdict, style = contender.verdict, _style(comparison.contenders.index(contender))
+        if verdict is None:
             continue
-        row, verdict = list(shown).index(contender.spec), contender.verdict
-        style = _style(position)
-        values = np.clip(shown[contender.spec], -edge, edge)
-        spread = np.linspace(-0.16, 0.16, len(values)) if len(values) > 1 else np.zeros(1)
-        axes.plot(values, row + spread, style["marker"], color=style["color"], mfc="white", alpha=0.9)
-        ends = np.clip([verdict.low, verdict.high], -edge, edge)
-        axes.plot(ends, [row + 0.3] * 2, "-", color=style["color"], linewidth=2.2)
-        axes.plot(np.clip(verdict.difference, -edge, edge), row + 0.3, "d", color=style["color"], markersize=8)
+        # specs are long: above the points, not beside the axes
+        said = f"{contender.spec}: {word_of(comparison, contender)}"
         axes.annotate(
-            verdict.word, (0.995, row + 0.3), xycoords=("axes fraction", "data"), ha="right", fontsize="small"
+            _wrapped(said, LEGEND), (0.01, row - 0.46), xycoords=("axes fraction", "data"), va="top", fontsize="small"
         )
+        spread = np.linspace(0.0, 0.2, len(values)) if len(values) > 1 else np.zeros(1)
+        at_edge = np.clip(values, -edge, edge)
+        axes.plot(at_edge, row + spread, style["marker"], color=style["color"], mfc="white", markersize=5)
+        low, middle, high = (float(np.clip(d, -edge, edge)) for d in (verdict.low, verdict.difference, verdict.high))
+        lengths = [[middle - low], [high - middle]]
+        axes.errorbar(middle, row + 0.34, xerr=lengths, fmt="d", color=style["color"], capsize=4, linewidth=2)
     axes.axvline(0.0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(others)), [_wrapped(c.spec) for c in others])
-    axes.set(xlabel="difference in test loss (left is better); at the edge: diverged", xlim=(-edge, edge))
-    axes.set_ylim(len(others) - 0.5, -0.5)
+    axes.set_yticks([])
+    lost = not all(math.isfinite(d) for ds in shown for d in ds)
+    explained = "open: a study; filled: the difference with its interval" + ("; at the edge: diverged" if lost else "")
+    axes.set(xlabel=f"difference in test loss (left is better)\n{explained}")
+    axes.set(xlim=(-1.03 * edge, 1.03 * edge), ylim=(len(others) - 0.5, -0.5))
     axes.grid(alpha=0.25, linewidth=0.6, axis="x")
     return figure
 
 
 def sensitivity(comparison: Comparison) -> Figure:
     """Return validation loss against learning rate, a point per trial, the best one of each study filled."""
-    figure, axes = _empty(f"{comparison.plan.problem}: a point per trial; filled: the best of its study; x: diverged")
-    losses = [t["validation"]["loss"] for c in comparison.contenders for t in c.trials]
-    top = max((loss for loss in losses if loss is not None), default=1.0) * 1.6
+    trials = [trial for contender in comparison.contenders for trial in contender.trials]
+    losses = [t["validation"]["loss"] for t in trials if t["validation"]["loss"] is not None]
+    diverged = "; x: diverged" if len(losses) < len(trials) else ""
+    figure, axes = _empty(f"{comparison.plan.problem}: a point per trial; filled: the best of its study{diverged}")
+    lost: list[tuple[list[float], str]] = []
     for position, contender in enumerate(comparison.contenders):
         style = _style(position) | {"linestyle": "none"}
         points = [
@@ -90,17 +110,20 @@ def sensitivity(comparison: Comparison) -> Figure:
             if rate is not None
         ]
         looks: tuple[tuple[bool, dict[str, Any]], ...]
-        looks = ((False, {"mfc": "white", "alpha": 0.6, "markersize": 5}), (True, {"markersize": 7}))
+        looks = ((False, {"mfc": "white", "alpha": 0.6, "markersize": 4}), (True, {"markersize": 6}))
         for chosen, look in looks:
             kept = [(rate, loss) for rate, loss, best in points if loss is not None and best == chosen]
-            label: dict[str, Any] = {"label": _wrapped(contender.spec, 90)} if chosen else {}
+            label: dict[str, Any] = {"label": _wrapped(contender.spec, LEGEND)} if chosen else {}
             axes.plot([rate for rate, _ in kept], [loss for _, loss in kept], **style, **look, **label)
-        lost = [rate for rate, loss, _ in points if loss is None]
-        # side by side where several contenders diverge at one rate
-        axes.plot(lost, [top * 1.08**position] * len(lost), "x", color=style["color"], markersize=7)
-    axes.set(xlabel="learning rate", ylabel="validation loss", xscale="log", yscale="log")
-    _log_ticks(axes.xaxis)
-    _log_ticks(axes.yaxis)
+        lost.append(([rate for rate, loss, _ in points if loss is None], style["color"]))
+    axes.set(xlabel="learning rate", ylabel="validation loss")
+    _scale(axes.xaxis, [rate for c in comparison.contenders for study in c.studies for rate in study.trials if rate])
+    # above the points there is a line for each contender that diverged
+    lost = [(rates, color) for rates, color in lost if rates]
+    _scale(axes.yaxis, losses, room=0.04 * len(lost))
+    for line, (rates, color) in enumerate(lost):
+        at = [0.98 - 0.035 * line] * len(rates)
+        axes.plot(rates, at, "x", color=color, markersize=5, transform=axes.get_xaxis_transform())
     return _finished(figure, axes)
 
 
@@ -156,7 +179,7 @@ def _style(position: int) -> dict[str, Any]:
 def _empty(title: str) -> tuple[Figure, Axes]:
     made = Figure(figsize=INCHES, layout="constrained")
     axes = made.add_subplot()
-    axes.set_title(_wrapped(title, 95), fontsize="medium", loc="left")
+    axes.set_title(_wrapped(title, TITLE), fontsize="medium", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     return made, axes
 
@@ -168,16 +191,41 @@ def _finished(made: Figure, axes: Axes) -> Figure:
     return made
 
 
-def _log_ticks(axis: Any) -> None:
-    """Label 1, 2 and 5 of each decade: a range of less than one would have a single number."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+def _scale(axis: Any, values: Sequence[float], room: float = 0.0) -> None:
+    """Make an axis logarithmic if its values allow it, with at least three labelled ticks in the range of the values.
+
+    `room` is left free at the upper end, as a share of the axis.
+    """
+    known = [value for value in values if math.isfinite(value)]
+    if not known:
+        return
+    if min(known) <= 0.0:
+        span = max(known) - min(known) or 1.0
+        axis.axes.set(**{f"{axis.axis_name}lim": (min(known) - 0.03 * span, max(known) + (0.03 + room) * span)})
+        return
+    # a margin, and three ticks have to fit in where all values are the same
+    span = 1.05 * max(known) / min(known)
+    low, high = min(known) / 1.05 / span**0.03, max(known) * 1.05 * span ** (0.03 + room)
+    axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (low, high)})
+    ticks = log_ticks(low, high)
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return three to eight round numbers between two positive ones: few decades have more ticks each than many."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    for factors in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
+        found = [f * 10.0**d for d in range(first, last + 1) for f in factors if low <= f * 10.0**d <= high]
+        if len(found) >= 3:
+            return found[:: -(-len(found) // 8)]
+    return [tick for tick in MaxNLocator(6, min_n_ticks=4).tick_values(low, high) if low <= tick <= high]
 
 
 def _label(contender: Contender) -> str:
     lost = sum(map(math.isinf, contender.losses))
-    return _wrapped(contender.spec, 90) + (f" ({lost} of {len(contender.losses)} diverged)" if lost else "")
+    return _wrapped(contender.spec, LEGEND) + (f" ({lost} of {len(contender.losses)} diverged)" if lost else "")
 
 
 def _wrapped(text: str, width: int = 28) -> str:
@@ -194,7 +242,3 @@ def _on_one_grid(runs: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray
             row[:] = np.interp(x, [at for at, _ in known], [loss for _, loss in known])
             row[(x > known[-1][0]) & run["diverged"]] = math.inf
     return x, rows
-
-
-def _finite(values: np.ndarray) -> np.ndarray:
-    return np.where(np.isfinite(values), values, math.nan)
