@@ -30,8 +30,10 @@ def compare(
     steps: Annotated[
         int | None, typer.Option(help="Gradient evaluations per run; the problem's own number by default.")
     ] = None,
-    lr_min: Annotated[float, typer.Option(help="The lowest learning rate.")] = 1e-3,
-    lr_max: Annotated[float, typer.Option(help="The highest; a study's rates are log-spaced, its start random.")] = 0.5,
+    lr_min: Annotated[float | None, typer.Option(help="The lowest learning rate; 1e-3 to begin with.")] = None,
+    lr_max: Annotated[
+        float | None, typer.Option(help="The highest; 0.5 to begin with. Rates move on beyond an end not given.")
+    ] = None,
     no_tune: Annotated[bool, typer.Option("--no-tune", help="Use the rates in the specs; names no winner.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run trials that failed again.")] = False,
     jobs: Annotated[int, typer.Option(help="Processes, one thread each; times are shown with 1 alone.")] = 2,

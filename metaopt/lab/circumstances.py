@@ -4,6 +4,7 @@ import ast
 import hashlib
 import inspect
 import json
+import os
 import platform
 import sys
 import sysconfig
@@ -97,14 +98,17 @@ def imported_files(file: Path) -> set[Path]:
 
 
 def _loaded_files() -> dict[str, Path]:
-    installed = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")]
+    """Return the files of all modules that are loaded and not installed."""
+    folders = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
+    # as text: thousands of modules are installed, and to resolve a path takes a look at every folder of it
+    installed = tuple(f"{path}{os.sep}" for folder in folders for path in (folder, os.path.realpath(folder)))
     found = {}
     for name, module in list(sys.modules.items()):
         path = getattr(module, "__file__", None)
-        if isinstance(path, str) and path.endswith(".py") and name.split(".")[0] != "metaopt":
-            resolved = Path(path).resolve()
-            if not any(resolved.is_relative_to(folder) for folder in installed):
-                found[name] = resolved
+        if not isinstance(path, str) or not path.endswith(".py") or name.split(".")[0] == "metaopt":
+            continue
+        if not path.startswith(installed) and not (real := os.path.realpath(path)).startswith(installed):
+            found[name] = Path(real)
     return found
 
 

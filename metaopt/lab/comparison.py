@@ -12,7 +12,8 @@ from metaopt.lab.executors.driver import Driver
 from metaopt.lab.holding import held, write_bytes
 from metaopt.lab.ledger import Ledger, free_of_results
 from metaopt.lab.looks import level_after
-from metaopt.lab.plan import Plan
+from metaopt.lab.moving import Moving, outermost
+from metaopt.lab.plan import LEAST_TO_MOVE, Plan
 from metaopt.lab.runs import Runs
 from metaopt.lab.statistics import Verdict, verdicts
 from metaopt.lab.trial import Trial
@@ -20,7 +21,7 @@ from metaopt.lab.workers import Workers
 
 Progress = Callable[[int, int], None]
 Result = dict[str, Any]
-# a third of the studies or more are best within this part of the range from its end: it may be too small
+# a third of the studies or more are best at an end, or within this part of the range from it: it may be too small
 NEAR, OFTEN, LEAST = 0.1, 1 / 3, 2
 
 
@@ -177,13 +178,13 @@ def run_comparison(
         folder, earlier = ledger.enter(plan), ledger.earlier(plan)
         runs = Runs(plan, folder)
         found = Comparison(plan, [], folder, level_after(len(earlier), plan.looks), earlier)
+        made: list[list[Moving]] = [[] for _ in contenders]
         done: dict[Trial, Result] = {}
         for studies in plan.looks:
-            asked = dict.fromkeys(trial for position in contenders for trial in _trials(plan, position, studies))
-            for trial, result in workers.results([trial for trial in asked if trial not in done]):
-                done[trial] = result
-                progress(len(done), len(asked))
-            found.contenders = [_contender(plan, position, studies, done) for position in contenders]
+            for position, row in enumerate(made):
+                row += [Moving(plan, position, number) for number in range(len(row), studies)]
+            _make([study for row in made for study in row], done, workers, progress)
+            found.contenders = [_contender(plan, position, row, done) for position, row in enumerate(made)]
             judge(found)
             if all(c.verdict is None or c.verdict.word != "no difference shown" for c in found.contenders):
                 break
@@ -209,33 +210,43 @@ def judge(comparison: Comparison) -> None:
         contender.target_verdict = time if met else None
 
 
-def _trials(plan: Plan, position: int, studies: int) -> list[Trial]:
-    return [trial for number in range(studies) for trial in plan.study(position, number).values()]
+def _make(studies: Sequence[Moving], done: dict[Trial, Result], workers: Workers | Driver, progress: Progress) -> None:
+    """Train what the studies ask for, until none of them moves on."""
+    while studies:
+        asked = dict.fromkeys(trial for study in studies for trial in study.trials.values())
+        missing = [trial for trial in asked if trial not in done]
+        total = len(done) + len(missing)
+        for trial, result in workers.results(missing):
+            done[trial] = result
+            progress(len(done), total)
+        losses = {trial: loss_of(done[trial], "validation") for trial in asked}
+        studies = [study for study in studies if study.moves_on(losses)]
 
 
-def _contender(plan: Plan, position: int, studies: int, done: dict[Trial, Result]) -> Contender:
-    made = [
-        Study(number, {rate: done[trial] for rate, trial in plan.study(position, number).items()})
-        for number in range(studies)
-    ]
-    return Contender(
-        plan.specs[position],
-        made,
-        edge=edge_of([study.rate for study in made if study.rate], plan.lowest, plan.highest),
-    )
+def _contender(plan: Plan, position: int, studies: Sequence[Moving], done: dict[Trial, Result]) -> Contender:
+    made = [Study(s.number, {rate: done[trial] for rate, trial in s.trials.items()}) for s in studies]
+    return Contender(plan.specs[position], made, edge=_edge(plan, made))
 
 
-def edge_of(best: Sequence[float], lowest: float, highest: float) -> str | None:
+def _edge(plan: Plan, studies: Sequence[Study]) -> str | None:
     """Return at which end of the rates too many studies were best, "lowest" or "highest", or None."""
-    span = math.log(highest / lowest)
-    places = [math.log(rate / lowest) for rate in best]
-    for name, near in (
-        ("lowest", [x < NEAR * span for x in places]),
-        ("highest", [x > (1 - NEAR) * span for x in places]),
-    ):
-        if sum(near) >= max(LEAST, OFTEN * len(best)):
+    sides = [_side(plan, study, study.rate) for study in studies if study.rate is not None]
+    for name, side in (("lowest", -1), ("highest", 1)):
+        if sides.count(side) >= max(LEAST, OFTEN * len(sides)):
             return name
     return None
+
+
+def _side(plan: Plan, study: Study, best: float) -> int:
+    """Return -1 or 1 where a study was best at its lowest or its highest rate, or near an end of all rates; else 0."""
+    losses = [loss_of(run, "validation") for run in study.trials.values()]
+    low, high = plan.reach
+    near = NEAR * math.log(plan.highest / plan.lowest)
+    if math.log(best / low) < near:
+        return -1
+    if math.log(high / best) < near:
+        return 1
+    return outermost(losses) if len(losses) >= LEAST_TO_MOVE else 0
 
 
 def loss_of(run: Result, split: str) -> float:

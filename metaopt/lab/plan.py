@@ -26,6 +26,8 @@ DEFAULT_SPECS = (
 )
 LOWEST, HIGHEST = 1e-3, 0.5
 STUDIES, TRIALS = 10, 5
+# of two rates one is always outermost
+LEAST_TO_MOVE = 3
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Plan:
     """What a comparison does: contenders, studies of so many trials each, and a budget of gradient evaluations.
 
     A study is a contender tuned once: `trials` rates between `lowest` and `highest`, placed at random by the study and
-    the contender, all trained with the study's own seed. `looks` are the numbers of studies at which the results are
+    the contender, all trained with the study's own seed; where the best is outermost the rates move on, but not beyond
+    an end that a user has `given`. `looks` are the numbers of studies at which the results are
     looked at, declared beforehand; the last is the most that is run. `circumstances` are those of the whole comparison,
     `own` those of each contender: its results stay what they are when another one is added.
     """
@@ -48,6 +51,7 @@ class Plan:
     budget: int
     lowest: float
     highest: float
+    given: tuple[bool, bool]
     tune: bool
     device: str
     out: Path
@@ -68,16 +72,32 @@ class Plan:
         """What a p is held against at every look, so that all looks together give 5% of false verdicts."""
         return pocock(self.looks)
 
+    @property
+    def moves(self) -> int:
+        """How many rates beyond its range a study may take: as many as within, where there is an inside at all."""
+        return self.trials if self.tune and self.trials >= LEAST_TO_MOVE and not all(self.given) else 0
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """The lowest and the highest rate that a study may take."""
+        further = (self.highest / self.lowest) ** (self.moves / self.trials)
+        low, high = self.given
+        return self.lowest if low else self.lowest / further, self.highest if high else self.highest * further
+
     def study(self, position: int, number: int) -> dict[float | None, Trial]:
         """Return the trials of a study by their rates; a rate of None leaves the spec's own."""
         if not self.tune:
             return {None: self.trial(position, None, number)}
-        name = f"{self.problem} {self.specs[position]} {number}"
+        rates = [self.rate(position, number, place) for place in range(self.trials)]
+        return {rate: self.trial(position, rate, number) for rate in rates}
+
+    def rate(self, position: int, number: int, place: int) -> float:
+        """Return a rate of a study: evenly spaced, those at places 0 to `trials` - 1 are within the range."""
+        ((start,),) = placed(f"{self.problem} {self.specs[position]} {number}", 1)
         span = math.log(self.highest / self.lowest)
         # three digits: nobody tunes finer, and the rates stay readable in names and legends
         digits = 3 if span > 0.02 * self.trials else 8
-        rates = [float(f"{self.lowest * math.exp(span * x):.{digits}g}") for (x,) in placed(name, self.trials)]
-        return {rate: self.trial(position, rate, number) for rate in rates}
+        return float(f"{self.lowest * math.exp(span * (place + start) / self.trials):.{digits}g}")
 
     def trial(self, position: int, rate: float | None, seed: int) -> Trial:
         """Return one run of a contender; a rate of None leaves the spec's own."""
@@ -92,7 +112,8 @@ class Plan:
         most = "at most " if len(self.looks) > 1 else ""
         said = (
             f"{len(self.specs)} contenders, {most}{self.studies} studies of {self.trials} "
-            f"trial{'' if self.trials == 1 else 's'}: {most}{total} runs of {self.budget} gradient evaluations. "
+            f"trial{'' if self.trials == 1 else 's'}: {most}{total} runs of {self.budget} gradient evaluations"
+            f"{', more where the best rate is outermost' if self.moves else ''}. "
         )
         least = detectable(self.studies, others, self.level)
         if least is None:
@@ -117,8 +138,8 @@ def plan_comparison(
     device: str = "cpu",
     out: Path,
     jobs: int = 1,
-    lr_min: float = LOWEST,
-    lr_max: float = HIGHEST,
+    lr_min: float | None = None,
+    lr_max: float | None = None,
     plugins: Sequence[str] = (),
     on: str = LOCAL,
     retries: int = RETRIES,
@@ -129,8 +150,9 @@ def plan_comparison(
             raise ProblemError(f"{what} must be {least} or more, got {value}")
     if steps is not None and steps < 1:
         raise ProblemError(f"--steps must be 1 or more gradient evaluations, got {steps}")
+    lowest, highest = LOWEST if lr_min is None else lr_min, HIGHEST if lr_max is None else lr_max
     if tune:
-        _check_range(lr_min, lr_max, trials)
+        _check_range(lowest, highest, trials)
     found = problem_named(problem)
     pipelines = [parse(spec) for spec in (specs or DEFAULT_SPECS)]
     chosen = tuple(str(pipeline) for pipeline in pipelines)
@@ -144,7 +166,7 @@ def plan_comparison(
     device, budget = usable_device(device), steps or found.default_steps
     # of a schedule the curve over the whole budget: how many updates that is, is found with it
     costs = [
-        cost_of_an_update(found, with_rate(spec, lr_min, budget) if tune else spec, device, budget) for spec in chosen
+        cost_of_an_update(found, with_rate(spec, lowest, budget) if tune else spec, device, budget) for spec in chosen
     ]
     return Plan(
         problem=problem,
@@ -155,8 +177,9 @@ def plan_comparison(
         looks=looks,
         trials=trials if tune else 1,
         budget=budget,
-        lowest=lr_min,
-        highest=lr_max,
+        lowest=lowest,
+        highest=highest,
+        given=(lr_min is not None, lr_max is not None),
         tune=tune,
         device=device,
         out=out,

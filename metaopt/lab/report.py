@@ -223,7 +223,15 @@ def _on_trials(comparison: Comparison) -> list[str]:
 
 def _on_rates(comparison: Comparison) -> list[str]:
     plan = comparison.plan
-    said = [
+    more = {c.spec: len(c.trials) - plan.trials * comparison.studies for c in comparison.contenders}
+    said = []
+    if any(more.values()):
+        counted = "; ".join(f"{number} of {spec}" for spec, number in more.items() if number)
+        said.append(
+            f"Where the best rate of a study was its lowest or its highest one, the study went on beyond it, by up to "
+            f"{plan.moves} rates, until both neighbours of the best were worse. Trials made for that: {counted}."
+        )
+    said += [
         f"Range too small: {contender.spec} is best at its {contender.edge} rates; widen the range with "
         f"{'--lr-min' if contender.edge == 'lowest' else '--lr-max'}."
         for contender in comparison.contenders

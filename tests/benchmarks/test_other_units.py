@@ -1,9 +1,11 @@
 """The measurement of false verdicts trains what `metaopt compare` trains."""
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("scipy")
-from benchmarks.other_units import SideBySide, compare_pairs, verdict_of
+from benchmarks.other_units import SideBySide, compare_pairs, planned, word_on
 from metaopt.lab.named import problem_named
 from metaopt.lab.trial import Trial, run_trial
 
@@ -23,8 +25,16 @@ def test_runs_side_by_side_are_the_lab_s_own_runs(problem: str, steps: int) -> N
 
 
 def test_pairs_are_the_same_one_by_one_and_together() -> None:
-    xor = problem_named("xor")
-    together = compare_pairs(xor, 4, 2, 5, studies=3)
-    assert together[1]["rates"] == compare_pairs(xor, 5, 1, 5, studies=3)[0]["rates"]
-    assert len(together[0]["losses"]) == 2 and len(together[0]["losses"][0]) == 3
-    assert verdict_of(together[0]) == ("no difference shown", False)
+    plan = planned("xor", 5, studies=3)
+    together = compare_pairs(plan, 4, 2)
+    assert together[1] == compare_pairs(plan, 5, 1)[0]
+    assert [len(losses) for losses in together[0]["losses"]] == [3, 3]
+    assert word_on(together[0]) == "no difference shown"
+
+
+def test_a_unit_far_from_the_range_costs_trials_and_not_the_result() -> None:
+    # 1,000 times smaller: all of the range is far too low for it
+    (pair,) = compare_pairs(replace(planned("xor", 40, studies=4), trials=4), 1, 1, factor=1000.0)
+    low, high = sorted((0, 1), key=lambda position: pair["units"][position])
+    assert pair["units"][low] < 0.1 and pair["trials"][low] > pair["trials"][high]
+    assert min(pair["losses"][low]) < 0.6
