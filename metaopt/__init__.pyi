@@ -584,7 +584,7 @@ class _Mechanic(_Part):
 mechanic: _Mechanic
 
 class _Monitor(_Part):
-    def __call__(self, tensors: str | Sequence[Any] | None = None, update_ratio: bool = True, grad_norm: bool = True, param_norm: bool = True, effective_lr: bool = False, alignment: bool = False, sign_agreement: bool = False, moments: bool = False, noise_scale: bool = False, sharpness: int = 0, iterations: int = 4, histograms: bool = False, *, label: str | None = None) -> _Part:
+    def __call__(self, tensors: str | Sequence[Any] | None = None, update_ratio: bool = True, grad_norm: bool = True, param_norm: bool = True, effective_lr: bool = False, alignment: bool = False, sign_agreement: bool = False, moments: bool = False, noise_scale: bool = False, replica_noise: int = 0, sharpness: int = 0, iterations: int = 4, histograms: bool = False, *, label: str | None = None) -> _Part:
         """Measures logged updates and changes nothing; w are the weights, g is the gradient, d the change of w.
 
         Args:
@@ -597,6 +597,7 @@ class _Monitor(_Part):
             sign_agreement: measure the share of elements with d g < 0
             moments: measure the norms of the base's moments
             noise_scale: measure the gradient noise scale; needs accumulate in the stack
+            replica_noise: updates between two measurements of the noise scale over the ranks of DDP, by all ranks; 0: none
             sharpness: updates between two measurements of the Hessian's largest eigenvalue; 0: none
             iterations: power iterations of `sharpness`
             histograms: histograms of weights, gradients and changes

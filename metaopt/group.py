@@ -25,6 +25,11 @@ class _Log(ABC):
     def push(self, name: str, value: torch.Tensor) -> None:
         """Append a 0-dim value to a `history`; the oldest value goes."""
 
+    @property
+    @abstractmethod
+    def num_replicas(self) -> int:
+        """How many replicas `mean_over_replicas` takes the mean over."""
+
     @abstractmethod
     def mean_over_replicas(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return the means of tensors over the replicas, with one all-reduce for each bucket; alone, the tensors.

@@ -402,6 +402,10 @@ class GroupView(Group):
     def push(self, name: str, value: torch.Tensor) -> None:
         push(getattr(self, name), value)
 
+    @property
+    def num_replicas(self) -> int:
+        return self._update.run.replicas.size
+
     def mean_over_replicas(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         return self._update.run.replicas.mean(tensors)
 
@@ -479,6 +483,10 @@ class GroupsView(Groups):
     def dot(self, a: str, b: str) -> torch.Tensor:
         products = [total_dot(getattr(view, a), getattr(view, b), view.parameters) for view in self]
         return torch.stack([product.to(products[0].device) for product in products]).sum()
+
+    @property
+    def num_replicas(self) -> int:
+        return self._update.run.replicas.size
 
     def mean_over_replicas(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         return self._update.run.replicas.mean(tensors)

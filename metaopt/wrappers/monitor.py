@@ -1,11 +1,13 @@
 """Monitor: what a person wants to see of a run, measured where a point is logged."""
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, MutableMapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from metaopt import Group, Groups, HyperparameterError, Wrapper, counter, hookimpl, hyper, scalar, zeros
 
@@ -24,15 +26,23 @@ SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum")
 class Monitor(Wrapper):
     """Measures logged updates and changes nothing; w are the weights, g is the gradient, d the change of w.
 
-    |x| is the 2-norm, of the whole model and of each tensor; g is what the base was given; d is all that was added to
-    w. update_ratio |d| / |w|, about 1e-3 where a run is healthy. effective_lr |d| / |g|. alignment cos(d, -g), 1 being
-    straight downhill, and last_alignment cos(g, g of the update before), which keeps a copy of g. sign_agreement: the
-    share of elements with d g < 0. moments: the norms of the base's moments, and second_below_eps: the share of
-    elements whose second moment v has sqrt(v) < eps. noise_scale: (b - a) / (1 - 1/n) over (n a - b) / (n - 1), in
-    batches of one `step()`, where n steps are accumulated, b is the mean of their |g|^2 and a the |g|^2 of their mean;
-    each of the two is averaged over points (arXiv:1812.06162). sharpness: the largest eigenvalue of the Hessian by
-    power iteration on differences of gradients, at every so many updates with `step(closure)`; it costs `iterations`
-    + 1 evaluations of the loss and its gradient each time. histograms: of w, g and d, by powers of two, if finite.
+    |x| is the 2-norm, of the whole model and of each tensor; g is what the base was given; d is all that was added
+    to w. update_ratio |d| / |w|, about 1e-3 where a run is healthy. effective_lr |d| / |g|. alignment cos(d, -g), 1
+    being straight downhill, and last_alignment cos(g, g of the update before), which keeps a copy of g.
+    sign_agreement: the share of elements with d g < 0. moments: the norms of the base's moments, and
+    second_below_eps: the share of elements whose second moment v has sqrt(v) < eps. noise_scale: (b - a) / (1 -
+    1/n) over (n a - b) / (n - 1), in batches of one `step()`, where n steps are accumulated, b is the mean of their
+    |g|^2 and a the |g|^2 of their mean; each of the two is averaged over points (arXiv:1812.06162).
+
+    replica_noise: the same over the n ranks of DDP at every so many updates, b being the mean over ranks of the
+    |g|^2 of a rank's own gradient, as a backward pass leaves it before DDP averages, and a that of the mean, in
+    batches of one rank. A factor that a GradScaler or a clip has put on g is taken out. It is nan where g is not
+    the mean of the ranks' own gradients, as with `across="replicas"`; backward passes that are added up by hand
+    need DDP's `no_sync`. It costs an all-reduce of one number for each tensor.
+
+    sharpness: the largest eigenvalue of the Hessian by power iteration on differences of gradients, at every so
+    many updates with `step(closure)`; it costs `iterations` + 1 evaluations of the loss and its gradient each time.
+    histograms: of w, g and d, by powers of two, if finite.
     """
 
     known_as = (
@@ -55,6 +65,7 @@ class Monitor(Wrapper):
         "moments": "the norms of the base's moments",
         "second_below_eps": "the share of elements whose second moment has a root below eps",
         "noise_scale": "the gradient noise scale, in batches of one step",
+        "replica_noise": "the gradient noise scale over the ranks of DDP, in batches of one rank",
         "sharpness": "the largest eigenvalue of the Hessian",
         "weights": "the weights, as a histogram",
         "gradients": "the gradients, as a histogram",
@@ -76,6 +87,12 @@ class Monitor(Wrapper):
     noise_scale: bool = hyper(
         False, doc="measure the gradient noise scale; needs accumulate in the stack", per_group=False
     )
+    replica_noise: int = hyper(
+        0,
+        ge=0,
+        doc="updates between two measurements of the noise scale over the ranks of DDP, by all ranks; 0: none",
+        per_group=False,
+    )
     sharpness: int = hyper(
         0, ge=0, doc="updates between two measurements of the Hessian's largest eigenvalue; 0: none", per_group=False
     )
@@ -88,12 +105,15 @@ class Monitor(Wrapper):
     windows = counter("how many means of several steps were measured for the noise scale")
     noise = scalar(0.0, per="run", doc="the average of the estimated trace of the gradient's covariance")
     signal = scalar(0.0, per="run", doc="the average of the estimated |g|^2")
+    rank_noise = scalar(0.0, per="run", doc="`noise`, over ranks")
+    rank_signal = scalar(0.0, per="run", doc="`signal`, over ranks")
 
     def active_slots(self) -> dict[str, Any]:
         return self.slots if self.alignment else {}
 
     def looks_with(self, hook: str) -> bool:
-        return {"observe_gradients": self.noise_scale, "observe_loss": self.sharpness > 0}.get(hook, True)
+        looks = {"observe_gradients": self.noise_scale or self.replica_noise > 0, "observe_loss": self.sharpness > 0}
+        return looks.get(hook, True)
 
     def looks_ahead(self) -> bool:
         return self.alignment
@@ -218,7 +238,9 @@ class Monitor(Wrapper):
     # ---- the noise scale
 
     def observe_gradients(self, groups: Groups, *, gathered: bool) -> None:
-        if not groups.is_logged:
+        if self.replica_noise and not gathered and groups.num_replicas > 1:
+            self._look_at_ranks(groups)
+        if not self.noise_scale or not groups.is_logged:
             return
         square = groups.norm().square().to(groups.squares)
         if gathered:
@@ -229,18 +251,36 @@ class Monitor(Wrapper):
             groups.steps.add_(1.0)
 
     def _measure_noise(self, groups: Groups) -> None:
-        n = groups.steps.clamp_min(2.0)
-        mean, gathered = groups.squares / groups.steps.clamp_min(1.0), groups.gathered
-        noise = (mean - gathered) / (1.0 - 1.0 / n)
-        signal = (n * gathered - mean) / (n - 1.0)
-        # both averages begin at zero, and their ratio has no bias from that
-        counts = (groups.steps >= 2.0).to(mean) * 0.1
-        groups.noise.add_(counts * (noise - groups.noise))
-        groups.signal.add_(counts * (signal - groups.signal))
+        mean = groups.squares / groups.steps.clamp_min(1.0)
+        counts = groups.steps >= 2.0
+        _follow(groups.noise, groups.signal, groups.steps.clamp_min(2.0), mean, groups.gathered, counts)
         groups.measure("noise_scale", groups.noise / groups.signal)
         groups.squares.zero_()
         groups.steps.zero_()
         groups.gathered.zero_()
+
+    def _look_at_ranks(self, groups: Groups) -> None:
+        views = list(groups)
+        parameters = [p for view in views for p in view.params]
+        update = groups.updates + 1
+        watch = _WATCHES.setdefault(self, _Watch())
+        # decided by what all ranks have in common, whoever of them writes a log
+        if watch.is_due and update % self.replica_noise == 0:
+            self._measure_ranks(groups, views, watch.taken(parameters))
+        # the next step is of the next update, or of this one if steps are accumulated
+        watch.look(parameters, any((update + ahead) % self.replica_noise == 0 for ahead in (0, 1)))
+
+    def _measure_ranks(self, groups: Groups, views: list[Group], own: torch.Tensor) -> None:
+        (mean,) = groups.mean_over_replicas([own])
+        sums = mean[1:]
+        shared = _joined(views, lambda v: [_sum(g) for g in v.grads]).to(sums)
+        # what a GradScaler or a clip by the norm has multiplied the gradients by since
+        factor = torch.dot(sums, shared) / torch.dot(sums, sums)
+        is_mean = torch.linalg.vector_norm(shared - factor * sums) <= 0.02 * torch.linalg.vector_norm(shared)
+        n = torch.full_like(factor, groups.num_replicas)
+        whole = groups.norm().square().to(factor)
+        _follow(groups.rank_noise, groups.rank_signal, n, mean[0] * factor.square(), whole, is_mean)
+        groups.measure("replica_noise", torch.where(is_mean, groups.rank_noise / groups.rank_signal, torch.nan))
 
     # ---- the sharpness
 
@@ -290,7 +330,81 @@ def _largest_eigenvalue(
     return eigenvalue
 
 
+# ---- gradients of one rank
+
+
+class _Watch:
+    """The hooks of a monitor on parameters, and whether they look at the next backward pass."""
+
+    def __init__(self) -> None:
+        self.is_due = False
+        self._own: MutableMapping[torch.Tensor, _OwnGradient] = WeakIdKeyDictionary()
+
+    def look(self, parameters: Sequence[torch.Tensor], is_due: bool) -> None:
+        """Look at the next backward pass, or let it be."""
+        self.is_due = is_due
+        for p in parameters if is_due else ():
+            if p not in self._own and p.is_leaf and p.requires_grad:
+                self._own[p] = _OwnGradient(weakref.ref(self))
+                p.register_post_accumulate_grad_hook(self._own[p])
+        for own in self._own.values():
+            own.square = own.sum = None
+
+    def taken(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the sum of all squares of this rank's gradient, then the sum of each tensor's elements."""
+        zero = torch.zeros((), device=parameters[0].device)
+        found = [self._own.get(p) for p in parameters]
+        squares = [zero if own is None or own.square is None else own.square.to(zero) for own in found]
+        sums = [zero if own is None or own.sum is None else own.sum.to(zero) for own in found]
+        return torch.stack([torch.stack(squares).sum(), *sums])
+
+
+class _OwnGradient:
+    """A hook of one parameter: it runs when a backward pass has left its gradient, before DDP averages that."""
+
+    def __init__(self, watch: "weakref.ref[_Watch]") -> None:
+        self._watch = watch
+        self.square: torch.Tensor | None = None
+        self.sum: torch.Tensor | None = None
+
+    def __call__(self, p: torch.Tensor) -> None:
+        watch = self._watch()
+        if watch is None or not watch.is_due or p.grad is None:
+            return
+        gradient = p.grad.coalesce().values() if p.grad.is_sparse else p.grad
+        self.square = torch.linalg.vector_norm(gradient, dtype=_wide(gradient)).float().square()
+        self.sum = _sum(gradient)
+
+
+# by monitor: a wrapper itself has nothing that changes
+_WATCHES: MutableMapping[Monitor, _Watch] = weakref.WeakKeyDictionary()
+
+
+def _wide(values: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)
+
+
+def _sum(values: torch.Tensor) -> torch.Tensor:
+    return values.sum(dtype=_wide(values)).real.float()
+
+
 # ---- numbers
+
+
+def _follow(
+    noise: torch.Tensor,
+    signal: torch.Tensor,
+    n: torch.Tensor,
+    mean: torch.Tensor,
+    gathered: torch.Tensor,
+    counts: torch.Tensor,
+) -> None:
+    """Bring the averages of noise and signal up to date: n gradients have a mean square, their mean has `gathered`."""
+    noises = (mean - gathered) / (1.0 - 1.0 / n)
+    signals = (n * gathered - mean) / (n - 1.0)
+    # both averages begin at zero, and their ratio has no bias from that
+    noise.add_(torch.where(counts, 0.1 * (noises - noise), 0.0))
+    signal.add_(torch.where(counts, 0.1 * (signals - signal), 0.0))
 
 
 def _moment_norms(key: str, view: Group) -> list[torch.Tensor]:

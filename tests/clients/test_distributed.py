@@ -1,7 +1,9 @@
 """Data-parallel runs: DDP, ZeroRedundancyOptimizer, PostLocalSGDOptimizer."""
 
+import contextlib
 import copy
 import functools
+import math
 
 import pytest
 import torch
@@ -27,6 +29,40 @@ def zero(model: nn.Module, spec: str = SHARED_OUT) -> ZeroRedundancyOptimizer:
     # a factory in the place of an optimizer class: the stack is built over the rank's share
     factory = functools.partial(metaopt.build, spec_or_parts=spec, total_steps=12)
     return ZeroRedundancyOptimizer(model.parameters(), optimizer_class=factory)
+
+
+@on_two_ranks
+def test_the_noise_scale_over_ddp_ranks_is_that_of_one_process_that_accumulates_their_batches() -> None:
+    rank, batches = torch.distributed.get_rank(), torch.Generator().manual_seed(5)
+    watched, twin = small_model(), small_model()
+    ddp = DistributedDataParallel(watched)
+    # only one rank logs: whether the others do must not decide whether they take part
+    opt = metaopt.build(watched, "monitor(replica_noise=2) | sgd(lr=0.05)", **({"log_every": 1} if rank == 0 else {}))
+    plain = metaopt.build(twin, "accumulate(2) | monitor(noise_scale=True) | sgd(lr=0.05)", log_every=2)
+    found, expected = [], []
+    for update in range(1, 9):
+        halves = [torch.randn(4, 3, generator=batches) for _ in range(2)]
+        opt.zero_grad()
+        own = [halves[rank]] if update != 4 else [halves[rank][:2], halves[rank][2:]]
+        for piece in own:  # all but the last one stay on this rank
+            with contextlib.nullcontext() if piece is own[-1] else ddp.no_sync():
+                # a scaled loss is a factor, which is taken out
+                (1024.0 / len(own) * ddp(piece).square().mean()).backward()
+        if update == 8:
+            watched[0].bias.grad.clamp_(max=0.0)  # no longer the mean of the ranks' gradients
+        for p in watched.parameters():
+            p.grad /= 1024.0
+        opt.step()
+        for half in halves:
+            plain.zero_grad()
+            twin(half).square().mean().backward()
+            plain.step()
+        if rank == 0 and update % 2 == 0:
+            found.append(opt.metrics()["monitor/replica_noise"])
+            expected.append(plain.metrics()["monitor/noise_scale"])
+    if rank == 0:
+        assert found[:3] == pytest.approx(expected[:3], rel=1e-4)
+        assert math.isnan(found[3]) and expected[0] > 0.0
 
 
 @on_two_ranks
