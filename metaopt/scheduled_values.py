@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -133,3 +133,28 @@ class ScheduledValues:
             f"something else sets it too, most likely a torch scheduler (a Trainer makes one by default). "
             f"Either drop one of the two, or hand the other party opt.scheduler(), which only reports{by_hand}"
         )
+
+
+def tag_of(key: str) -> str:
+    """Return the tag of a scheduled hyperparameter other than the rate: `train/weight_decay`, `lookahead/alpha`."""
+    label, _, name = key.rpartition(".")
+    return f"{label or 'train'}/{name}"
+
+
+def points_of(
+    scheduled: Sequence[ScheduledValues], groups: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> dict[str, Any]:
+    """Return the value of every scheduled hyperparameter but the rate, by tag.
+
+    Groups that share a schedule have one tag; otherwise each has its own, below its name. The members of a tuple have
+    their positions.
+    """
+    points: dict[str, Any] = {}
+    for key in dict.fromkeys(key for own in scheduled for key in own.schedules if key != "lr"):
+        having = [i for i, own in enumerate(scheduled) if key in own.schedules]
+        is_shared = all(scheduled[i].schedules[key] == scheduled[having[0]].schedules[key] for i in having)
+        for i in having[:1] if is_shared else having:
+            tag, value = tag_of(key) if is_shared else f"{tag_of(key)}/{names[i]}", groups[i][key]
+            members = {f"{tag}/{j}": member for j, member in enumerate(value)} if isinstance(value, tuple) else {}
+            points.update(members or {tag: value})
+    return points

@@ -67,10 +67,13 @@ def trains_alike(text: str, spec: str, steps: int = RUN, dtype: torch.dtype = to
         "centralize | adam(lr=0.01) | cautious",
         "adamw(lr=sequence(0.1, 5, cosine(0.1)), betas=(0.8, 0.9)) | clip_update_norm(0.1)",
         "adamw(lr=0.01) | lookahead(k=2) | outer(k=6)",
+        "monitor(alignment=True) | adamw(lr=0.01) | lookahead(k=2)",
     ],
 )
 def test_the_file_trains_as_the_stack_does(spec: str) -> None:
-    stack, other, ours, theirs = trains_alike(eject(spec, RUN), spec)
+    text = eject(spec, RUN)
+    assert ("    # left out, because it only looks: monitor\n" in text) == ("monitor" in spec)
+    stack, other, ours, theirs = trains_alike(text, spec)
     if "lookahead" in spec or "ema" in spec:
         label = "mean" if "mean" in spec else next(w.label for w in stack.wrappers if w.label in ("lookahead", "ema"))
         with stack.averaged(label), other.averaged(label):

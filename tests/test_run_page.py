@@ -159,6 +159,41 @@ def test_a_dashboard_is_laid_out_once_with_what_the_stack_has():
     assert layout["slow weights"] == {"lookahead/distance": ["lookahead/distance"]}
 
 
+def test_every_scheduled_hyperparameter_is_a_curve_of_its_own():
+    log = Pages()
+    spec = "adamw(lr=cosine(0.1), weight_decay=linear(0.2, 0.0), betas=(linear(0.9, 0.8), 0.99)) | lookahead(alpha={})"
+    run(spec.format("linear(0.5, 1.0)"), log, updates=3, total_steps=10)
+    # at a point the values of its update, as the rate's
+    for count, (_, values) in enumerate(log.points):
+        assert values["train/weight_decay"] == pytest.approx(0.2 - 0.02 * count)
+        assert values["train/betas/0"] == pytest.approx(0.9 - 0.01 * count) and values["train/betas/1"] == 0.99
+        assert values["lookahead/alpha"] == pytest.approx(0.5 + 0.05 * count)
+    (layout,) = log.layouts
+    assert layout["rates"] == {
+        "learning rate": ["train/learning_rate"],
+        "weight_decay": ["train/weight_decay"],
+        "betas": ["train/betas"],
+        "lookahead.alpha": ["lookahead/alpha"],
+    }
+    base, lookahead = json.loads(log.texts_["metaopt/stack"])["parts"]
+    assert base["values"] == {"weight_decay": "train/weight_decay", "betas": "train/betas"}
+    assert lookahead["values"] == {"alpha": "lookahead/alpha"}
+
+
+def test_groups_with_schedules_of_their_own_have_curves_of_their_own():
+    log, model = Pages(), torch.nn.Linear(4, 3)
+    decays = [metaopt.linear(0.2, 0.0), metaopt.linear(0.4, 0.0)]
+    named = zip(("a", "b"), model.parameters(), decays, strict=True)
+    groups = [{"name": name, "params": [p], "weight_decay": decay} for name, p, decay in named]
+    opt = metaopt.build(groups, "adamw(lr=0.1) | ema(decay=linear(0.5, 0.9))", log=log, log_every=1, total_steps=11)
+    model(torch.ones(2, 4)).sum().backward()
+    opt.step()
+    ((_, values),) = log.points
+    assert (values["train/weight_decay/group a"], values["train/weight_decay/group b"]) == (0.2, pytest.approx(0.4))
+    assert values["ema/decay"] == 0.5 and "train/weight_decay" not in values
+    opt.close()
+
+
 def test_a_table_becomes_markdown():
     table = Table(("a", "b"), (("x | y", 0.123456), (1, None)))
     assert table.markdown() == "| a | b |\n| --- | --- |\n| x \\| y | 0.1235 |\n| 1 | - |"

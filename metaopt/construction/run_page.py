@@ -8,7 +8,8 @@ The text under `metaopt/stack` is JSON, for programs such as the TensorBoard plu
                 "scheduled": {"lr": "warmup(cosine(0.001), 0.1)"}, "measures": ["train/learning_rate"]}, ...]}
 
 `parts` are in the order in which the data flows. `hyperparameters` holds constants, those that were left at their
-defaults too; `given` are the names that were written. Each of `measures` is a tag of scalars, and the tags below it
+defaults too; `given` are the names that were written. `values` names the tags of scheduled values other than the rate;
+those of groups with schedules of their own are below. Each of `measures` is a tag of scalars, and the tags below it
 (`<tag>/...`) belong to it. A part that has pipelines of its own has them in `branches`: {name: [part, ...]}.
 """
 
@@ -22,6 +23,7 @@ from metaopt.errors import SpecError
 from metaopt.explaining.report import table_of
 from metaopt.logger import Layout, RunPage, Table
 from metaopt.schedule import Schedule
+from metaopt.scheduled_values import tag_of
 from metaopt.specs.pipeline import Part, Pipeline, to_text
 from metaopt.stack import Stack
 from metaopt.wrapper import Wrapper
@@ -58,6 +60,7 @@ def _part(part: Part, rates: str) -> dict[str, Any]:
     left_out = {*scheduled, *(RUN_FLAGS - part.arguments.keys() if part.kind == "optimizer" else ())}
     constants = {k: _json(value) for k, value in values.items() if k not in left_out and not _is_pipelines(value)}
     measures = [f"{label}/{name}" for name in getattr(part.target, "measures", ())]
+    tags = {name: tag_of(f"{label}.{name}" if label else name) for name in scheduled if name != "lr"}
     return {
         "name": part.name,
         "label": label,
@@ -66,6 +69,7 @@ def _part(part: Part, rates: str) -> dict[str, Any]:
         "hyperparameters": constants,
         "given": [name for name in part.arguments if name in constants or name in scheduled],
         "scheduled": scheduled,
+        **({"values": tags} if tags else {}),
         "measures": [rates] if part.kind == "optimizer" else measures,
         **({"branches": {name: [_part(p, rates) for p in own] for name, own in branches}} if branches else {}),
     }
@@ -195,12 +199,13 @@ def _layout(stack: Stack, rates: str) -> Layout:
     clips = {label: w for label, w in wrappers.items() if "clipped_fraction" in w.measures}
     slow = {label: w for label, w in wrappers.items() if _keeps_slow_weights(w)}
     others = {k: w for k, w in wrappers.items() if k not in {*observers, *clips, *slow}}
+    scheduled = dict.fromkeys(k for group in stack.param_groups for k in stack.schedules_of(group) if k != "lr")
     layers: dict[str, Sequence[str]] = {
         f"{label}/{name}": [f"{label}/{name}/.*"] for label, w in observers.items() for name in w.measures
     }
     sections: dict[str, dict[str, Sequence[str]]] = {
         "training": {"loss": ["train/loss", "val/loss", "test/loss"], "gradient norm": ["train/grad_norm"]},
-        "rates": {"learning rate": [rates], **_charts(observers)},
+        "rates": {"learning rate": [rates], **{key: [tag_of(key)] for key in scheduled}, **_charts(observers)},
         "clipping": _charts(clips),
         "slow weights": _charts(slow),
         "other parts": _charts(others),

@@ -51,7 +51,10 @@ def eject(spec_or_parts: Any, total_steps: int | None = None) -> str:
     For stacks of metaopt's own parts over one of torch's own bases. The file is run and compared with the stack before
     it is returned. Raises SpecError for what it cannot do.
     """
-    pipeline = as_pipeline(spec_or_parts)
+    whole = as_pipeline(spec_or_parts)
+    # what only looks changes nothing
+    watching = [part for part in whole if part.kind == "wrapper" and part.target.observes]
+    pipeline = Pipeline(tuple(part for part in whole if part not in watching))
     _, wrappers = arrange(pipeline)
     _check(pipeline)
     stack = build([torch.nn.Parameter(torch.ones(2, 2))], pipeline, total_steps=total_steps)
@@ -65,7 +68,11 @@ def eject(spec_or_parts: Any, total_steps: int | None = None) -> str:
         filter(None, [_engine(wrappers, bool(schedules), own), own, _maker(pipeline, stack, wrappers, own)])
     )
     _check_names(own, wrappers)
-    head = HEAD.format(spec=pipeline, version=metaopt.__version__)
+    head = HEAD.format(spec=whole, version=metaopt.__version__)
+    if watching:
+        left_out = ", ".join(part.label or part.name for part in watching)
+        told = '"""Return the optimizer."""'
+        made = made.replace(told, f"{told}\n    # left out, because it only looks: {left_out}", 1)
     text = _tidy(head + made)
     if (length := text.count("\n")) > LONGEST:
         raise SpecError(f"eject: the file would have {length} lines, at most {LONGEST} are readable: use fewer parts")

@@ -17,6 +17,7 @@ from metaopt.errors import StepError
 from metaopt.group import Group
 from metaopt.misuse.base import warn_of_kernel
 from metaopt.programs import kernels
+from metaopt.scheduled_values import points_of
 from metaopt.wrapper import Closure, Wrapper
 
 
@@ -523,13 +524,21 @@ def _measure(update: Update, loss: Any) -> None:
         for tag, group in zip(rate_tags(run.param_groups), run.param_groups, strict=True):
             if group.get("lr") is not None:
                 run.metrics.measure(tag, group["lr"])
+        if run.has_schedules:
+            for tag, value in points_of(run.scheduled, run.param_groups, group_names(run.param_groups)).items():
+                run.metrics.measure(tag, value)
 
 
 def rate_tags(groups: list[ParamGroup]) -> list[str]:
-    """Return the tag of every group's learning rate, in the groups' order; groups of one name get their positions."""
+    """Return the tag of every group's learning rate, in the groups' order."""
+    return [f"train/learning_rate/{name}" if name else "train/learning_rate" for name in group_names(groups)]
+
+
+def group_names(groups: list[ParamGroup]) -> list[str]:
+    """Return what tags call the groups: nothing if there is one; groups of one name get their positions."""
     if len(groups) == 1:
-        return ["train/learning_rate"]
+        return [""]
     names = [str(group.get("name", position)) for position, group in enumerate(groups)]
     named = [name if names.count(name) == 1 else f"{name} {position}" for position, name in enumerate(names)]
     # "group": the rate of a group called "decay" must not read as a decay of the rate
-    return [f"train/learning_rate/group {name}" for name in named]
+    return [f"group {name}" for name in named]
