@@ -4,7 +4,7 @@
 const MOST_RUNS = 6; // beside one another
 const SVG = "http://www.w3.org/2000/svg";
 
-const state = { runs: [], chosen: new Set(), filter: "", onlyDifferences: false, all: new Map(), big: new Set(), answer: 0 };
+const state = { runs: [], chosen: new Set(), filter: "", onlyDifferences: false, all: new Map(), big: new Set(), open: new Set(), answer: 0 };
 let list, main, count;
 
 export async function render() {
@@ -175,22 +175,39 @@ function card(stack, part, scale, differing = new Set(), inner = true) {
     "article",
     { class: `part ${part.kind}`, "data-part": part.label },
     element("h3", {}, part.name, part.label === part.name.split(".").pop() ? "" : element("em", {}, ` ${part.label}`), element("small", {}, part.acts_on ? `${part.kind}, acts on ${part.acts_on}` : part.kind)),
-    hyperparameters(part, scale, differing),
+    hyperparameters(stack, part, scale, differing),
     curves(stack, part, part.label, scale),
     branches,
   );
 }
 
-function hyperparameters(part, scale, differing) {
-  if (!part.hyperparameters.length) return "";
-  return element("table", { class: "hyper" }, ...part.hyperparameters.map((row) => {
+// what was written, differs or has another value now; the rest, which has its defaults, behind a click
+function hyperparameters(stack, part, scale, differing) {
+  const rows = part.hyperparameters.map((row) => {
     const now = row.points.length ? row.points.at(-1)[1] : null;
     const value = element("td", {}, element("span", {}, said(row)));
-    if (now !== null && (row.schedule || String(now) !== row.value)) {
+    const moves = now !== null && (row.schedule || String(now) !== row.value);
+    if (moves) {
       value.append(element("div", { class: "now" }, `now ${short(now)} `, chart(row.tag, row.points, scale, false, true)));
     }
-    return element("tr", { class: differing.has(row.name) ? "differs" : row.default ? "default" : "", "data-name": row.name }, element("th", {}, row.name), value);
-  }));
+    const kind = differing.has(row.name) ? "differs" : row.default && !moves ? "default" : "";
+    return element("tr", { class: kind, "data-name": row.name }, element("th", {}, row.name), value);
+  });
+  const [folded, shown] = [true, false].map((is) => rows.filter((row) => (row.className === "default") === is));
+  if (!rows.length) return "";
+  return element("div", {}, table(shown), folded.length ? settings(stack, part, folded) : "");
+}
+
+function table(rows) {
+  return rows.length ? element("table", { class: "hyper" }, ...rows) : "";
+}
+
+function settings(stack, part, rows) {
+  const key = `${stack.run}\n${part.label}`;
+  const box = element("details", { class: "settings" }, element("summary", {}, "all settings"), table(rows));
+  box.open = state.open.has(key);
+  box.addEventListener("toggle", () => state.open[box.open ? "add" : "delete"](key));
+  return box;
 }
 
 function said(row) {
@@ -495,6 +512,7 @@ h4 { margin: 0 0 6px; font: 12px "Roboto Mono", "DejaVu Sans Mono", monospace; c
 .hyper th { text-align: left; font-weight: 400; color: var(--quiet); padding: 1px 14px 1px 0; vertical-align: top; width: 1%; white-space: nowrap; }
 .hyper td { padding: 1px 0; font-family: "Roboto Mono", "DejaVu Sans Mono", monospace; font-size: 12px; overflow-wrap: anywhere; }
 tr.default { color: var(--quiet); }
+.settings summary { color: var(--quiet); font-size: 12px; cursor: pointer; width: max-content; }
 tr.differs { background: var(--differs); }
 .now { display: flex; flex-wrap: wrap; align-items: center; gap: 0 8px; white-space: nowrap; }
 .curves { display: flex; flex-wrap: wrap; gap: 6px 14px; margin-top: 8px; align-content: flex-start; }

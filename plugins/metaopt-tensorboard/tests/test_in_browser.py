@@ -189,6 +189,21 @@ def test_a_click_enlarges_a_curve_and_another_makes_it_small(tab):
     assert curve.locator("svg").bounding_box()["height"] == small
 
 
+def test_settings_that_were_left_at_their_defaults_are_behind_a_click(tab):
+    tab.choose("adamw")
+    lookahead = tab.stack.locator("article.part").nth(2)
+    assert lookahead.locator("tr:visible").evaluate_all("all => all.map(row => row.dataset.name)") == ["k"]
+    lookahead.get_by_text("all settings").click()
+    playwright.expect(lookahead.locator("tr[data-name=alpha]")).to_be_visible()
+    tab.keep("all settings")
+    # it stays open while others are looked at
+    tab.choose("partition")
+    tab.choose("adamw")
+    playwright.expect(lookahead.locator("tr[data-name=alpha]")).to_be_visible()
+    lookahead.get_by_text("all settings").click()
+    playwright.expect(lookahead.locator("tr[data-name=alpha]")).to_be_hidden()
+
+
 def test_two_stacks_are_beside_each_other_and_what_differs_is_marked(tab):
     tab.choose("adamw", "adamw slow")
     grid = tab.stack.locator(".grid")
