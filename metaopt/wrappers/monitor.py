@@ -19,6 +19,8 @@ EDGES = (
     *(-(2.0**e) for e in range(HIGHEST, LOWEST - 1, -1)),
     *(2.0**e for e in range(LOWEST, HIGHEST + 1)),
 )
+# sums of gradients by which ranks find out whether a gradient is the mean of theirs
+SUMS = 64
 # entries of bases that hold an average of squared gradients
 SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum")
 
@@ -38,7 +40,7 @@ class Monitor(Wrapper):
     |g|^2 of a rank's own gradient, as a backward pass leaves it before DDP averages, and a that of the mean, in
     batches of one rank. A factor that a GradScaler or a clip has put on g is taken out. It is nan where g is not
     the mean of the ranks' own gradients, as with `across="replicas"`; backward passes that are added up by hand
-    need DDP's `no_sync`. It costs an all-reduce of one number for each tensor.
+    need DDP's `no_sync`. It costs an all-reduce of a few numbers.
 
     sharpness: the largest eigenvalue of the Hessian by power iteration on differences of gradients, at every so
     many updates with `step(closure)`; it costs `iterations` + 1 evaluations of the loss and its gradient each time.
@@ -273,7 +275,7 @@ class Monitor(Wrapper):
     def _measure_ranks(self, groups: Groups, views: list[Group], own: torch.Tensor) -> None:
         (mean,) = groups.mean_over_replicas([own])
         sums = mean[1:]
-        shared = _joined(views, lambda v: [_sum(g) for g in v.grads]).to(sums)
+        shared = _gathered(_joined(views, lambda v: [_sum(g) for g in v.grads])).to(sums)
         # what a GradScaler or a clip by the norm has multiplied the gradients by since
         factor = torch.dot(sums, shared) / torch.dot(sums, sums)
         is_mean = torch.linalg.vector_norm(shared - factor * sums) <= 0.02 * torch.linalg.vector_norm(shared)
@@ -351,12 +353,12 @@ class _Watch:
             own.square = own.sum = None
 
     def taken(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the sum of all squares of this rank's gradient, then the sum of each tensor's elements."""
+        """Return the sum of all squares of this rank's gradient, then `SUMS` sums of its elements."""
         zero = torch.zeros((), device=parameters[0].device)
         found = [self._own.get(p) for p in parameters]
         squares = [zero if own is None or own.square is None else own.square.to(zero) for own in found]
         sums = [zero if own is None or own.sum is None else own.sum.to(zero) for own in found]
-        return torch.stack([torch.stack(squares).sum(), *sums])
+        return torch.cat([torch.stack(squares).sum().reshape(1), _gathered(torch.stack(sums))])
 
 
 class _OwnGradient:
@@ -378,6 +380,12 @@ class _OwnGradient:
 
 # by monitor: a wrapper itself has nothing that changes
 _WATCHES: MutableMapping[Monitor, _Watch] = weakref.WeakKeyDictionary()
+
+
+def _gathered(sums: torch.Tensor) -> torch.Tensor:
+    """Return as many sums whatever the number of tensors is, which need not be the same on all ranks."""
+    where = torch.arange(len(sums), device=sums.device) % SUMS
+    return torch.zeros(SUMS, device=sums.device).index_add_(0, where, sums)
 
 
 def _wide(values: torch.Tensor) -> torch.dtype:
