@@ -55,7 +55,11 @@ class Server:
         """End the process."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.close()
-        self.process.wait(10)
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:  # a busy machine: nobody needs its answer any more
+            self.process.kill()
+            self.process.wait()
         self.process.stdout.close()
         self.errors.close()
 
