@@ -4,7 +4,7 @@ import re
 
 import pytest
 from documents import ROOT
-from site_pages import architecture, formula, links, pages, parts, plot
+from site_pages import architecture, formula, links, pages, parts, plot, tables
 
 import metaopt
 import metaopt.testing
@@ -95,6 +95,11 @@ def test_citations_are_links():
         "https://jmlr.org/papers/v12/duchi11a",
     ]
     assert formula.without_papers("v <- g (arXiv:1207.0580, arXiv:1207.0581), then w. doi:10.1/2") == "v <- g, then w"
+
+
+def test_a_spec_in_a_table_has_no_backslashes():
+    shown = tables.with_pipes(r"<p>\|</p><table><tr><td><code>adamw \| ema</code></td></tr></table>")
+    assert shown == r"<p>\|</p><table><tr><td><code>adamw | ema</code></td></tr></table>"
 
 
 def test_a_chart_draws_what_is_finite():

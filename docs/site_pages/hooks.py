@@ -10,7 +10,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]  # this checkout, not another one
 
 from mkdocs.structure.files import File  # noqa: E402
 
-from site_pages import architecture, links, pages  # noqa: E402
+from site_pages import architecture, links, pages, tables  # noqa: E402
 
 log = logging.getLogger("mkdocs.hooks.metaopt")
 GENERATED: dict[str, str] = {}
@@ -37,7 +37,14 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Draw what the page holds as a Mermaid diagram, which would need a script from elsewhere."""
+    if page.parent is None:  # it stands alone: a column with nothing but its own title would make the text narrow
+        page.meta.setdefault("hide", ["navigation"])
     return architecture.with_drawings(markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Show specs in tables as they are written."""
+    return tables.with_pipes(html)
 
 
 def on_post_build(config: Any) -> None:

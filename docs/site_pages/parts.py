@@ -86,7 +86,7 @@ def page(entry: Entry) -> str:
     """Return the page of one part."""
     words = [" ".join(paragraph.split()) for paragraph in _paragraphs(entry)]
     cited = list(dict.fromkeys(paper for text in words for paper in formula.papers(text)))
-    hyperparameters = part(entry.name).hyperparameters if entry.kind != "logger" else {}
+    hyperparameters = _hyperparameters(entry)
     body = [f"# {entry.name}", _kind(entry), *_rule(words, frozenset(hyperparameters))]
     if cited or (entry.kind == "optimizer" and links(entry.target)):
         named = [f"[{name}]({address})" for name, address in cited]
@@ -110,6 +110,11 @@ def page(entry: Entry) -> str:
     else:
         body += _logger_sections(entry)
     return "\n\n".join(text for text in body if text) + "\n"
+
+
+def _hyperparameters(entry: Entry) -> dict[str, Any]:
+    # a logger has arguments, and that of a plugin need not be registered here
+    return {} if entry.kind == "logger" else dict(part(entry.name).hyperparameters)
 
 
 def _paragraphs(entry: Entry) -> list[str]:
@@ -205,7 +210,7 @@ def _state(entry: Entry, run: runs.Run) -> str:
     held = runs.state_of(run)
     if entry.kind == "wrapper":
         held = {key: size for key, size in held.items() if key.partition(".")[0] in _labels(run)}
-    rows = ["| state per parameter | elements, for one of the parameter |", "|---|---|"]
+    rows = ["| state of a parameter | elements, for each element of the parameter |", "|---|---|"]
     for key, size in held.items():
         rows.append(f"| `{key}` | {'no tensor' if size != size else _size(size)} |")
     total = sum(size for size in held.values() if size == size)
@@ -230,23 +235,22 @@ def _cost(entry: Entry, problem: runs.Regression, spec: str, base: str, run: run
             moved -= runs.traffic_of(problem, base)
     except Exception:  # what evaluates the loss itself cannot be watched between the two
         return evaluations
-    unit = "times the bytes of the parameters, over what the base moves" if entry.kind == "wrapper" else "times"
-    unit += "" if entry.kind == "wrapper" else " the bytes of the parameters"
+    beyond = " beyond what the base moves" if entry.kind == "wrapper" else ""
     return (
-        f"An update has to read and write {max(0.0, moved):.1f} {unit}; counted while 20 updates of `{spec}` were "
-        f"made. {evaluations}"
+        f"An update has to read and write {max(0.0, moved):.1f} times the bytes of the parameters{beyond}, "
+        f"counted over 20 updates of `{spec}`. {evaluations}"
     )
 
 
 def _works_with(entry: Entry, spec: str) -> list[str]:
     example = registry.examples(entry.name)[0]
-    rows = ["| tried when this page was built | |", "|---|---|"]
+    rows = ["| tried when this page was built | trains |", "|---|---|"]
     for name, reason in runs.works_with(spec).items():
         cell = "yes" if not reason else "no: " + reason.replace("|", "\\|").replace("<", "&lt;")
         rows.append(f"| {name} | {cell} |")
     body = [f"Three updates of `{spec}`:", "\n".join(rows)]
     if example.expected_failures:
-        body.append("`metaopt check` knows that it cannot hold these:")
+        body.append("It cannot pass these checks of `metaopt check`, for the reasons given:")
         body.append("\n".join(f"- `{check}`: {reason}." for check, reason in example.expected_failures.items()))
     return body
 
@@ -315,7 +319,7 @@ def summary(entry: Entry) -> str:
     text = entry.description if entry.kind == "optimizer" else " ".join(_paragraphs(entry)[0].split())
     text = formula.without_papers(text)
     if formula.is_formula(text):
-        names = frozenset(part(entry.name).hyperparameters)
+        names = frozenset(_hyperparameters(entry))
         return (
             formula.typeset(text, names)
             .replace("</p>\n<p>", "; ")
