@@ -348,7 +348,7 @@ class _Watch:
         for p in parameters if is_due else ():
             if p not in self._own and p.is_leaf and p.requires_grad:
                 self._own[p] = _OwnGradient(weakref.ref(self))
-                p.register_post_accumulate_grad_hook(self._own[p])
+                p.register_post_accumulate_grad_hook(self._own[p])  # type: ignore[no-untyped-call]
         for own in self._own.values():
             own.square = own.sum = None
 
