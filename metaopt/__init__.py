@@ -47,6 +47,7 @@ _HOMES = {
     "Layout": "logger",
     "Margin": "logger",
     "Problem": "problem_class",
+    "TensorProblem": "tensor_problem",
     "problem": "lab.own.making",
     "Example": "hooks",
     "hookimpl": "hooks",

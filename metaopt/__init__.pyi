@@ -56,6 +56,7 @@ from metaopt.slots import zeros as zeros
 from metaopt.space import Space as Space
 from metaopt.specs.pipeline import Part as _Part
 from metaopt.stack import Stack as Stack
+from metaopt.tensor_problem import TensorProblem as TensorProblem
 from metaopt.tuner import Task as Task
 from metaopt.tuner import Tried as Tried
 from metaopt.tuner import Tuner as Tuner
@@ -1047,6 +1048,72 @@ class _Digits(_Part):
 
 digits: _Digits
 
+class _DigitsAutoencoder(_Part):
+    def __call__(self, batch_size: int = 64) -> Problem:
+        """The digits through a bottleneck of 8 numbers: a deep tanh autoencoder, squared error times 64.
+
+        Args:
+            batch_size: images in a batch
+        """
+
+digits_autoencoder: _DigitsAutoencoder
+
+class _DigitsBatchNorm(_Part):
+    def __call__(self, batch_size: int = 64) -> Problem:
+        """The digits with four convolutions, BatchNorm behind each, and a residual connection. arXiv:1502.03167
+
+        Args:
+            batch_size: images in a batch
+        """
+
+digits_batch_norm: _DigitsBatchNorm
+
+class _DigitsVit(_Part):
+    def __call__(self, batch_size: int = 64, width: int = 32) -> Problem:
+        """The digits with a vision transformer: 16 patches of 2x2 pixels, two pre-norm blocks. arXiv:2010.11929
+
+        Args:
+            batch_size: images in a batch
+            width: width of the transformer; a multiple of 4
+        """
+
+digits_vit: _DigitsVit
+
+class _Factorisation(_Part):
+    def __call__(self, batch_size: int = 128, rank: int = 6, sparse: bool = False) -> Problem:
+        """A noisy 200 x 150 matrix of rank 4 from a fifth of its entries, by squared error. doi:10.1109/MC.2009.263
+
+        Args:
+            batch_size: entries in a batch
+            rank: length of the vectors
+            sparse: sparse gradients, for bases that take them: sgd, sparse_adam
+        """
+
+factorisation: _Factorisation
+
+class _Heat(_Part):
+    def __call__(self, batch_size: int = 64, width: int = 24) -> Problem:
+        """u_t = u_xx / 10 on the unit square from u = sin(pi x), u = 0 at the ends: a physics-informed network.
+
+        Args:
+            batch_size: points inside, and as many at the border, in a batch
+            width: width of the network
+        """
+
+heat: _Heat
+
+class _ModularAddition(_Part):
+    def __call__(self, batch_size: int = 64, prime: int = 59, width: int = 32) -> Problem:
+        """a + b modulo a prime from 80% of all pairs; 10% to validate and 10% to test. arXiv:2201.02177
+
+        Args:
+            batch_size: rows in a batch
+            prime: the modulus
+            width: width of the embedding
+        """
+
+modular_addition: _ModularAddition
+
 class _NoisyQuadratic(_Part):
     def __call__(self, dimensions: int = 100, sigma: _Rate = 1.0) -> Problem:
         """sum_i a_i (x_i - c_i)^2 / 2 with a_i = 1 / i and c ~ N(0, sigma^2 a^-1) anew for every batch. arXiv:1907.08610
@@ -1057,6 +1124,18 @@ class _NoisyQuadratic(_Part):
         """
 
 noisy_quadratic: _NoisyQuadratic
+
+class _Recall(_Part):
+    def __call__(self, batch_size: int = 64, delay: int = 16, width: int = 32) -> Problem:
+        """The first symbol of a sequence, named after noise: a GRU learns what to keep. doi:10.1162/neco.1997.9.8.1735
+
+        Args:
+            batch_size: sequences in a batch
+            delay: symbols of noise
+            width: width of the network
+        """
+
+recall: _Recall
 
 class _Rosenbrock(_Part):
     def __call__(self) -> Problem:

@@ -23,6 +23,8 @@ HOOKS = {
 EXAMPLES = "metaopt_examples"
 # offers no parts of stacks, but places where trials run
 EXECUTORS = "metaopt_executors"
+# offers no parts, but lists of problems
+SUITES = "metaopt_suites"
 
 
 @dataclass(frozen=True)
@@ -94,3 +96,8 @@ def metaopt_examples() -> dict[str, Example | Sequence[Example]]:  # type: ignor
 @hookspec
 def metaopt_executors() -> dict[str, Any]:  # type: ignore[empty-body]
     """Offer places where the trials of a comparison run: subclasses of metaopt.lab.executors.Executor."""
+
+
+@hookspec
+def metaopt_suites() -> dict[str, Sequence[str]]:  # type: ignore[empty-body]
+    """Offer suites: problems as text, such as `charlm(width=32)`, that are compared on together."""

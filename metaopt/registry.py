@@ -123,6 +123,20 @@ class Registry:
                     raise PluginError(f"the executor {name!r} is offered twice: uninstall one plugin, or rename it")
         return found
 
+    def suites(self) -> dict[str, tuple[str, ...]]:
+        """Return the suites by name: problems as text. Raises PluginError if two plugins offer one name."""
+        self._load()
+        found: dict[str, tuple[str, ...]] = {}
+        for implementation in getattr(self._plugins.hook, hooks.SUITES).get_hookimpls():
+            offered, origin = implementation.function(), implementation.plugin_name
+            for name, problems in offered.items() if isinstance(offered, dict) else [("", None)]:
+                if not isinstance(problems, list | tuple) or not all(isinstance(text, str) for text in problems):
+                    raise PluginError(f"{origin}: {hooks.SUITES} must return {{name: [problem as text, ...]}}")
+                if name in found:
+                    raise PluginError(f"the suite {name!r} is offered twice: uninstall one plugin, or rename it")
+                found[name] = tuple(problems)
+        return found
+
     def broken(self) -> list[BrokenPlugin]:
         """Return the plugins that could not be used, with their errors."""
         self._load()
@@ -181,7 +195,7 @@ class Registry:
                 self._broken.append(BrokenPlugin(origin, f"{type(error).__name__}: {error}"))
 
     def _take_plugin(self, plugin: Any, origin: str, version: str) -> None:
-        known = {*hooks.HOOKS.values(), hooks.EXAMPLES, hooks.EXECUTORS}
+        known = {*hooks.HOOKS.values(), hooks.EXAMPLES, hooks.EXECUTORS, hooks.SUITES}
         named = sorted(n for n in dir(plugin) if n.startswith("metaopt_"))
         marked = [n for n in named if getattr(getattr(plugin, n), "metaopt_impl", None) is not None]
         forgotten = [n for n in named if n in known and n not in marked]

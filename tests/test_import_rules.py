@@ -37,6 +37,7 @@ BOTTOM: dict[str, set[str]] = {
     "programs": {"rules"},
     "wrapper": {"errors", "hyperparameters", "schedule", "slots", "group", "rules"},
     "problem_class": {"errors", "hyperparameters"},
+    "tensor_problem": {"hyperparameters", "problem_class"},
     "registry": {"errors", "hooks"},
     "lr_reporter": set(),
     "misuse": {"errors", "wrapper"},
@@ -67,7 +68,7 @@ ENGINE = (
 TOP = {"lab", "cli", "testing"}
 PACKAGES = {"distributed", "specs", "construction", "explaining", "ejecting", "misuse"}
 MODULES = {f.stem for f in ROOT.glob("*.py")} - {"__init__", "__main__"} | PACKAGES
-BELOW_SPECS = {*BOTTOM, "engine", "stack", "compiled_step"} - {"problem_class"}
+BELOW_SPECS = {*BOTTOM, "engine", "stack", "compiled_step"} - {"problem_class", "tensor_problem"}
 ALLOWED: dict[str, set[str]] = {
     **BOTTOM,
     "compiled_step": BELOW_ENGINE | {"engine"},

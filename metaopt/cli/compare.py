@@ -20,8 +20,11 @@ def compare(
         str | None, typer.Option(metavar="SPEC", help="The contender to compare with; the first by default.")
     ] = None,
     problems: Annotated[
-        list[str], typer.Option("--problem", metavar="PROBLEM", help="What is trained; may be repeated.")
-    ] = ["digits"],  # noqa: B006
+        list[str], typer.Option("--problem", metavar="PROBLEM", help="What is trained; may be repeated. [digits]")
+    ] = [],  # noqa: B006
+    suite: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Problems that belong together, such as small.")
+    ] = None,
     studies: Annotated[
         str,
         typer.Option("--studies", "--seeds", metavar="N|auto", help="Tunings per contender; auto: until it is clear."),
@@ -51,8 +54,9 @@ def compare(
     plugin: Plugins = [],  # noqa: B006 - typer reads the default and never changes it
 ) -> None:
     """Compare optimizers over studies: each tunes on validation data with a random placement; verdicts are over all."""
-    drawing, comparing, planning, report, several, results = _lab()
+    drawing, comparing, named, overall, planning, report, several, results = _lab()
     drawing.check_forms(figures)
+    problems = [*problems, *(named.suite_named(suite) if suite else ())] or ["digits"]
     plans = [
         planning.plan_comparison(
             problem=problem,
@@ -87,8 +91,12 @@ def compare(
         found = [results.document(comparison) for comparison in comparisons]
         print(json.dumps(found if len(problems) > 1 else found[0], indent=1))
     if len(comparisons) > 1:
-        overview = several.write_overview(comparisons, out)
-        print(fitted(f"Over all problems: {overview}", hanging=2), file=told)
+        over_all = overall.Overall(comparisons, out)
+        written = over_all.save(figures=figures)
+        if not as_json:
+            print(f"\nOver all {len(comparisons)} problems")
+            _print(over_all.rows(), over_all.remarks())
+        print(fitted(f"Written to {out}: {', '.join(path.name for path in written)}", hanging=2), file=told)
 
 
 def _tell(report: Any, comparison: Any, written: list[Path]) -> None:
@@ -111,7 +119,7 @@ def _lab() -> list[Any]:
 
     from metaopt.errors import MissingExtra
 
-    names = ("figures", "comparison", "plan", "report", "several", "results")
+    names = ("figures", "comparison", "named", "overall", "plan", "report", "several", "results")
     try:
         return [import_module(f"metaopt.lab.{name}") for name in names]
     except ImportError as error:
@@ -142,6 +150,7 @@ BLOCK = (
     ("time to target", "target reached", "evaluations saved"),
     ("test loss", "accuracy", "weights", "diverged"),
     ("lr", "evaluations", "updates", "seconds"),
+    ("score [95%]", "solved", "mean rank [95%]", "evaluations saved [95%]"),
 )
 
 

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import Any
 
 # public name -> the module that defines it; imported when it is asked for, since some need the extra `lab`
-_HOMES = {"compare": "comparing", "train": "training", "tune": "tuning"}
+_HOMES = {"compare": "comparing", "compare_all": "comparing", "train": "training", "tune": "tuning"}
 
 
 def __getattr__(name: str) -> Any:

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from metaopt.lab.comparison import Comparison, run_comparison
-from metaopt.lab.named import text_of
+from metaopt.lab.named import suite_named, text_of
+from metaopt.lab.overall import Overall
 from metaopt.lab.plan import plan_comparison
+from metaopt.lab.several import folders
 from metaopt.problem_class import Problem
 
 
@@ -32,3 +34,25 @@ def compare(
     comparison = run_comparison(plan, progress, retry_failed, all_seeds)
     comparison.save()
     return comparison
+
+
+def compare_all(
+    specs: Sequence[str],
+    *,
+    problems: Sequence[str | Problem] = (),
+    suite: str | None = None,
+    out: Path | str = "runs/compare",
+    **options: Any,
+) -> Overall:
+    """Compare optimizers on several problems, or on those of a suite such as "small", each in a folder below `out`.
+
+    The options are those of `compare`. Raises MetaoptError.
+    """
+    named = [
+        *(text_of(problem, options.get("jobs", 1)) for problem in problems),
+        *(suite_named(suite) if suite else ()),
+    ]
+    below = folders(named, Path(out))
+    found = Overall([compare(specs, problem=text, out=folder, **options) for text, folder in below.items()], Path(out))
+    found.save()
+    return found

@@ -44,6 +44,16 @@ def text_of(problem: str | Problem, jobs: int = 1) -> str:
     )
 
 
+def suite_named(name: str) -> tuple[str, ...]:
+    """Return the problems of a suite, as text. Raises ProblemError."""
+    suites = registry.suites()
+    if name not in suites:
+        raise ProblemError(
+            f"a suite must be one of {', '.join(sorted(suites))}, got {name!r}.{did_you_mean(name, suites)}"
+        )
+    return suites[name]
+
+
 def file_of(text: str) -> Path | None:
     """Return the file of the module in which a user wrote a problem, or None for one that is registered."""
     head = text.partition("(")[0].strip()

@@ -13,7 +13,12 @@ def evaluations_saved(runs: Sequence[Result], baseline: Sequence[Result]) -> flo
 
     Negative where the baseline is the better one. The losses are those on validation data along the runs.
     """
-    return median(_saved(run, other) for run, other in zip(runs, baseline, strict=True))
+    return median(evaluations_saved_by_study(runs, baseline))
+
+
+def evaluations_saved_by_study(runs: Sequence[Result], baseline: Sequence[Result]) -> list[float]:
+    """Return the same number for each study."""
+    return [_saved(run, other) for run, other in zip(runs, baseline, strict=True)]
 
 
 def _saved(run: Result, other: Result) -> float:
