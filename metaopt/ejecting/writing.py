@@ -23,6 +23,8 @@ from metaopt.specs.pipeline import Pipeline, as_pipeline
 from metaopt.wrapper import Wrapper
 
 LONGEST = 300
+# stands for the length of a run in a file for any length: a prime that no part has among its numbers
+LENGTH = 7919317
 # updates over which the written file is compared with the stack
 COMPARED = 60
 # modules that the head of the file imports, or that an ejected file must not need
@@ -78,6 +80,17 @@ def eject(spec_or_parts: Any, total_steps: int | None = None) -> str:
         raise SpecError(f"eject: the file would have {length} lines, at most {LONGEST} are readable: use fewer parts")
     _compare(text, pipeline, total_steps)
     return text
+
+
+def eject_for_any_length(spec_or_parts: Any, command: str) -> str:
+    """Return what `eject` does, with `make_optimizer(params, total_steps)`: the length of the run is given there."""
+    text = eject(spec_or_parts, LENGTH)
+    text = re.sub(rf"\b{LENGTH}\b", "total_steps", text)
+    text = text.replace("def make_optimizer(params: Any)", "def make_optimizer(params: Any, total_steps: int)")
+    text = text.replace(
+        "`make_optimizer(params)` with\nparameters", "`make_optimizer(params, total_steps)` with\nparameters"
+    )
+    return text.replace("Written by `metaopt eject`", f"Written by `metaopt {command}`", 1)
 
 
 def _check(pipeline: Pipeline) -> None:
@@ -203,7 +216,7 @@ def _engine(wrappers: tuple[Wrapper, ...], scheduled: bool, parts: str) -> str:
     hooks = set().union(*(w.implemented_hooks() for w in wrappers))
     kinds = {slot.kind for w in wrappers for slot in w.active_slots().values()}
     features = {
-        "parts": bool(wrappers),
+        "parts": bool(wrappers) or scheduled,
         "slots": bool(kinds - {"previous"}),
         "on_gradients": "on_gradients" in hooks,
         "before_update": "before_update" in hooks,

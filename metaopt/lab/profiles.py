@@ -34,12 +34,14 @@ def ratios(times: Sequence[Numbers]) -> Numbers:
 
 def profile(found: Numbers, taus: Numbers) -> Numbers:
     """Return for each contender the share of problems that it solved within each multiple of the best's time."""
-    return (found[:, :, None] <= taus + 1e-12).mean(axis=0)
+    shares: Numbers = (found[:, :, None] <= taus + 1e-12).mean(axis=0)
+    return shares
 
 
 def scores(found: Numbers) -> Numbers:
     """Return the area under each contender's profile from 1 to 4 over that of a perfect one."""
-    return np.clip((MOST - found) / (MOST - 1.0), 0.0, 1.0).mean(axis=-2)
+    areas: Numbers = np.clip((MOST - found) / (MOST - 1.0), 0.0, 1.0).mean(axis=-2)
+    return areas
 
 
 def score_estimates(times: Sequence[Numbers]) -> list[Estimate]:

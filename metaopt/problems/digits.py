@@ -132,7 +132,8 @@ class DigitsAutoencoder(Digits):
         return nn.Sequential(*layers[:-1])
 
     def loss(self, model: nn.Module, batch: Data) -> torch.Tensor:
-        return (model(batch[0]) - batch[0].flatten(1)).square().sum(1).mean()
+        errors: torch.Tensor = model(batch[0]) - batch[0].flatten(1)
+        return errors.square().sum(1).mean()
 
     def metrics(self, model: nn.Module, batch: Data) -> dict[str, torch.Tensor]:
         return {}

@@ -20,7 +20,8 @@ class Factors(nn.Module):
             nn.init.normal_(factor.weight, std=0.3)
 
     def forward(self, places: torch.Tensor) -> torch.Tensor:
-        return (self.rows(places[:, 0]) * self.columns(places[:, 1])).sum(1)
+        products: torch.Tensor = self.rows(places[:, 0]) * self.columns(places[:, 1])
+        return products.sum(1)
 
 
 class Factorisation(TensorProblem):
@@ -45,7 +46,8 @@ class Factorisation(TensorProblem):
         return Factors(self.rank, self.sparse)
 
     def loss(self, model: nn.Module, batch: Data) -> torch.Tensor:
-        return (model(batch[0]) - batch[1]).square().mean()
+        errors: torch.Tensor = model(batch[0]) - batch[1]
+        return errors.square().mean()
 
 
 @hookimpl

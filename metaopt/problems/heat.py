@@ -51,7 +51,8 @@ class Heat(Problem):
         at_start = torch.stack([start[:, 0], torch.zeros_like(start[:, 0])], 1)
         at_ends = torch.stack([end[:, 0].round(), end[:, 1]], 1)
         conditions = (model(at_start)[:, 0] - (pi * start[:, 0]).sin()).square().mean() + model(at_ends).square().mean()
-        return residual.square().mean() + 10 * conditions
+        loss: torch.Tensor = residual.square().mean() + 10 * conditions
+        return loss
 
     def evaluate(self, model: nn.Module, split: str = "validation") -> dict[str, float]:
         device = next(model.parameters()).device
