@@ -15,6 +15,7 @@ from metaopt.lab.looks import level_after
 from metaopt.lab.moving import Moving, outermost
 from metaopt.lab.plan import LEAST_TO_MOVE, Plan
 from metaopt.lab.runs import Runs
+from metaopt.lab.settings import rate_in
 from metaopt.lab.statistics import Verdict, verdicts
 from metaopt.lab.trial import Trial
 from metaopt.lab.workers import Workers
@@ -27,23 +28,38 @@ NEAR, OFTEN, LEAST = 0.1, 1 / 3, 2
 
 @dataclass
 class Study:
-    """A contender tuned once: its trials by rate, in rising order, and the rate with the least loss on validation data.
+    """A contender tuned once: its trials by rate, in rising order, or by spec where it has spaces.
 
-    What a user would keep of a tuning is its best run: `run` is the study's result.
+    What a user would keep of a tuning is its best run, the one with the least loss on validation data: `run` is the
+    study's result.
     """
 
     number: int
-    trials: dict[float | None, Result]
+    trials: dict[Any, Result]
+
+    @property
+    def best(self) -> Any:
+        """The key of the best trial, the first of equal ones: its rate, or its spec where the contender has spaces."""
+        return min(self.trials, key=lambda key: loss_of(self.trials[key], "validation"))
 
     @property
     def rate(self) -> float | None:
-        """The rate of the best trial, the first of equal ones."""
-        return min(self.trials, key=lambda rate: loss_of(self.trials[rate], "validation"))
+        """The learning rate of the best trial, or None."""
+        return _rate_of(self.best, self.run)
 
     @property
     def run(self) -> Result:
         """The best trial."""
-        return self.trials[self.rate]
+        return self.trials[self.best]
+
+    def by_rate(self) -> list[tuple[float | None, Result, bool]]:
+        """Return each trial with its learning rate, and whether it is the best."""
+        best = self.best
+        return [(_rate_of(key, trial), trial, key == best) for key, trial in self.trials.items()]
+
+
+def _rate_of(key: Any, trial: Result) -> float | None:
+    return rate_in(key, trial["updates"] or 1) if isinstance(key, str) else key
 
 
 @dataclass
@@ -224,13 +240,13 @@ def _make(studies: Sequence[Moving], done: dict[Trial, Result], workers: Workers
 
 
 def _contender(plan: Plan, position: int, studies: Sequence[Moving], done: dict[Trial, Result]) -> Contender:
-    made = [Study(s.number, {rate: done[trial] for rate, trial in s.trials.items()}) for s in studies]
+    made = [Study(s.number, {key: done[trial] for key, trial in s.trials.items()}) for s in studies]
     return Contender(plan.specs[position], made, edge=_edge(plan, made))
 
 
 def _edge(plan: Plan, studies: Sequence[Study]) -> str | None:
     """Return at which end of the rates too many studies were best, "lowest" or "highest", or None."""
-    sides = [_side(plan, study, study.rate) for study in studies if study.rate is not None]
+    sides = [_side(plan, study, study.best) for study in studies if isinstance(study.best, float)]
     for name, side in (("lowest", -1), ("highest", 1)):
         if sides.count(side) >= max(LEAST, OFTEN * len(sides)):
             return name

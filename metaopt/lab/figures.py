@@ -104,9 +104,9 @@ def sensitivity(comparison: Comparison) -> Figure:
     for position, contender in enumerate(comparison.contenders):
         style = _style(position) | {"linestyle": "none"}
         points = [
-            (rate, trial["validation"]["loss"], rate == study.rate)
+            (rate, trial["validation"]["loss"], best)
             for study in contender.studies
-            for rate, trial in study.trials.items()
+            for rate, trial, best in study.by_rate()
             if rate is not None
         ]
         looks: tuple[tuple[bool, dict[str, Any]], ...]

@@ -7,6 +7,7 @@ same, whatever the unit: only then are an optimizer and itself in another unit e
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from metaopt.lab.plan import Plan
 from metaopt.lab.trial import Trial
@@ -14,21 +15,24 @@ from metaopt.lab.trial import Trial
 
 @dataclass
 class Moving:
-    """One study of a contender as it is made: its trials by rate, and how many of them are beyond each end."""
+    """One study of a contender as it is made: its trials by rate, and how many of them are beyond each end.
+
+    The trials of a contender with spaces are by spec: its ranges are the user's own, and stay.
+    """
 
     plan: Plan
     position: int
     number: int
     below: int = 0
     above: int = 0
-    trials: dict[float | None, Trial] = field(init=False)
+    trials: dict[Any, Trial] = field(init=False)
 
     def __post_init__(self) -> None:
         self.trials = self.plan.study(self.position, self.number)
 
     def moves_on(self, losses: Mapping[Trial, float]) -> bool:
         """Take one rate more beyond the end at which the best one is; tell whether there was need and room."""
-        if self.below + self.above >= self.plan.moves:
+        if self.below + self.above >= self.plan.moves or any(isinstance(key, str) for key in self.trials):
             return False
         side = outermost([losses[trial] for trial in self.trials.values()])
         if side == 0 or self.plan.given[side > 0]:
@@ -36,7 +40,7 @@ class Moving:
         self.below, self.above = self.below + (side < 0), self.above + (side > 0)
         place = self.plan.trials - 1 + self.above if side > 0 else -self.below
         rate = self.plan.rate(self.position, self.number, place)
-        new: dict[float | None, Trial] = {rate: self.plan.trial(self.position, rate, self.number)}
+        new = {rate: self.plan.trial(self.position, rate, self.number)}
         self.trials = {**self.trials, **new} if side > 0 else {**new, **self.trials}
         return True
 

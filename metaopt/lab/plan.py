@@ -15,7 +15,9 @@ from metaopt.lab.named import problem_named
 from metaopt.lab.placement import placed
 from metaopt.lab.power import MOST_STUDIES, detectable, fewest_studies, studies_for
 from metaopt.lab.rates import with_rate
+from metaopt.lab.settings import cost_of_settings, searches, settings
 from metaopt.lab.trial import Trial, cost_of_an_update
+from metaopt.problem_class import Problem
 from metaopt.specs.pipeline import Part, Pipeline, parse
 
 DEFAULT_SPECS = (
@@ -84,10 +86,20 @@ class Plan:
         low, high = self.given
         return self.lowest if low else self.lowest / further, self.highest if high else self.highest * further
 
-    def study(self, position: int, number: int) -> dict[float | None, Trial]:
-        """Return the trials of a study by their rates; a rate of None leaves the spec's own."""
+    def settings(self, position: int, number: int) -> dict[str, dict[str, Any]]:
+        """Return the settings of a study of a contender with spaces, specs with values and these by path, or none."""
+        spec = self.specs[position]
+        return settings(spec, f"{self.problem} {spec} {number}", self.trials) if searches(spec) else {}
+
+    def study(self, position: int, number: int) -> dict[Any, Trial]:
+        """Return the trials of a study by their rates; a rate of None leaves the spec's own.
+
+        Those of a contender with spaces are by their whole spec.
+        """
         if not self.tune:
             return {None: self.trial(position, None, number)}
+        if found := self.settings(position, number):
+            return {spec: self._trial(position, spec, number) for spec in found}
         rates = [self.rate(position, number, place) for place in range(self.trials)]
         return {rate: self.trial(position, rate, number) for rate in rates}
 
@@ -101,10 +113,12 @@ class Plan:
 
     def trial(self, position: int, rate: float | None, seed: int) -> Trial:
         """Return one run of a contender; a rate of None leaves the spec's own."""
-        spec, updates, steps = self.specs[position], self.updates[position], self.steps[position]
-        trained = spec if rate is None else with_rate(spec, rate, updates)
-        own = digest(self.own[position])
-        return Trial(self.problem, trained, seed, self.budget, updates, steps, self.device, own)
+        spec = self.specs[position]
+        return self._trial(position, spec if rate is None else with_rate(spec, rate, self.updates[position]), seed)
+
+    def _trial(self, position: int, spec: str, seed: int) -> Trial:
+        updates, steps, own = self.updates[position], self.steps[position], digest(self.own[position])
+        return Trial(self.problem, spec, seed, self.budget, updates, steps, self.device, own)
 
     def promise(self) -> str:
         """Return what this budget can show, before any of it is spent."""
@@ -165,9 +179,7 @@ def plan_comparison(
     first = _position(baseline, chosen)
     device, budget = usable_device(device), steps or found.default_steps
     # of a schedule the curve over the whole budget: how many updates that is, is found with it
-    costs = [
-        cost_of_an_update(found, with_rate(spec, lowest, budget) if tune else spec, device, budget) for spec in chosen
-    ]
+    costs = [_cost(found, spec, lowest if tune else None, device, budget) for spec in chosen]
     return Plan(
         problem=problem,
         specs=chosen,
@@ -190,6 +202,15 @@ def plan_comparison(
         on=on,
         retries=retries,
     )
+
+
+def _cost(problem: Problem, spec: str, rate: float | None, device: str, budget: int) -> tuple[int, int]:
+    """Return how many steps and gradients an update of a contender takes."""
+    if not searches(spec):
+        return cost_of_an_update(problem, spec if rate is None else with_rate(spec, rate, budget), device, budget)
+    if rate is None:
+        raise SpecError(f"{spec} has values that are still to be chosen: write them, or leave --no-tune out")
+    return cost_of_settings(problem, spec, device, budget)
 
 
 def _looks(studies: int | str, others: int) -> tuple[int, ...]:

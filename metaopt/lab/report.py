@@ -10,6 +10,7 @@ from metaopt.lab.named import problem_named
 from metaopt.lab.power import detectable, fewest_studies
 from metaopt.lab.rates import given_rate
 from metaopt.lab.savings import evaluations_saved
+from metaopt.lab.settings import found_in, searches
 from metaopt.lab.statistics import LEVEL, Verdict, paired_differences
 
 NONE_SHOWN = "no difference shown"
@@ -145,6 +146,7 @@ def remarks(comparison: Comparison) -> list[str]:
         *_on_targets(comparison),
         *_on_trials(comparison),
         *_on_rates(comparison),
+        *_on_settings(comparison),
     ]
 
 
@@ -152,8 +154,10 @@ def _on_verdicts(comparison: Comparison) -> list[str]:
     plan, others, made = comparison.plan, len(comparison.contenders) - 1, comparison.studies
     least = fewest_studies(others, comparison.level)
     short = ", so no difference of any size could be shown." if made < least else "."
+    evaluations = plan.trials * made * plan.budget
     study = (
-        f"A study is a tuning of its own: {plan.trials} rates placed at random, the best on validation data counts."
+        f"A study is a tuning of its own: {plan.trials} rates placed at random, or settings where a spec has spaces; "
+        f"the best on validation data counts. Tuning took up to {evaluations} gradient evaluations for each contender."
         if plan.tune
         else "Fixed rates rank settings, not optimizers: no winner is named."
     )
@@ -238,13 +242,23 @@ def _on_rates(comparison: Comparison) -> list[str]:
         if contender.edge
     ]
     for spec in plan.specs if plan.tune else ():
-        given = given_rate(spec)
+        given = None if searches(spec) else given_rate(spec)
         if given is not None:
             said.append(
                 f"Tuning replaces lr={given} of {spec} by rates whose largest value is tuned; --no-tune keeps it."
                 if "(" in given
                 else f"Tuning replaces lr={given} of {spec}; --no-tune keeps it."
             )
+    return said
+
+
+def _on_settings(comparison: Comparison) -> list[str]:
+    """Return what the studies of contenders with spaces found."""
+    said = []
+    for position, contender in enumerate(comparison.contenders):
+        values = [comparison.plan.settings(position, study.number).get(study.best) for study in contender.studies]
+        if all(values):
+            said.append(f"Best settings of {contender.spec} over {len(values)} studies: {found_in(values)}.")
     return said
 
 

@@ -67,7 +67,7 @@ def trial_rows(comparison: Comparison) -> list[dict[str, Any]]:
     found = []
     for contender in comparison.contenders:
         for study in contender.studies:
-            for rate, trial in study.trials.items():
+            for rate, trial, best in study.by_rate():
                 found.append(
                     {
                         "problem": comparison.plan.problem,
@@ -76,7 +76,7 @@ def trial_rows(comparison: Comparison) -> list[dict[str, Any]]:
                         "study": study.number,
                         "lr": math.nan if rate is None else rate,
                         "spec": trial["spec"],
-                        "chosen": rate == study.rate,
+                        "chosen": best,
                         "seed": trial["seed"],
                         **{f"validation_{name}": _lost(value, name) for name, value in trial["validation"].items()},
                         **{f"test_{name}": _lost(value, name) for name, value in trial["test"].items()},
