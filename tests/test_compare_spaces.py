@@ -68,6 +68,15 @@ def test_the_report_and_the_table_name_what_was_found(found: Comparison) -> None
     found.figure("sensitivity").draw_without_rendering()
 
 
+def test_memory_is_that_of_the_state(found: Comparison) -> None:
+    # three numbers: momentum keeps one for each, AdamW two and a count, lookahead one more
+    shown = [row["state"] for row in rows(found)]
+    assert shown[0] == "1.00 x parameters"
+    (memory,) = {json.dumps(run["memory"]) for run in found.contenders[1].runs}
+    assert json.loads(memory) == {"parameters": 24, "state": 72 + 4, "peak": None}
+    assert all(float(row["ms per update"]) > 0 for row in rows(found))
+
+
 def test_the_best_of_a_study_is_the_least_validation_loss(found: Comparison) -> None:
     for study in found.contenders[1].studies:
         losses = {spec: trial["validation"]["loss"] for spec, trial in study.trials.items()}

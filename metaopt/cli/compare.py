@@ -149,7 +149,7 @@ BLOCK = (
     ("verdict", "difference [95%]", "p (Holm)", "better in", "could have shown"),
     ("time to target", "target reached", "evaluations saved"),
     ("test loss", "accuracy", "weights", "diverged"),
-    ("lr", "evaluations", "updates", "seconds"),
+    ("lr", "evaluations", "updates", "seconds", "ms per update", "state"),
     ("score [95%]", "solved", "mean rank [95%]", "evaluations saved [95%]"),
 )
 

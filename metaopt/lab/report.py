@@ -1,8 +1,9 @@
 """What a comparison says in words: a table with a row per contender, remarks beside it, and both as Markdown."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean, median, quantiles, stdev
+from typing import Any
 
 from metaopt.lab.comparison import Comparison, Contender
 from metaopt.lab.looks import FALLS_BY, pocock
@@ -44,7 +45,23 @@ def _row(comparison: Comparison, contender: Contender, timed: bool) -> dict[str,
         "updates": str(max(run["updates"] for run in runs)),
         "could have shown": _detectable(comparison, contender),
         "seconds": f"{median(run['seconds'] for run in runs):.2f}" if timed else "",
+        "ms per update": f"{1e3 * median(_pace(run) for run in runs):.2f}" if timed else "",
+        "state": _state(runs),
     }
+
+
+def _pace(run: Mapping[str, Any]) -> float:
+    """Return the seconds of an update; infinite for a run that made none."""
+    return run["seconds"] / run["updates"] if run["updates"] else math.inf
+
+
+def _state(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return what the optimizer keeps, in sizes of the parameters, and on an accelerator the most memory in use."""
+    memory = next((run["memory"] for run in runs if run["memory"]["parameters"]), None)
+    if memory is None:
+        return ""
+    peak = "" if memory["peak"] is None else f", peak {memory['peak'] / 2**20:.0f} MiB"
+    return f"{memory['state'] / memory['parameters']:.2f} x parameters{peak}"
 
 
 def _of_all(comparison: Comparison) -> list[dict[str, dict[str, float]]]:

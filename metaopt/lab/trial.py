@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -135,6 +135,7 @@ def failed(trial: Trial, reason: str) -> dict[str, Any]:
         "updates": 0,
         "evaluations": 0,
         "seconds": 0.0,
+        "memory": {"parameters": 0, "state": 0, "peak": None},
         "diverged": True,
         "failed": reason,
     }
@@ -150,6 +151,8 @@ def has_diverged(loss: float, initial: float) -> bool:
 
 def _run(trial: Trial) -> dict[str, Any]:
     problem = problem_named(trial.problem)
+    if trial.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(trial.device)
     points = Points()
     every = max(1, trial.updates // POINTS)
     run = _Run(problem, trial.spec, trial.seed, trial.device, trial.updates, log=points, log_every=every)
@@ -190,6 +193,7 @@ def _run(trial: Trial) -> dict[str, Any]:
         "updates": run.opt.updates,
         "evaluations": run.evaluations,
         "seconds": seconds,
+        "memory": _memory(run, trial.device),
         "diverged": diverged,
     }
 
@@ -220,6 +224,17 @@ def _numbers(measured: Mapping[str, float], lost: bool) -> dict[str, float | Non
 def _evaluate(run: _Run, split: str) -> dict[str, float]:
     with shown(run.opt):
         return run.problem.evaluate(run.model, split)
+
+
+def _memory(run: _Run, device: str) -> dict[str, int | None]:
+    """Return the bytes of the parameters and of what the optimizer keeps; on an accelerator the most that was used."""
+    kept = [value for state in run.opt.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    peak = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None
+    return {"parameters": _bytes(run.model.parameters()), "state": _bytes(kept), "peak": peak}
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _settle(device: str) -> None:
