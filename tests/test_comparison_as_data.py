@@ -4,7 +4,6 @@ import copy
 import csv
 import itertools
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -117,7 +117,7 @@ def sensitivity(comparison: Comparison) -> Figure:
             axes.plot([rate for rate, _ in kept], [loss for _, loss in kept], **style, **look, **label)
         lost.append(([rate for rate, loss, _ in points if loss is None], style["color"]))
     axes.set(xlabel="learning rate", ylabel="validation loss")
-    _scale(axes.xaxis, [rate for c in comparison.contenders for study in c.studies for rate in study.trials if rate])
+    _scale(axes.xaxis, [rate for c in comparison.contenders for s in c.studies for rate, *_ in s.by_rate() if rate])
     # above the points there is a line for each contender that diverged
     lost = [(rates, color) for rates, color in lost if rates]
     _scale(axes.yaxis, losses, room=0.04 * len(lost))

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from metaopt.lab import profiles
-from metaopt.lab.figures import _bytes, _empty, _finished, _style, _wrapped
+from metaopt.lab.figures import LEGEND, _bytes, _empty, _finished, _style, _wrapped
 
 
 def profile(overall: Any) -> Figure:
@@ -17,7 +17,7 @@ def profile(overall: Any) -> Figure:
     figure, axes = _empty(f"{len(overall.comparisons)} problems: performance profile, quartiles over resampled studies")
     for position, spec in enumerate(overall.specs):
         style = _style(position)
-        label = f"{_wrapped(spec, 90)} ({overall.scores[position].value:.2f})"
+        label = f"{_wrapped(spec, LEGEND)} ({overall.scores[position].value:.2f})"
         axes.plot(taus, shares[position], label=label, markevery=(4 * (position % 5), 20), linewidth=1.8, **style)
         axes.fill_between(taus, low[position], high[position], color=style["color"], alpha=0.12, linewidth=0)
     axes.set(xlabel="evaluations to the target, over the best contender's", ylabel="share of problems solved")
