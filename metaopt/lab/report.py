@@ -171,10 +171,9 @@ def _on_verdicts(comparison: Comparison) -> list[str]:
     plan, others, made = comparison.plan, len(comparison.contenders) - 1, comparison.studies
     least = fewest_studies(others, comparison.level)
     short = ", so no difference of any size could be shown." if made < least else "."
-    evaluations = plan.trials * made * plan.budget
     study = (
         f"A study is a tuning of its own: {plan.trials} rates placed at random, or settings where a spec has spaces; "
-        f"the best on validation data counts. Tuning took up to {evaluations} gradient evaluations for each contender."
+        f"the best on validation data counts. {_tuning(comparison)}"
         if plan.tune
         else "Fixed rates rank settings, not optimizers: no winner is named."
     )
@@ -187,6 +186,15 @@ def _on_verdicts(comparison: Comparison) -> list[str]:
         "difference that studies spread like these show with a chance of 80%. Evaluations saved: how many fewer the "
         "better one takes to the other's final validation loss.",
     ]
+
+
+def _tuning(comparison: Comparison) -> str:
+    """Return how many gradients the tuning of the contenders evaluated."""
+    counts = {c.spec: sum(trial["evaluations"] for trial in c.trials) for c in comparison.contenders}
+    if len(set(counts.values())) == 1:
+        return f"All trials of a contender took {next(iter(counts.values()))} gradient evaluations together."
+    listed = "; ".join(f"{count} of {spec}" for spec, count in counts.items())
+    return f"All trials of a contender took so many gradient evaluations together: {listed}."
 
 
 def _on_looks(comparison: Comparison) -> list[str]:
@@ -273,8 +281,9 @@ def _on_settings(comparison: Comparison) -> list[str]:
     """Return what the studies of contenders with spaces found."""
     said = []
     for position, contender in enumerate(comparison.contenders):
-        values = [comparison.plan.settings(position, study.number).get(study.best) for study in contender.studies]
-        if all(values):
+        tried = [(comparison.plan.settings(position, study.number), study.best) for study in contender.studies]
+        values = [settings[best] for settings, best in tried if best in settings]
+        if values:
             said.append(f"Best settings of {contender.spec} over {len(values)} studies: {found_in(values)}.")
     return said
 
