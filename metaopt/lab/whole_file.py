@@ -1,5 +1,6 @@
 """Write a text file whole or not at all."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from metaopt.errors import LogError
@@ -11,6 +12,8 @@ def write_whole(path: Path, text: str) -> None:
         _scratch(path).write_text(text, encoding="utf-8")
         _scratch(path).replace(path)
     except OSError as error:
+        with suppress(OSError):  # a full disk is no fuller for it
+            _scratch(path).unlink(missing_ok=True)
         raise LogError(f"{path} cannot be written: {error.strerror or error}") from None
 
 

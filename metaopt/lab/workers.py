@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,8 @@ def store(result: Result, folder: Path, jobs: int, trial: Trial) -> dict[str, An
         scratch.write_text(text)
         scratch.replace(path)
     except OSError as error:
+        with suppress(OSError):  # a full disk is no fuller for it
+            scratch.unlink(missing_ok=True)
         raise LogError(f"a result cannot be written to {folder}: {error.strerror or error}") from None
     found: dict[str, Any] = json.loads(text)
     return found
