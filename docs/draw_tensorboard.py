@@ -1,6 +1,6 @@
 """Draw the pictures of the TensorBoard guide: real runs, looked at in TensorBoard with the Chromium that is installed.
 
-`python docs/draw_tensorboard.py` needs the program `chromium` and `plugins/metaopt-tensorboard[test]`.
+`python docs/draw_tensorboard.py [runs|comparison]` needs `chromium` and `plugins/metaopt-tensorboard[test]`.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ STACKS = {
     "adamw + lookahead": f"clip_grad_norm(1.0) | adamw(lr={RATE}) | lookahead(k=5) | monitor",
 }
 SCALARS = "train/loss|train/grad_norm|train/learning_rate|lookahead/distance"
-COMPARED = ["sgd", "sgd | lookahead", "sgd(momentum=0.9)"]
+COMPARED = ["sgd(momentum=0.9)", "sgd(momentum=0.9) | lookahead", "adamw", "sgd"]
 
 
 def train(folder: Path, name: str, spec: str) -> None:
@@ -49,7 +49,7 @@ def train(folder: Path, name: str, spec: str) -> None:
 def compare(folder: Path) -> None:
     """Make a small comparison on the same digits."""
     stacks = [word for spec in COMPARED for word in ("-o", spec)]
-    size = ["--problem", "digits", "--steps", "60", "--studies", "8", "--trials", "2"]
+    size = ["--problem", "digits", "--steps", "60", "--studies", "8", "--trials", "3"]
     subprocess.run([sys.executable, "-m", "metaopt", "compare", *size, *stacks, "--out", str(folder)], check=True)
 
 
@@ -98,29 +98,45 @@ def show(page: Page, address: str, runs: list[str]) -> None:
     tab.locator("main[aria-busy=false] h2").nth(len(runs) - 1).wait_for()
 
 
+def draw_runs(page: Page, folder: Path) -> None:
+    """Take the pictures of single runs."""
+    for title, spec in STACKS.items():
+        train(folder, title, spec)
+    with tensorboard(folder, len(STACKS)) as address:
+        page.set_viewport_size({"width": 1280, "height": 760})
+        page.goto(f"{address}/#scalars&_smoothingWeight=0&tagFilter={SCALARS}")
+        page.wait_for_timeout(8000)  # charts are drawn one after the other, by a worker
+        draw(page, "tensorboard")
+        page.set_viewport_size({"width": 1280, "height": 820})
+        show(page, address, ["adamw + lookahead"])
+        draw(page, "tensorboard-stack")
+        show(page, address, list(STACKS))
+        draw(page, "tensorboard-stacks")
+
+
+def draw_comparison(page: Page, folder: Path) -> None:
+    """Take the pictures of a comparison: medians in their bands, and the verdicts."""
+    compare(folder)
+    with tensorboard(folder / "tensorboard", len(COMPARED) + 1) as address:
+        page.set_viewport_size({"width": 1100, "height": 470})
+        page.goto(f"{address}/#custom_scalars")
+        chart = page.locator("tf-custom-scalar-margin-chart-card", has_text="validation/loss").first
+        chart.locator("path.area").nth(len(COMPARED) - 1).wait_for()
+        page.wait_for_timeout(2000)  # axes follow the data
+        draw(page, "tensorboard-bands")
+        page.set_viewport_size({"width": 1280, "height": 400})
+        show(page, address, ["comparison"])
+        draw(page, "tensorboard-comparison")
+
+
 def main() -> None:
-    """Make the runs, look at them and take the pictures."""
+    """Make the runs, look at them and take the pictures: of `runs`, of a `comparison`, or both."""
     browser = shutil.which("chromium") or sys.exit("this needs the program chromium")
     with tempfile.TemporaryDirectory() as name, sync_playwright() as started:
-        folder = Path(name)
-        for title, spec in STACKS.items():
-            train(folder / "runs", title, spec)
         page = started.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page()
-        with tensorboard(folder / "runs", len(STACKS)) as address:
-            page.set_viewport_size({"width": 1280, "height": 760})
-            page.goto(f"{address}/#scalars&_smoothingWeight=0&tagFilter={SCALARS}")
-            page.wait_for_timeout(8000)  # charts are drawn one after the other, by a worker
-            draw(page, "tensorboard")
-            page.set_viewport_size({"width": 1280, "height": 820})
-            show(page, address, ["adamw + lookahead"])
-            draw(page, "tensorboard-stack")
-            show(page, address, list(STACKS))
-            draw(page, "tensorboard-stacks")
-        compare(folder / "compared")
-        with tensorboard(folder / "compared" / "tensorboard", len(COMPARED)) as address:
-            page.set_viewport_size({"width": 1280, "height": 400})
-            show(page, address, ["comparison"])
-            draw(page, "tensorboard-comparison")
+        for what, drawn in (("runs", draw_runs), ("comparison", draw_comparison)):
+            if what in (sys.argv[1:] or [what]):
+                drawn(page, Path(name) / what)
 
 
 if __name__ == "__main__":
