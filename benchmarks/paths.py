@@ -1,0 +1,105 @@
+"""`python -m benchmarks.paths`: the three ratios of an update that the performance page shows, by one thread.
+
+Pairs are interleaved in one process and timed by the thread's own clock, which other programs move the least. Run it
+with and without `METAOPT_KERNELS=0` to compare the library with torch's kernels.
+"""
+
+import datetime
+import sys
+import time
+from collections.abc import Callable
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+import metaopt
+from benchmarks.machine import machine, machine_line
+from metaopt.lab.shapes import make_tensor_set
+from metaopt.programs import kernels
+
+ROUNDS = 20
+# updates of a sample: enough of them to be timed, a multiple of Lookahead's period
+UPDATES = {"tiny": 100, "many": 10, "transformer": 5, "large": 5}
+FULL = "clip_grad_norm(1.0) | adamw | lookahead(k=5)"
+
+Step = Callable[[], Any]
+
+
+def fused(params: list[torch.nn.Parameter]) -> Step:
+    """Return the step of torch's fused AdamW."""
+    return torch.optim.AdamW(params, fused=True).step
+
+
+def by_hand(params: list[torch.nn.Parameter]) -> Step:
+    """Return what people write: a clip by the norm, then fused AdamW; no Lookahead."""
+    step = fused(params)
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        step()
+
+    return update
+
+
+def stack(spec: str) -> Callable[[list[torch.nn.Parameter]], Step]:
+    """Return what makes a stack's step."""
+    return lambda params: metaopt.build(params, spec).step
+
+
+PAIRS = {
+    f"`{FULL}` to `clip_grad_norm_`, fused AdamW": (stack(FULL), by_hand),
+    "`adamw | lookahead(k=5)` to fused AdamW": (stack("adamw | lookahead(k=5)"), fused),
+    "`adamw` to fused AdamW": (stack("adamw"), fused),
+}
+
+
+class Contender:
+    """An update of parameters of its own; the gradients are put back before each, because a clip scales them."""
+
+    def __init__(self, name: str, make: Callable[[list[torch.nn.Parameter]], Step]) -> None:
+        tensors = make_tensor_set(name)
+        self.gradients = tensors.gradients
+        params = [torch.nn.Parameter(weight) for weight in tensors.weights]
+        for p, gradient in zip(params, self.gradients, strict=True):
+            p.grad = gradient.clone()
+        self.held = [p.grad for p in params if p.grad is not None]
+        self.step = make(params)
+
+    def seconds(self, updates: int) -> float:
+        """Return the mean time of an update."""
+        total = 0.0
+        for _ in range(updates):
+            torch._foreach_copy_(self.held, self.gradients)
+            began = time.thread_time()
+            self.step()
+            total += time.thread_time() - began
+        return total / updates
+
+
+def measured(name: str, makers: tuple[Callable[..., Step], Callable[..., Step]]) -> tuple[list[float], list[float]]:
+    """Return the ratios of the rounds, and the seconds of an update of the first."""
+    contenders = [Contender(name, make) for make in makers]
+    rounds = [[contender.seconds(UPDATES[name]) for contender in contenders] for _ in range(ROUNDS + 1)]
+    rounds = rounds[1:]  # the first makes the state
+    return [a / b for a, b in rounds], [a for a, _ in rounds]
+
+
+def main(names: list[str]) -> None:
+    """Print a table as Markdown."""
+    torch.set_num_threads(1)
+    library = kernels()
+    print(f"{machine_line(machine('cpu'))}, {datetime.date.today().isoformat()}, one thread, ", end="")
+    print("without metaopt-kernels" if library is None else f"metaopt-kernels ({library.variant})")
+    print(f"\n| ratio, median [quartiles] of {ROUNDS} rounds | {' | '.join(names)} |\n|{' --- |' * (len(names) + 1)}")
+    for what, makers in PAIRS.items():
+        cells = []
+        for name in names:
+            ratios, seconds = measured(name, makers)
+            low, _, high = quantiles(ratios, n=4)
+            cells.append(f"{median(ratios):.2f} [{low:.2f}, {high:.2f}], {median(seconds) * 1e3:.3g} ms")
+        print(f"| {what.replace('|', chr(92) + '|')} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(UPDATES))
