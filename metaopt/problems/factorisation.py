@@ -10,18 +10,19 @@ ROWS, COLUMNS, RANK, NOISE = 200, 150, 4, 0.1
 
 
 class Factors(nn.Module):
-    """A vector for each row and for each column; an entry is their product."""
+    """A vector for each row and for each column; an entry is their product and a mean of all."""
 
     def __init__(self, rank: int, sparse: bool) -> None:
         super().__init__()
         self.rows = nn.Embedding(ROWS, rank, sparse=sparse)
         self.columns = nn.Embedding(COLUMNS, rank, sparse=sparse)
+        self.mean = nn.Parameter(torch.zeros(1))
         for factor in (self.rows, self.columns):
             nn.init.normal_(factor.weight, std=0.3)
 
     def forward(self, places: torch.Tensor) -> torch.Tensor:
         products: torch.Tensor = self.rows(places[:, 0]) * self.columns(places[:, 1])
-        return products.sum(1)
+        return products.sum(1) + self.mean
 
 
 class Factorisation(TensorProblem):

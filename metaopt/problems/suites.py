@@ -11,7 +11,7 @@ SMALL = (
     "digits_batch_norm",
     "digits_vit",
     "digits_autoencoder",
-    "charlm",
+    "charlm(layers=1)",
     "recall",
     "modular_addition",
     "factorisation",
