@@ -41,9 +41,11 @@ TOGETHER = 1000
 
 
 class SideBySide:
-    """One network of a problem many times: each with its own seed and rate, trained by SGD with momentum."""
+    """One network of a problem many times: each with its own seed, rate and momentum, trained by SGD."""
 
-    def __init__(self, problem: Problem, seeds: Sequence[int], rates: Sequence[float]) -> None:
+    def __init__(
+        self, problem: Problem, seeds: Sequence[int], rates: Sequence[float], momenta: Sequence[float] | None = None
+    ) -> None:
         self.problem = problem
         distinct = list(dict.fromkeys(seeds))
         made = [problem.model(seed).eval() for seed in distinct]
@@ -52,6 +54,7 @@ class SideBySide:
         self.parameters = {name: p.detach()[self._batch_of] for name, p in parameters.items()}
         self._velocity = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self._rates = torch.tensor(rates, dtype=torch.float32)
+        self._momenta = torch.tensor(momenta or [MOMENTUM] * len(rates), dtype=torch.float32)
         self._batches = [problem.batches(seed) for seed in distinct]
         self._gradients = vmap(grad(self._loss))
 
@@ -59,15 +62,17 @@ class SideBySide:
         def model(x: torch.Tensor) -> Any:
             return functional_call(self._model, parameters, (x,))
 
-        return self.problem.loss(model, batch)  # type: ignore[arg-type]
+        model.parameters = lambda: iter(parameters.values())  # type: ignore[attr-defined]
+        return self.problem.loss(model, batch[0] if self._bare else batch)  # type: ignore[arg-type]
 
     def update(self) -> None:
         """Make one update of all: v <- momentum v + g, p <- p - lr v."""
         drawn = [next(batches) for batches in self._batches]
-        batch = [torch.stack(tensors)[self._batch_of] for tensors in zip(*drawn, strict=True)]
+        self._bare = isinstance(drawn[0], torch.Tensor)
+        batch = [torch.stack(tensors)[self._batch_of] for tensors in zip(*map(_several, drawn), strict=True)]
         for name, gradient in self._gradients(self.parameters, *batch).items():
-            velocity = self._velocity[name].mul_(MOMENTUM).add_(gradient)
-            rates = self._rates.view(-1, *[1] * (velocity.dim() - 1))
+            rates, momenta = (each.view(-1, *[1] * (gradient.dim() - 1)) for each in (self._rates, self._momenta))
+            velocity = self._velocity[name].mul_(momenta).add_(gradient)
             self.parameters[name] = self.parameters[name] - rates * velocity
 
     @torch.no_grad()
@@ -78,6 +83,10 @@ class SideBySide:
             model.load_state_dict({name: p[number] for name, p in self.parameters.items()})
             found.append(self.problem.evaluate(model, split)["loss"])
         return found
+
+
+def _several(batch: Any) -> Sequence[torch.Tensor]:
+    return (batch,) if isinstance(batch, torch.Tensor) else batch
 
 
 def planned(problem: str, steps: int, studies: int) -> Plan:

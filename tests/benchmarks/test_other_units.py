@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("scipy")
 from benchmarks.other_units import SideBySide, compare_pairs, planned, word_on
+from benchmarks.other_units_table import RATES, false_verdicts
 from metaopt.lab.named import problem_named
 from metaopt.lab.trial import Trial, run_trial
 
@@ -38,3 +40,15 @@ def test_a_unit_far_from_the_range_costs_trials_and_not_the_result() -> None:
     low, high = sorted((0, 1), key=lambda position: pair["units"][position])
     assert pair["units"][low] < 0.1 and pair["trials"][low] > pair["trials"][high]
     assert min(pair["losses"][low]) < 0.6
+
+
+def test_rates_that_move_on_make_units_exchangeable_and_held_ones_do_not() -> None:
+    random = np.random.default_rng(0)
+    # a valley in the logarithm of the rate, at its bottom a little different for each seed
+    losses = (np.log(RATES / 0.15) + 0.2 * random.normal(size=(60, 1))) ** 2 + 0.1 * random.normal(
+        size=(60, len(RATES))
+    )
+    held, least = false_verdicts((losses, losses), 600, 10.0, 0)
+    moving, trials = false_verdicts((losses, losses), 600, 10.0, 5)
+    assert held > 0.2 and moving < 0.075
+    assert least == 5 < trials < 7
