@@ -1,6 +1,7 @@
 """`metaopt train` under torchrun: ranks train what one process trains, speak with one voice, and end together."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -276,6 +277,41 @@ def test_ranks_that_are_killed_and_started_again_end_bit_for_bit(tmp_path):
     assert (tmp_path / "deaths").read_text() == "11"
     one, other = (load(newest_of(log / "checkpoints")[0]) for log in (whole, killed))
     assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
+
+
+def test_random_ranks_that_are_killed_at_random_times_end_bit_for_bit(tmp_path, request):
+    kills = request.config.getoption("--rank-kills")
+    # another number of kills is another series
+    chosen = random.Random(kills)
+    asked = ["train", "--problem=xor", "--stack", SPEC, "--steps=120", "--checkpoint-every=5"]
+    began = time.monotonic()
+    ended = commands(2, [*asked, f"--log={tmp_path / 'whole'}"], tmp_path)
+    length = time.monotonic() - began
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    whole = load(newest_of(tmp_path / "whole" / "checkpoints")[0])
+    killed = in_a_row = run = resumed = 0
+    while killed < kills or in_a_row:
+        log = tmp_path / f"killed-{run}"
+        running = Together(2, _command, [*asked, f"--log={log}"], str(tmp_path), restarts=in_a_row)
+        resumed += in_a_row > 0 and bool(newest_of(log / "checkpoints"))
+        # no more than four in a row, so that each run comes to its end
+        if killed < kills and in_a_row < 4:
+            time.sleep(chosen.uniform(0.0, length))
+        victim = running.processes[chosen.randrange(2)]
+        if killed < kills and in_a_row < 4 and victim.exitcode is None:
+            victim.kill()
+            killed, in_a_row = killed + 1, in_a_row + 1
+            # as torchrun does, which ends those that have not ended by themselves
+            for process in running.processes:
+                process.join(10)
+                process.kill()
+            continue
+        running.end()
+        assert [process.exitcode for process in running.processes] == [0, 0]
+        end = load(newest_of(log / "checkpoints")[0])
+        assert all(torch.equal(end["model"][key], whole["model"][key]) for key in whole["model"])
+        run, in_a_row = run + 1, 0
+    print(f"{killed} kills in {run} runs; {resumed} restarts went on from a checkpoint")
 
 
 def test_sigterm_on_one_rank_stops_all_at_the_same_step_with_a_checkpoint(tmp_path):
