@@ -154,7 +154,7 @@ def local(steps: int, seeds: int = 3) -> Iterator[str]:
 # ---- overhead
 
 
-def _loops(ranks: Any, which: str) -> tuple[dict[str, list[float]], int]:
+def _loops(ranks: Any, which: str, rounds: int = ROUNDS) -> tuple[dict[str, list[float]], int]:
     """Return the seconds of rounds of each loop, in turn, and the peak of the memory in KiB."""
     problem = problem_of(**LARGE)
     batch = next(problem.batches(0))
@@ -186,7 +186,7 @@ def _loops(ranks: Any, which: str) -> tuple[dict[str, list[float]], int]:
 
         loops["metaopt"] = ours
     seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for number in range(ROUNDS + 2):
+    for number in range(rounds + 2):
         for name, loop in loops.items():
             torch.distributed.barrier()
             began = time.perf_counter()
@@ -212,7 +212,7 @@ def overhead(_: int) -> Iterator[str]:
     peaks: dict[str, list[int]] = {"torch": [], "metaopt": []}
     for _ in range(3):
         for name, found in peaks.items():
-            found.append(together(2, _loops, name)[0][1])
+            found.append(together(2, _loops, name, 1)[0][1])
     mib = {name: statistics.median(found) / 1024 for name, found in peaks.items()}
     ratio = mib["metaopt"] / mib["torch"]
     yield f"| peak of the memory, MiB | {mib['torch']:.1f} | {mib['metaopt']:.1f} | {ratio:.3f} |"

@@ -1,6 +1,7 @@
 """Where trials run: the same results everywhere, and a worker that dies costs one try."""
 
 import os
+import socket
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -10,11 +11,14 @@ import warm
 
 from metaopt.errors import ProblemError
 from metaopt.lab.comparison import run_comparison
-from metaopt.lab.executors import Died, Task, executor_named, task_of
+from metaopt.lab.executors import Died, Executor, Task, executor_named, task_of
 from metaopt.lab.executors.driver import Driver
 from metaopt.lab.executors.folder import Folder, Worker
 from metaopt.lab.plan import Plan, plan_comparison
 from metaopt.lab.trial import Trial
+from metaopt.lab.workers import Workers
+from metaopt.registry import registry
+from metaopt.testing import cases, prove
 from metaopt.testing.executors import results_of
 
 
@@ -93,8 +97,6 @@ def test_an_old_lease_is_taken_over_by_one_worker_and_the_driver_learns_of_it(tm
 
 def test_a_worker_that_is_killed_costs_one_try(tmp_path, workers, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent)
-    from metaopt.registry import registry
-
     registry.load_plugin_module("mortal")
     (tmp_path / "marks").mkdir()
     problem = f"mortal(marks={str(tmp_path / 'marks')!r}, tries=2, driver={os.getpid()})"
@@ -134,3 +136,47 @@ def test_a_worker_with_other_code_refuses_the_task(tmp_path):
     task = Task(trial.key(), {**asdict(trial), "circumstances": "other"})
     with pytest.raises(ProblemError, match="has other code, versions or data than the driver"):
         task.run("here")
+
+
+class InThisProcess(Executor):
+    """What an executor must not be: a trial can end its driver."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.waiting = []
+
+    def submit(self, task):
+        self.waiting.append(task)
+
+    def results(self):
+        while self.waiting:
+            task = self.waiting.pop()
+            yield task, task.run("here")
+
+    def cancel(self):
+        pass
+
+
+def proved(name: str) -> dict[str, tuple[str, str]]:
+    if name == "here":  # in a process of its own
+        registry.executors = lambda: {"here": InThisProcess}
+    return {result.check: (result.status, result.reason) for result in prove(cases(name)[0])}
+
+
+@pytest.mark.slow
+def test_check_proves_an_executor_and_finds_what_is_wrong_with_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    warm.context()  # workers are forks of a process that is warm
+    assert {status for status, _ in proved("folder").values()} == {"passed"}
+    found = warm.called(proved, "here")
+    assert found["gives_the_results_of_this_process"][0] == "passed"
+    assert "runs in the process of the driver" in found["a_killed_worker_costs_one_try"][1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_local_results_say_where_they_were_made_and_are_retried_as_often_as_asked(tmp_path, monkeypatch):
+    trial = trials_of(plan(tmp_path))[0]
+    with Workers(tmp_path, 1, retries=0) as workers:
+        ((_, result),) = workers.results([trial])
+        assert workers.tries == 1
+    assert result["where"] == {"on": "local", "host": socket.gethostname(), "process": os.getpid()}

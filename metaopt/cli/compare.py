@@ -43,7 +43,7 @@ def compare(
     on: Annotated[
         str, typer.Option(metavar="NAME[:ADDRESS]", help="Where trials run: local, folder, or of a plugin: ray, slurm.")
     ] = "local",
-    retries: Annotated[int, typer.Option(help="How often a trial whose worker died elsewhere is run again.")] = 2,
+    retries: Annotated[int, typer.Option(help="How often a trial whose process died is run again.")] = 2,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     figures: Annotated[list[str], typer.Option(metavar="FORM", help="png, pdf or svg; may be repeated.")] = ["png"],  # noqa: B006
     out: Annotated[Path, typer.Option(help="Where results go; an interrupted comparison continues there.")] = Path(

@@ -211,7 +211,7 @@ def run_comparison(
 
 def _workers(plan: Plan, trials: Path, retry_failed: bool) -> Workers | Driver:
     if plan.on == LOCAL:
-        return Workers(trials, plan.jobs, plan.plugins, retry_failed)
+        return Workers(trials, plan.jobs, plan.plugins, retry_failed, plan.retries)
     return Driver(plan.on, trials, plan.jobs, plan.plugins, plan.retries, retry_failed)
 
 

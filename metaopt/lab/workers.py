@@ -17,16 +17,16 @@ import torch
 
 from metaopt.errors import LogError, ProblemError
 from metaopt.lab.circumstances import THREADS
+from metaopt.lab.executors import LOCAL, RETRIES, made_here
 from metaopt.lab.holding import scratch_of
 from metaopt.lab.trial import Trial, failed, run_trial
 from metaopt.registry import registry
 
 Result = dict[str, Any]
 
-TRIES = 3
 # without any result between: nothing can be run here
 KILLED_IN_A_ROW = 8
-KILLED = f"its process was killed {TRIES} times from outside, most likely for want of memory"
+KILLED = "its process was killed {} times from outside, most likely for want of memory"
 
 
 class Workers:
@@ -35,11 +35,19 @@ class Workers:
     Left by an exception, a Ctrl-C among them, it ends at once what still runs.
     """
 
-    def __init__(self, folder: Path, jobs: int, plugins: Sequence[str] = (), retry_failed: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        jobs: int,
+        plugins: Sequence[str] = (),
+        retry_failed: bool = False,
+        retries: int = RETRIES,
+    ) -> None:
         self.folder = folder.absolute()  # a process may begin in another one
         self.jobs = jobs
         self.plugins = tuple(plugins)
         self.retry_failed = retry_failed
+        self.tries = retries + 1
         self._pool: ProcessPoolExecutor | None = None
         self._others: set[Any] = set()
         self._threads = torch.get_num_threads()
@@ -56,7 +64,7 @@ class Workers:
     def results(self, trials: Iterable[Trial]) -> Iterator[tuple[Trial, Result]]:
         """Yield each trial with its result as it comes; one that lies in the folder is read, not made again.
 
-        A trial that raises is a result, and so is one whose process was killed `TRIES` times. Raises LogError.
+        A trial that raises is a result, and so is one whose process was killed at each of its tries. Raises LogError.
         """
         missing = []
         for trial in trials:
@@ -98,10 +106,11 @@ class Workers:
                         yield trial, done
                         continue
                     killed[trial] += 1
-                    if killed[trial] < TRIES:
+                    if killed[trial] < self.tries:
                         suspects.append(trial)
                     else:
-                        yield trial, store(failed(trial, KILLED), self.folder, self.jobs, trial)
+                        lost = {**failed(trial, KILLED.format(self.tries)), **made_here(LOCAL)}
+                        yield trial, store(lost, self.folder, self.jobs, trial)
                 running.clear()
                 self._end_pool()
 
@@ -112,7 +121,7 @@ class Workers:
             if self._pool is None:
                 self._others = set(multiprocessing.active_children())
                 self._pool = ProcessPoolExecutor(
-                    self.jobs, _context(), initializer=begin_process, initargs=(self.plugins,)
+                    self.jobs, process_context(), initializer=begin_process, initargs=(self.plugins,)
                 )
             future = self._pool.submit(_run_and_store, source[0], self.folder, self.jobs)
             running[future] = source.popleft()
@@ -141,7 +150,7 @@ def _file(trial: Trial, folder: Path) -> Path:
 
 
 def _run_and_store(trial: Trial, folder: Path, jobs: int) -> dict[str, Any]:
-    return store(run_trial(trial), folder, jobs, trial)
+    return store({**run_trial(trial), **made_here(LOCAL)}, folder, jobs, trial)
 
 
 def store(result: Result, folder: Path, jobs: int, trial: Trial) -> dict[str, Any]:
@@ -161,7 +170,7 @@ def store(result: Result, folder: Path, jobs: int, trial: Trial) -> dict[str, An
     return found
 
 
-def _context() -> Any:
+def process_context() -> Any:
     """Return how processes start: never by a fork of this one, whose threads they would inherit half."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")

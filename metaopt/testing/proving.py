@@ -15,6 +15,7 @@ from metaopt.lab.named import problem_entry
 from metaopt.registry import Entry, registry
 from metaopt.specs.pipeline import parse
 from metaopt.testing.allowed_values import spec_with_allowed
+from metaopt.testing.executors import ExecutorSubject, is_executor
 from metaopt.testing.loggers import LoggerSubject
 from metaopt.testing.outcome import CHECKS, Check, CheckFailed, NotApplicable, Result
 from metaopt.testing.problems import ProblemSubject
@@ -27,6 +28,7 @@ from metaopt.testing.tuners import TunerSubject
 for _module in (
     *("training", "groups", "states", "resuming", "distributed", "averages"),
     *("laws", "declarations", "agreement", "references", "schedules", "spaces", "tuners", "loggers", "problems"),
+    "executors",
 ):
     import_module(f"metaopt.testing.{_module}")
 
@@ -51,8 +53,13 @@ class Case:
 def cases(name: str, *, device: str = "cpu", **given: Any) -> list[Case]:
     """Return the cases of the part of this name, or of a part as text, such as `lookahead(k=2)`.
 
-    `given` replaces fields of each `metaopt.Example`. Raises MetaoptError.
+    An executor is named as `--on` names it: `slurm:cluster=local`. `given` replaces fields of each `metaopt.Example`.
+    Raises MetaoptError.
     """
+    if is_executor(name):
+        entry = Entry(name, "executor", registry.executors()[name.partition(":")[0]], "")
+        example = Example(**given)
+        return [Case(name, example, (ExecutorSubject(entry, example, name, torch.device(device)),))]
     if ":" in name.partition("(")[0]:  # a user's own problem, in a module of theirs
         entry = problem_entry(name)
         return [Case(entry.name, Example(), (ProblemSubject(entry, Example(), "", torch.device(device)),))]

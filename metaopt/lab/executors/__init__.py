@@ -5,6 +5,7 @@ import socket
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -55,7 +56,12 @@ class Task:
             result = run_trial(trial)
         finally:
             torch.set_num_threads(threads)
-        return {**result, "where": {"on": where, "host": socket.gethostname(), "process": os.getpid()}}
+        return {**result, **made_here(where)}
+
+
+def made_here(where: str) -> Result:
+    """Return what a result says of the place where it was made: the executor, the machine and the process."""
+    return {"where": {"on": where, "host": socket.gethostname(), "process": os.getpid()}}
 
 
 @cache
@@ -81,6 +87,11 @@ class Executor(ABC):
         self.address = address
         self.folder = folder
         self.jobs = jobs
+
+    @classmethod
+    def workers(cls, folder: Path) -> AbstractContextManager[None]:
+        """Hold the workers that `metaopt check` needs, where an executor does not start its own."""
+        return nullcontext()
 
     @abstractmethod
     def submit(self, task: Task) -> None:

@@ -23,12 +23,14 @@ from metaopt.hooks import hookimpl
 from metaopt.lab.executors import Died, Executor, Result, Task
 from metaopt.lab.holding import scratch_of
 from metaopt.lab.trial import Trial
-from metaopt.lab.workers import store
+from metaopt.lab.workers import process_context, store
 
 NAME = "folder"
 TASKS, TRIALS = "tasks", "trials"
 # seconds without a sign of life after which a lease is taken over
 LEASE = 30.0
+# of workers that are there to be killed
+SHORT = 2.0
 # seconds between two looks into the folder
 LOOK = 0.2
 # of a result: its time is not shown, because others may have run beside it
@@ -47,6 +49,21 @@ class Folder(Executor):
                 (folder / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LogError(f"tasks cannot be written to {folder}: {error.strerror or error}") from None
+
+    @classmethod
+    @contextlib.contextmanager
+    def workers(cls, folder: Path) -> Iterator[None]:
+        """Start three workers: one is killed, and another then sees its lease."""
+        context = process_context()
+        started = [context.Process(target=_work, args=(folder, SHORT), daemon=True) for _ in range(3)]
+        for process in started:
+            process.start()
+        try:
+            yield
+        finally:
+            for process in started:
+                process.kill()
+                process.join()
 
     def submit(self, task: Task) -> None:
         self._waiting[task.key] = task
@@ -166,6 +183,10 @@ class Worker:
         finally:
             done.set()
             thread.join()
+
+
+def _work(folder: Path, lease: float) -> None:
+    Worker(folder, lease).work(idle=600.0)
 
 
 def _result(tasks: Path, key: str) -> Path:
