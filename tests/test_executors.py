@@ -138,6 +138,13 @@ def test_a_worker_with_other_code_refuses_the_task(tmp_path):
         task.run("here")
 
 
+def test_a_plugin_that_has_no_part_in_a_trial_is_known_to_its_worker_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent)
+    registry.load_plugin_module("mortal")
+    trial = trials_of(plan(tmp_path, plugins=["mortal"]))[0]
+    assert task_of(trial, ("mortal",)).run("here")["failed"] is None
+
+
 class InThisProcess(Executor):
     """What an executor must not be: a trial can end its driver."""
 

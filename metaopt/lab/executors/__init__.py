@@ -45,7 +45,10 @@ class Task:
         for plugin in self.plugins:
             registry.load_plugin_module(plugin)
         trial = Trial(**self.trial)
-        if trial.circumstances and _circumstances(trial.problem, trial.spec, trial.device) != trial.circumstances:
+        if (
+            trial.circumstances
+            and _circumstances(trial.problem, trial.spec, trial.device, self.plugins) != trial.circumstances
+        ):
             raise ProblemError(
                 f"{socket.gethostname()} has other code, versions or data than the driver, so that its results would "
                 f"be others: install the same there"
@@ -65,8 +68,8 @@ def made_here(where: str) -> Result:
 
 
 @cache
-def _circumstances(problem: str, spec: str, device: str) -> str:
-    return digest(circumstances(problem, [parse(spec)], device, ()))
+def _circumstances(problem: str, spec: str, device: str, plugins: tuple[str, ...]) -> str:
+    return digest(circumstances(problem, [parse(spec)], device, plugins))
 
 
 @dataclass(frozen=True)
