@@ -9,16 +9,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metaopt.errors import MetaoptError
-from metaopt.lab.comparison import Comparison
 from metaopt.lab.executors import Executor, Task, executor_named, task_of
 from metaopt.lab.executors.driver import Driver
 from metaopt.lab.trial import Trial
 from metaopt.registry import registry
 from metaopt.testing.outcome import CheckFailed, check
 from metaopt.testing.subject import Subject
+
+if TYPE_CHECKING:
+    from metaopt.lab.comparison import Comparison
 
 # where a result was made and how long that took is no part of it
 OF_THE_PLACE = ("where", "jobs", "seconds")
@@ -66,7 +68,7 @@ def metaopt_problems() -> dict[str, type[Problem]]:
 '''
 
 
-def results_of(comparison: Comparison) -> list[dict[str, Any]]:
+def results_of(comparison: "Comparison") -> list[dict[str, Any]]:
     """Return the results of all trials, without what depends on the place: two places give equal lists."""
     runs = [run for contender in comparison.contenders for study in contender.studies for run in study.trials.values()]
     return [_of_no_place(run) for run in runs]
