@@ -62,6 +62,7 @@ def recomputed(path: Path) -> dict[str, dict[str, Any]]:
             "mean": float(d.mean()),
             "mean_low": float(student.low),
             "mean_high": float(student.high),
+            "superiority": float(np.mean(d < 0) + np.mean(d == 0) / 2),
         }
     return results
 
