@@ -1,7 +1,8 @@
 """Rules of elements: what a wrapper does to each element, written once as a function of tensors and numbers.
 
 The function is called once, with symbols in the places of tensors and numbers. What it returns is a small graph, which
-runs by multi-tensor calls of torch (here), or with other rules and the base's update in one pass (`programs`).
+runs by multi-tensor calls of torch (here), or joined with other rules (`joined_rules`) and the base's update in one
+pass over memory (`programs`).
 """
 
 import inspect
@@ -24,7 +25,7 @@ OPERATIONS = (
 )
 NAMES = {"true_divide": "div", "__and__": "and", "multiply": "mul", "absolute": "abs", "rsub": "sub"}
 
-Values = Mapping[str, Any]
+Values = Mapping[Any, Any]
 
 
 class Symbol:
@@ -109,7 +110,7 @@ def applied(name: str, *args: Any, **keywords: Any) -> Symbol:
 class Graph:
     """What a rule does: operations in order, and which symbol each output is."""
 
-    def __init__(self, outputs: Mapping[str, Symbol]) -> None:
+    def __init__(self, outputs: Mapping[Any, Symbol]) -> None:
         self.outputs = dict(outputs)
         self.order: list[Symbol] = []
         for symbol in self.outputs.values():
@@ -206,8 +207,10 @@ _ON_NUMBERS: dict[str, Callable[..., float]] = {
 # ---- by multi-tensor calls of torch
 
 
-def run(graph: Graph, group: Group, tensors: Mapping[str, list[torch.Tensor]], numbers: Values) -> None:
-    """Run a rule over the lists of a group; outputs are written in place."""
+def run(
+    graph: Graph, group: Group, tensors: Mapping[Any, list[torch.Tensor]], numbers: Values, spare: Any = None
+) -> None:
+    """Run a rule over the lists of a group; outputs are written in place, and nobody needs the list `spare` later."""
     found: dict[Symbol, Any] = {}
     own: set[Symbol] = set()  # lists that nobody else holds
     for i, symbol in enumerate(graph.order):
@@ -215,6 +218,8 @@ def run(graph: Graph, group: Group, tensors: Mapping[str, list[torch.Tensor]], n
             found[symbol] = number_of(symbol, numbers)
         elif symbol.op == "tensor":
             found[symbol] = tensors[symbol.value]
+            if symbol.value == spare and spare not in graph.outputs:
+                own.add(symbol)
         else:
             args = [found[arg] for arg in symbol.args]
             free = [arg in own and graph.last[arg] == i for arg in symbol.args]
@@ -223,7 +228,8 @@ def run(graph: Graph, group: Group, tensors: Mapping[str, list[torch.Tensor]], n
             if first.op == "tensor" and graph.outputs.get(first.value) is symbol and graph.last[first] == i:
                 free[0] = True
             found[symbol] = _operation(symbol, args, free, group)
-            own.add(symbol)
+            if free[0] or symbol.op not in ("real", "conj"):  # these may be the same tensors
+                own.add(symbol)
     for name, symbol in graph.outputs.items():
         target, value = tensors[name], found[symbol]
         if value is not target:

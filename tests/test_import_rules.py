@@ -34,7 +34,8 @@ BOTTOM: dict[str, set[str]] = {
     "slots": set(),
     "group": set(),
     "rules": {"errors", "group"},
-    "programs": {"rules"},
+    "joined_rules": {"rules"},
+    "programs": {"joined_rules", "rules"},
     "wrapper": {"errors", "hyperparameters", "schedule", "slots", "group", "rules"},
     "problem_class": {"errors", "hyperparameters"},
     "tensor_problem": {"hyperparameters", "problem_class"},
@@ -45,7 +46,19 @@ BOTTOM: dict[str, set[str]] = {
 }
 # what a stack is made of works without pluggy and without any registered part
 BELOW_ENGINE = {
-    *("errors", "hyperparameters", "deferred", "space", "schedule", "slots", "group", "rules", "programs", "wrapper"),
+    *(
+        "errors",
+        "hyperparameters",
+        "deferred",
+        "space",
+        "schedule",
+        "slots",
+        "group",
+        "rules",
+        "joined_rules",
+        "programs",
+        "wrapper",
+    ),
     *("metrics", "logger", "measurements"),
     *("group_entries", "misuse", "module_buffers", "distributed", "scheduled_values", "torch_internals"),
 }

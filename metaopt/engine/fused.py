@@ -6,7 +6,7 @@ waits for rules of elements behind it, and makes one pass over memory together w
 """
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -15,8 +15,10 @@ import torch
 
 from metaopt.distributed.shards import PLAIN
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState
-from metaopt.programs import GRAD, Compiled, Item, Unfit, kernels, library
-from metaopt.rules import Graph
+from metaopt.joined_rules import GRAD, PARAM, UPDATE, Item, joined
+from metaopt.programs import BASE, DIVIDED, Compiled, Unfit, kernels, library
+from metaopt.rules import Graph, Rule, Symbol
+from metaopt.rules import run as run_rule
 
 # settings under which torch does more than call the kernel
 CAREFUL = ("amsgrad", "capturable", "differentiable")
@@ -41,8 +43,8 @@ class FusedLists:
         self._is_settled = False
         # the counts of all members, of which `state[p]["step"]` are views
         self._counts: torch.Tensor | None = None
-        # by what a waiting update is to do: its program for the library, None if it does not fit
-        self.programs: dict[Any, Compiled | None] = {}
+        # by what a waiting update is to do: its program for the library, None if it does not fit, or its rules as one
+        self.programs: dict[Any, Any] = {}
         # by list: the addresses at which its tensors were last found right for the library
         self._checked: dict[Any, array[int]] = {}
         self.sizes = array("q", map(torch.Tensor.numel, members))
@@ -75,17 +77,17 @@ class FusedLists:
             for key, kept in zip(self.keys, self.kept, strict=True)
         )
 
-    def addresses(self, key: Any, tensors: Tensors) -> "array[int] | None":
+    def addresses(self, key: Any, tensors: Tensors, part: slice) -> "array[int] | None":
         """Return where the tensors of a list begin; None if they are not of the members' dtype and sizes."""
         found = array("Q", map(torch.Tensor.data_ptr, tensors))
-        if self._checked.get(key) == found:
+        if self._checked.get((key, part.start)) == found:
             return found
         dtype = torch.float32 if key == "step" else self._members[0].dtype
         if not is_uniform(tensors, dtype) or (
-            key != "step" and array("q", map(torch.Tensor.numel, tensors)) != self.sizes
+            key != "step" and array("q", map(torch.Tensor.numel, tensors)) != self.sizes[part]
         ):
             return None
-        self._checked[key] = found
+        self._checked[key, part.start] = found
         return found
 
     def step(
@@ -142,53 +144,79 @@ def lists_for(
 
 
 class Waiting:
-    """An update of a group that the base has yet to make, with the rules of elements behind it.
+    """An update of some members of a group that the base has yet to make, with the rules of elements behind it.
 
-    It waits until somebody looks at the weights or at the state, at the latest until the step ends.
+    It waits until somebody looks at the weights, the update or the state, at the latest until the step ends. With
+    `change`, memory for what the base adds to the weights, rules may act on that too, and the weights move last.
     """
 
-    def __init__(self, lists: FusedLists, group: ParamGroup, members: Tensors, gradients: Tensors, scale: Any) -> None:
-        self.members = members
+    def __init__(
+        self,
+        lists: FusedLists,
+        group: ParamGroup,
+        members: Tensors,
+        gradients: Tensors,
+        scale: Any,
+        part: slice = ALL,
+        change: Tensors | None = None,
+    ) -> None:
+        self.members, self.change = members, change
         self.gradients, self.scale = gradients, scale
-        self._lists, self._group = lists, group
+        self._lists, self._group, self._part = lists, group, part
         self._items: list[Item] = []
-        self._numbers: list[Mapping[str, Any]] = []
+        self._numbers: dict[Any, Any] = {}
         self._tensors: list[Tensors] = []
         self._addresses: list[array[int]] = []
         self._places: dict[Any, int] = {}
-        self._state = len(lists.keys) - ("step" in lists.keys)
+        # what takes the sums of the rules
+        self._view: Any = None
+        # a profiler and whatever else watches torch's calls is to see them
+        watched = torch.autograd.profiler._is_profiler_enabled or torch._C._len_torch_dispatch_stack()
+        native = None if watched else kernels()
+        self._native = native if native is not None and native.knows(members[0].dtype, lists.kernel) else None
 
     def begin(self) -> bool:
-        """Return whether the library can make the update: it computes torch's numbers, and all lists are right."""
+        """Return whether the update may wait: the library can make it, or torch can, block by block."""
         lists = self._lists
-        native = kernels()
-        if native is None or not native.knows(self.members[0].dtype, lists.kernel):
-            return False
+        named = {"param": self.members, "grad": self.gradients}
+        if self.change is not None:
+            named["update"] = self.change
+        named |= {key: kept[self._part] for key, kept in zip(lists.keys, lists.kept, strict=True)}
         # gradients are new tensors at every update: seen by `lists_for`
-        named = [("param", self.members), ("grad", self.gradients), *zip(lists.keys, lists.kept, strict=True)]
-        return all(self._place(key, tensors) is not None for key, tensors in named)
+        if self._native is not None and not all(self._place(*each) is not None for each in named.items()):
+            self._native = None
+        if self._native is None:
+            self._places, self._tensors = {key: i for i, key in enumerate(named)}, [*named.values()]
+        return self._native is not None or self.change is not None
 
-    def add(self, graph: Graph, tensors: Mapping[str, tuple[Any, Tensors]], numbers: Mapping[str, Any]) -> bool:
+    def add(
+        self, view: Any, graph: Graph, tensors: Mapping[str, tuple[Any, Tensors]], numbers: Mapping[str, Any]
+    ) -> bool:
         """Let a rule act behind what waits already; `tensors` by name, with a key. Return False if it cannot."""
         lists = [(name, self._place(key, each)) for name, (key, each) in tensors.items()]
         if any(place is None for _, place in lists):
             return False
         self._items.append(Item(graph, tuple((name, place) for name, place in lists if place is not None)))
-        self._numbers.append(numbers)
-        if self._compiled() is None:
-            del self._items[-1], self._numbers[-1]
+        if self.change is None and self._compiled(self._items) is None:
+            del self._items[-1]
             return False
+        self._view = view
+        self._numbers.update({(len(self._items) - 1, name): number for name, number in numbers.items()})
         return True
 
-    def make(self) -> None:
-        """Make the update."""
-        compiled, lists, group = self._compiled(), self._lists, self._group
-        assert compiled is not None
-        kernels().run(
+    def make(self, *, moves: bool = False) -> None:
+        """Make the update; `moves`: add the change to the weights too."""
+        items = [*self._items, ADDITION] if moves else self._items
+        compiled, lists, group = self._compiled(items), self._lists, self._group
+        if compiled is None:
+            self._make_by_torch(items)
+            return
+        assert self._native is not None
+        self._native.run(
             self.members[0].dtype,
             compiled.program,
             array("Q", b"".join(self._addresses)),
-            lists.sizes,
+            lists.sizes[self._part],
             compiled.numbers(self._numbers),
             base=lists.kernel,
             settings=_settings(group, lists.kernel),
@@ -197,40 +225,65 @@ class Waiting:
         )
         torch.autograd.graph.increment_version([t for i, each in enumerate(self._tensors) if i != GRAD for t in each])
 
+    def _make_by_torch(self, items: list[Item]) -> None:
+        assert self.change is not None
+        # the kernel moves copies: what it adds to the weights is known before they move
+        torch._foreach_copy_(self.change, self.members)
+        self._lists.step(self._group, self.change, self.gradients, self.scale, self._part)
+        torch._foreach_sub_(self.change, self.members)
+        self.scale = None  # in the gradients now
+        if items:
+            graph = self._known(("torch", *items), lambda: joined(items, {}))
+            run_rule(graph, self._view, dict(enumerate(self._tensors)), self._numbers, spare=UPDATE)
+
     def _place(self, key: Any, tensors: Tensors) -> int | None:
         if key not in self._places:
-            found = self._lists.addresses(key, tensors)
-            if found is None:
-                return None
+            if self._native is not None:
+                found = self._lists.addresses(key, tensors, self._part)
+                if found is None:
+                    return None
+                self._addresses.append(found)
             self._places[key] = len(self._tensors)
             self._tensors.append(tensors)
-            self._addresses.append(found)
         return self._places[key]
 
-    def _compiled(self) -> Compiled | None:
-        key = self._lists.kernel, self._state, self.scale is None, tuple(self._items)
+    def _compiled(self, items: list[Item]) -> Compiled | None:
+        """Return the library's program for the update and these rules; None if it has none."""
+        native = self._native
+        if native is None:
+            return None
+        kernel, scaled, proposes = self._lists.kernel, self.scale is not None, self.change is not None
+
+        def compiled() -> Compiled | None:
+            lists = ({} if proposes else {PARAM: BASE}) | ({GRAD: DIVIDED} if scaled else {})
+            graph = joined(items, lists)
+            # a sum in another order has other bits: only where the base proposes an update
+            if graph.sums and not proposes:
+                return None
+            state = len(lists_of_base) if self._lists.keys not in ((), ("step",)) else 0
+            try:
+                made = Compiled(kernel, state, graph, proposes=proposes)
+            except Unfit:
+                return None
+            return made if native.knows(self.members[0].dtype, *made.needs) else None
+
+        lists_of_base = ("param", "grad", "update") if proposes else ("param", "grad")
+        program: Compiled | None = self._known((scaled, proposes, *items), compiled)
+        return program
+
+    def _known(self, key: Any, make: Callable[[], Any]) -> Any:
         known = self._lists.programs
         if key not in known:
-            try:
-                compiled = Compiled(key[0], GRAD + 1 if self._state else 0, self._items, scaled=self.scale is not None)
-                fits = kernels().knows(self.members[0].dtype, *compiled.needs)
-                known[key] = compiled if fits else None
-            except Unfit:
-                known[key] = None
+            known[key] = make()
         return known[key]
 
 
-def waiting_update(
-    lists: FusedLists, group: ParamGroup, members: Tensors, gradients: Tensors, scale: Any
-) -> Waiting | None:
-    """Return an update that waits for rules behind it; None: it has to be made by torch, and now.
+def _addition(param: Symbol, update: Symbol) -> Mapping[str, Symbol]:
+    return {"param": param + update}
 
-    A profiler and whatever else watches torch's calls is to see them.
-    """
-    if torch.autograd.profiler._is_profiler_enabled or torch._C._len_torch_dispatch_stack():
-        return None
-    waiting = Waiting(lists, group, members, gradients, scale)
-    return waiting if waiting.begin() else None
+
+# the last of the rules on an update
+ADDITION = Item(Rule(_addition).graph, (("param", PARAM), ("update", UPDATE)))
 
 
 def _settings(group: ParamGroup, kernel: str) -> tuple[float, ...]:
