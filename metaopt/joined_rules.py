@@ -1,9 +1,9 @@
 """Several rules of elements as one: what each does to the lists that the one before it has left, worked out once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from metaopt.rules import LIST, SUMS, TENSOR, Graph, Symbol
+from metaopt.rules import LIST, SUMS, TENSOR, Graph, Rule, Symbol
 
 # the place among the lists of the parameters, of the gradients, and of what is about to be added to the parameters
 PARAM, GRAD, UPDATE = 0, 1, 2
@@ -16,12 +16,22 @@ class Item(NamedTuple):
     lists: tuple[tuple[str, int], ...]
 
 
-def joined(items: Sequence[Item], current: dict[int, Symbol]) -> Graph:
+def _add(param: Symbol, update: Symbol) -> Mapping[str, Symbol]:
+    return {"param": param + update}
+
+
+# what comes behind all rules on an update
+ADDITION = Item(Rule(_add).graph, (("param", PARAM), ("update", UPDATE)))
+
+
+def joined(items: Sequence[Item], current: dict[int, Symbol], *, moves: bool = False) -> Graph:
     """Return one rule for several: its lists are known by their place, its numbers by the item and their name.
 
-    `current` is what lists are instead of what the memory holds; all that it names becomes an output. An operation that
-    two rules share is done once. A sum of a list times a number of its tensor is the number times the sum.
+    `current` is what lists are instead of what the memory holds. With `moves` the change is added to the parameters at
+    the end, and nobody needs it any more. An operation that two rules share is done once. A sum of a list times a
+    number of its tensor is the number times the sum.
     """
+    items = [*items, ADDITION] if moves else items
     made: dict[Any, Symbol] = {}
     current = dict(current)
 
@@ -56,7 +66,8 @@ def joined(items: Sequence[Item], current: dict[int, Symbol]) -> Graph:
                 value = (position, symbol.value) if symbol.op == "number" else symbol.value
                 found[symbol] = apply(symbol.op, [found[arg] for arg in symbol.args], symbol.kind, value)
         current.update({names[name]: found[symbol] for name, symbol in item.graph.outputs.items()})
-    return Graph(current)
+    # gradients stay as they are
+    return Graph({at: symbol for at, symbol in current.items() if at != GRAD and not (moves and at == UPDATE)})
 
 
 def _without_factors(symbol: Symbol, factors: list[Symbol]) -> Symbol:

@@ -69,7 +69,7 @@ class Compiled:
                 if symbol.op in SUMS:
                     emitter.add(symbol, self.place(symbol))
             if number == last:
-                emitter.finish({at: symbol for at, symbol in graph.outputs.items() if at != GRAD})
+                emitter.finish(graph.outputs)
             code += emitter.code()
             for symbol in ready:
                 code += self._on_numbers(symbol)

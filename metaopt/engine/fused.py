@@ -17,7 +17,7 @@ from metaopt.distributed.shards import PLAIN
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState
 from metaopt.joined_rules import GRAD, PARAM, UPDATE, Item, joined
 from metaopt.programs import BASE, DIVIDED, Compiled, Unfit, kernels, library
-from metaopt.rules import Graph, Rule, Symbol
+from metaopt.rules import Graph
 from metaopt.rules import run as run_rule
 
 # settings under which torch does more than call the kernel
@@ -159,7 +159,9 @@ class Waiting:
         scale: Any,
         part: slice = ALL,
         change: Tensors | None = None,
+        room: Callable[[int], Tensors] | None = None,
     ) -> None:
+        self._room = room
         self.members, self.change = members, change
         self.gradients, self.scale = gradients, scale
         self._lists, self._group, self._part = lists, group, part
@@ -197,7 +199,7 @@ class Waiting:
         if any(place is None for _, place in lists):
             return False
         self._items.append(Item(graph, tuple((name, place) for name, place in lists if place is not None)))
-        if self.change is None and self._compiled(self._items) is None:
+        if self.change is None and self._compiled() is None:
             del self._items[-1]
             return False
         self._view = view
@@ -206,10 +208,9 @@ class Waiting:
 
     def make(self, *, moves: bool = False) -> None:
         """Make the update; `moves`: add the change to the weights too."""
-        items = [*self._items, ADDITION] if moves else self._items
-        compiled, lists, group = self._compiled(items), self._lists, self._group
+        compiled, lists, group = self._compiled(moves=moves), self._lists, self._group
         if compiled is None:
-            self._make_by_torch(items)
+            self._make_by_torch(moves=moves)
             return
         assert self._native is not None
         self._native.run(
@@ -225,16 +226,16 @@ class Waiting:
         )
         torch.autograd.graph.increment_version([t for i, each in enumerate(self._tensors) if i != GRAD for t in each])
 
-    def _make_by_torch(self, items: list[Item]) -> None:
+    def _make_by_torch(self, *, moves: bool) -> None:
         assert self.change is not None
         # the kernel moves copies: what it adds to the weights is known before they move
         torch._foreach_copy_(self.change, self.members)
         self._lists.step(self._group, self.change, self.gradients, self.scale, self._part)
         torch._foreach_sub_(self.change, self.members)
         self.scale = None  # in the gradients now
-        if items:
-            graph = self._known(("torch", *items), lambda: joined(items, {}))
-            run_rule(graph, self._view, dict(enumerate(self._tensors)), self._numbers, spare=UPDATE)
+        if self._items or moves:
+            graph = self._known(("torch", moves, *self._items), lambda: joined(self._items, {}, moves=moves))
+            run_rule(graph, self._view, dict(enumerate(self._tensors)), self._numbers, UPDATE, self._room)
 
     def _place(self, key: Any, tensors: Tensors) -> int | None:
         if key not in self._places:
@@ -247,7 +248,7 @@ class Waiting:
             self._tensors.append(tensors)
         return self._places[key]
 
-    def _compiled(self, items: list[Item]) -> Compiled | None:
+    def _compiled(self, *, moves: bool = False) -> Compiled | None:
         """Return the library's program for the update and these rules; None if it has none."""
         native = self._native
         if native is None:
@@ -256,7 +257,7 @@ class Waiting:
 
         def compiled() -> Compiled | None:
             lists = ({} if proposes else {PARAM: BASE}) | ({GRAD: DIVIDED} if scaled else {})
-            graph = joined(items, lists)
+            graph = joined(self._items, lists, moves=moves)
             # a sum in another order has other bits: only where the base proposes an update
             if graph.sums and not proposes:
                 return None
@@ -268,7 +269,7 @@ class Waiting:
             return made if native.knows(self.members[0].dtype, *made.needs) else None
 
         lists_of_base = ("param", "grad", "update") if proposes else ("param", "grad")
-        program: Compiled | None = self._known((scaled, proposes, *items), compiled)
+        program: Compiled | None = self._known((scaled, moves, proposes, *self._items), compiled)
         return program
 
     def _known(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -276,14 +277,6 @@ class Waiting:
         if key not in known:
             known[key] = make()
         return known[key]
-
-
-def _addition(param: Symbol, update: Symbol) -> Mapping[str, Symbol]:
-    return {"param": param + update}
-
-
-# the last of the rules on an update
-ADDITION = Item(Rule(_addition).graph, (("param", PARAM), ("update", UPDATE)))
 
 
 def _settings(group: ParamGroup, kernel: str) -> tuple[float, ...]:
