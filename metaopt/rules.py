@@ -208,18 +208,9 @@ _ON_NUMBERS: dict[str, Callable[..., float]] = {
 
 
 def run(
-    graph: Graph,
-    group: Group,
-    tensors: Mapping[Any, list[torch.Tensor]],
-    numbers: Values,
-    spare: Any = None,
-    room: Callable[[int], list[torch.Tensor]] | None = None,
+    graph: Graph, group: Group, tensors: Mapping[Any, list[torch.Tensor]], numbers: Values, spare: Any = None
 ) -> None:
-    """Run a rule over the lists of a group; outputs are written in place, and nobody needs the list `spare` later.
-
-    `room(i)` returns lists like those of the group to work in: fresh memory costs a processor more than the arithmetic.
-    """
-    used = 0
+    """Run a rule over the lists of a group; outputs are written in place, and nobody needs the list `spare` later."""
     found: dict[Symbol, Any] = {}
     own: set[Symbol] = set()  # lists that nobody else holds
     for i, symbol in enumerate(graph.order):
@@ -227,7 +218,10 @@ def run(
             found[symbol] = number_of(symbol, numbers)
         elif symbol.op == "tensor":
             found[symbol] = tensors[symbol.value]
-            if symbol.value == spare and spare not in graph.outputs:
+            # an update is as precise as what is made of it: its old value may be overwritten
+            if symbol.value == spare or (
+                symbol.value == "update" and graph.outputs.get("update", symbol) is not symbol
+            ):
                 own.add(symbol)
         else:
             args = [found[arg] for arg in symbol.args]
@@ -236,12 +230,6 @@ def run(
             # the old value of the list that this is the new value of
             if first.op == "tensor" and graph.outputs.get(first.value) is symbol and graph.last[first] == i:
                 free[0] = True
-            if room is not None and symbol.kind == LIST and not any(free) and symbol.op in ("add", "mul", "sub"):
-                whole = next((i for i, arg in enumerate(args) if isinstance(arg, list)), 1)
-                if whole == 0 or symbol.op != "sub":
-                    copy, used = room(used), used + 1
-                    torch._foreach_copy_(copy, args[whole])
-                    args[whole], free[whole] = copy, True
             found[symbol] = _operation(symbol, args, free, group)
             if free[0] or symbol.op not in ("real", "conj"):  # these may be the same tensors
                 own.add(symbol)

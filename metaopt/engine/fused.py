@@ -159,9 +159,7 @@ class Waiting:
         scale: Any,
         part: slice = ALL,
         change: Tensors | None = None,
-        room: Callable[[int], Tensors] | None = None,
     ) -> None:
-        self._room = room
         self.members, self.change = members, change
         self.gradients, self.scale = gradients, scale
         self._lists, self._group, self._part = lists, group, part
@@ -235,7 +233,7 @@ class Waiting:
         self.scale = None  # in the gradients now
         if self._items or moves:
             graph = self._known(("torch", moves, *self._items), lambda: joined(self._items, {}, moves=moves))
-            run_rule(graph, self._view, dict(enumerate(self._tensors)), self._numbers, UPDATE, self._room)
+            run_rule(graph, self._view, dict(enumerate(self._tensors)), self._numbers, UPDATE)
 
     def _place(self, key: Any, tensors: Tensors) -> int | None:
         if key not in self._places:

@@ -1,7 +1,6 @@
 """The order of one update: evaluate, filter gradients, step the base, let the wrappers behind it act."""
 
 from collections.abc import Callable
-from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -336,8 +335,7 @@ def _step_in_blocks(update: Update, chain: Chain, group: ParamGroup) -> None:
         begin = part.stop
         if lists is not None and block[0].element_size() >= 4:
             scale = vars(chain.base).get("grad_scale")
-            room = partial(update.change_buffers_of, block)
-            waiting = Waiting(lists, group, block, gradients[part], scale, part, room(), room)
+            waiting = Waiting(lists, group, block, gradients[part], scale, part, update.change_buffers_of(block))
             waiting.begin()
             update.waiting[id(group)] = waiting
         else:

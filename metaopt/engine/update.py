@@ -228,9 +228,9 @@ class Update:
             self.before.update(zip(part, before, strict=True))
             self.change_buffers.update(zip(part, change, strict=True))
 
-    def change_buffers_of(self, members: Members, more: int | str = "") -> list[torch.Tensor]:
-        """Return memory for the change of a block, and more like it, which the next block uses again."""
-        return self._buffers(f"change{more}", members)
+    def change_buffers_of(self, members: Members) -> list[torch.Tensor]:
+        """Return memory for the change of a block, which the next block uses again."""
+        return self._buffers("change", members)
 
     def _buffers(self, role: str, weights: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return tensors of the weights' shapes in memory of this update; those of a change are at least float32."""

@@ -29,7 +29,7 @@ class RadialBrake(Wrapper):
         # the length of w + u after the damping, from its two legs
         length = torch.hypot(radius, torch.sqrt(torch.clamp(whole - mixed * radial, min=0.0)))
         factor = torch.where((square > 0) & (length > 0), radius / length, 1.0)
-        return {"update": update * factor + param * (factor * (1 + damped - radial) - 1)}
+        return {"update": torch.addcmul(update * factor, param, factor * (1 + damped - radial) - 1)}
 
     def on_update(self, group: Group) -> None:
         self.brake(group)
