@@ -17,6 +17,8 @@ except ImportError:
 else:
     library = metaopt_kernels
 
+# of the library that this file writes programs for: an older one is not used
+INTERFACE = 3
 # the number that the library fills in: the divisor of the gradients
 DIVISOR = 63
 MOST_REGISTERS = 12
@@ -32,7 +34,7 @@ _OPS = {"and": "mul", "where": "select", "clamp": "max", "norm": "dot", "square"
 @cache
 def kernels() -> Any:
     """Return the library if it is installed, fits torch and is not turned off by METAOPT_KERNELS=0; otherwise None."""
-    return None if library is None else library.load()
+    return library.load() if library is not None and library.INTERFACE == INTERFACE else None
 
 
 class Unfit(Exception):
