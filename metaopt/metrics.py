@@ -97,7 +97,7 @@ class Metrics:
     def point(self, tag: str, value: Value, step: int, updates: int) -> None:
         """Keep one number as a point of its own at x = `step`, recorded after so many updates of the run.
 
-        It is written with the next point of the run, or by `close`. Raises LogError.
+        It is written with the next point of the run, by `write_points`, or by `close`. Raises LogError.
         """
         number = kept(tag, value)
         self._last[tag] = number
@@ -106,6 +106,11 @@ class Metrics:
         if self._window.updates is None or updates < self._window.updates:
             self._open(self._window, updates)
         self._window.points.append((step, tag, number))
+
+    def write_points(self) -> None:
+        """Write the values that are points of their own: one synchronisation per device if there are any."""
+        if self._window is not None:
+            self._window.write_points()
 
     def drop_update(self, *, gathered: bool = False) -> None:
         """Forget what was measured for an update that was then skipped; `gathered`: its earlier steps went with it."""
@@ -257,9 +262,17 @@ class _Window:
             self._try(f"could not write update {self.updates}", self.logger.scalars, self.updates, means)
         if histograms:
             self._try(f"could not write update {self.updates}", self.logger.histograms, self.updates, histograms)
+        self._write_alone(points, [numbers["point", str(i)][0] for i in range(len(points))])
+
+    def write_points(self) -> None:
+        points, self.points = self.points, []
+        numbers = read({i: [value] for i, (_, _, value) in enumerate(points)})
+        self._write_alone(points, [numbers[i][0] for i in range(len(points))])
+
+    def _write_alone(self, points: Sequence[tuple[int, str, Value]], numbers: Sequence[float]) -> None:
         at: dict[int, dict[str, float]] = {}
-        for i, (step, tag, _) in enumerate(points):
-            at.setdefault(step, {})[tag] = numbers["point", str(i)][0]
+        for (step, tag, _), number in zip(points, numbers, strict=True):
+            at.setdefault(step, {})[tag] = number
         for step, values in at.items():
             self._try(f"could not write step {step}", self.logger.scalars, step, values)
 

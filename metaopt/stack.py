@@ -417,6 +417,8 @@ class Stack(torch.optim.Optimizer):
         self._run.adopt_groups()
         self._run.adopt_rates()
         self._run.await_copies()
+        # what was recorded before a checkpoint must not be missing in the log after it
+        self._run.metrics.write_points()
         if self._run.exchange is not None:
             self._run.exchange.settle()
         for pre_hook in user_hooks(self._optimizer_state_dict_pre_hooks, base):

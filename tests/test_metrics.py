@@ -342,3 +342,15 @@ def test_the_distance_of_lookahead_is_one_norm_over_all_its_pieces():
     opt.step()
     moved = 0.1 * math.sqrt(sum(p.numel() for p in parameters))
     assert log.points[0][1]["lookahead/distance"] == pytest.approx(moved)
+
+
+def test_what_was_recorded_before_a_checkpoint_is_written_with_it():
+    log = Memory()
+    x, opt = stack_with(log, log_every=10)
+    opt.step(quadratic(x, opt, 1.0))
+    opt.record({"val/loss": torch.tensor(0.5)})
+    assert log.points == []
+    opt.state_dict()
+    assert log.points == [(1, {"val/loss": 0.5})]
+    opt.close()
+    assert [step for step, values in log.points if "val/loss" in values] == [1]

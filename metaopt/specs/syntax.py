@@ -15,7 +15,10 @@ DEEPEST = 200
 MOST_PARTS = 200
 # of a line with a caret below it
 WIDEST = 100
-ALLOWED = "a pipeline is names, calls, literals, tuples, lists, schedules and `|`"
+ALLOWED = (
+    "a pipeline is parts joined by `|`; a number, a tuple, a list or a schedule stands in the brackets of a part, "
+    "as in adamw(lr=warmup(cosine(1e-3)))"
+)
 
 # strings and comments, each taken whole, also one that never ends: every character is looked at once
 _OPAQUE = re.compile(

@@ -6,12 +6,19 @@ from metaopt import Groups, Wrapper, hookimpl, hyper
 class ClipGradNorm(Wrapper):
     """g <- g min(1, max_norm / (|g| + 1e-6)), with |g| over all parameters together. arXiv:1211.5063"""
 
-    known_as = ("clip_by_global_norm", "gradient_clip_val", "max_grad_norm", "clip_grad_norm_")
+    known_as = (
+        "clip",
+        "gradient_clipping",
+        "clip_by_global_norm",
+        "gradient_clip_val",
+        "max_grad_norm",
+        "clip_grad_norm_",
+    )
     clips_gradients = True
     measures = {"clipped_fraction": "the share of updates that were clipped"}
 
     max_norm: float = hyper(
-        ge=0.0,
+        gt=0.0,
         doc="the largest norm that passes unchanged",
         known_as=("clip_value", "max_grad_norm"),
         per_group=False,

@@ -8,11 +8,11 @@ from metaopt import Groups, Wrapper, hookimpl, hyper
 class ClipGradValue(Wrapper):
     """g <- min(max(g, -clip_value), clip_value), componentwise."""
 
-    known_as = ("clip", "gradient_clip_algorithm", "clip_grad_value_")
+    known_as = ("clip_by_value", "gradient_clip_algorithm", "clip_grad_value_")
     clips_gradients = True
     supports_sparse_grads = True
 
-    clip_value: float = hyper(ge=0.0, doc="the largest magnitude of a component", known_as=("max_delta", "value"))
+    clip_value: float = hyper(gt=0.0, doc="the largest magnitude of a component", known_as=("max_delta", "value"))
 
     def on_gradients(self, groups: Groups) -> None:
         for group in groups:

@@ -14,7 +14,7 @@ class ClipUpdateNorm(Wrapper):
     known_as = ("max_update_norm", "trust region", "global update clipping")
     measures = {"clipped_fraction": "the share of updates that were clipped"}
 
-    max_norm: float = hyper(1.0, ge=0.0, doc="the largest distance", known_as=("max_delta",), per_group=False)
+    max_norm: float = hyper(1.0, gt=0.0, doc="the largest distance", known_as=("max_delta",), per_group=False)
 
     def after_updates(self, groups: Groups) -> None:
         norm = groups.norm_of("update")
