@@ -153,7 +153,8 @@ def _hint_at_decay(model: Any, base: torch.optim.Optimizer) -> None:
     if flat:
         warnings.warn(
             f"weight_decay also acts on {flat} parameter{'s' if flat > 1 else ''} of one dimension (biases, norms); "
-            f"metaopt.groups(model, no_decay='1d') leaves them out (warnings of class metaopt.HintWarning can be filtered)",
+            f"metaopt.groups(model, no_decay='1d') leaves them out. Warnings of the class metaopt.HintWarning "
+            f"can be filtered",
             HintWarning,
             stacklevel=4,  # the line that builds the stack
         )
