@@ -26,7 +26,7 @@ def run(rate: float, dead: bool = False) -> list[dict[str, float]]:
     model = problem.model(seed=0)
     if dead:
         with torch.no_grad():
-            model.get_submodule(DEAD).bias.fill_(-20.0)
+            model.get_parameter(f"{DEAD}.bias").fill_(-20.0)
     spec = f"adamw(lr={rate}) | monitor(alignment=True)"
     opt = metaopt.build(metaopt.groups(model, no_decay="1d"), spec, log_every=1)
     points = []

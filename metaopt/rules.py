@@ -1,8 +1,7 @@
 """Rules of elements: what a wrapper does to each element, written once as a function of tensors and numbers.
 
 The function is called once, with symbols in the places of tensors and numbers. What it returns is a small graph, which
-runs by multi-tensor calls of torch (here), or joined with other rules (`joined_rules`) and the base's update in one
-pass over memory (`programs`).
+runs by multi-tensor calls of torch (here), or with other rules and the base's update in one pass (`programs`).
 """
 
 import inspect
@@ -25,7 +24,7 @@ OPERATIONS = (
 )
 NAMES = {"true_divide": "div", "__and__": "and", "multiply": "mul", "absolute": "abs", "rsub": "sub"}
 
-Values = Mapping[Any, Any]
+Values = Mapping[str, Any]
 
 
 class Symbol:
@@ -110,7 +109,7 @@ def applied(name: str, *args: Any, **keywords: Any) -> Symbol:
 class Graph:
     """What a rule does: operations in order, and which symbol each output is."""
 
-    def __init__(self, outputs: Mapping[Any, Symbol]) -> None:
+    def __init__(self, outputs: Mapping[str, Symbol]) -> None:
         self.outputs = dict(outputs)
         self.order: list[Symbol] = []
         for symbol in self.outputs.values():
@@ -207,10 +206,8 @@ _ON_NUMBERS: dict[str, Callable[..., float]] = {
 # ---- by multi-tensor calls of torch
 
 
-def run(
-    graph: Graph, group: Group, tensors: Mapping[Any, list[torch.Tensor]], numbers: Values, spare: Any = None
-) -> None:
-    """Run a rule over the lists of a group; outputs are written in place, and nobody needs the list `spare` later."""
+def run(graph: Graph, group: Group, tensors: Mapping[str, list[torch.Tensor]], numbers: Values) -> None:
+    """Run a rule over the lists of a group; outputs are written in place."""
     found: dict[Symbol, Any] = {}
     own: set[Symbol] = set()  # lists that nobody else holds
     for i, symbol in enumerate(graph.order):
@@ -218,11 +215,6 @@ def run(
             found[symbol] = number_of(symbol, numbers)
         elif symbol.op == "tensor":
             found[symbol] = tensors[symbol.value]
-            # an update is as precise as what is made of it: its old value may be overwritten
-            if symbol.value == spare or (
-                symbol.value == "update" and graph.outputs.get("update", symbol) is not symbol
-            ):
-                own.add(symbol)
         else:
             args = [found[arg] for arg in symbol.args]
             free = [arg in own and graph.last[arg] == i for arg in symbol.args]
@@ -231,8 +223,7 @@ def run(
             if first.op == "tensor" and graph.outputs.get(first.value) is symbol and graph.last[first] == i:
                 free[0] = True
             found[symbol] = _operation(symbol, args, free, group)
-            if free[0] or symbol.op not in ("real", "conj"):  # these may be the same tensors
-                own.add(symbol)
+            own.add(symbol)
     for name, symbol in graph.outputs.items():
         target, value = tensors[name], found[symbol]
         if value is not target:

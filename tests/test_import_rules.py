@@ -34,8 +34,7 @@ BOTTOM: dict[str, set[str]] = {
     "slots": set(),
     "group": set(),
     "rules": {"errors", "group"},
-    "joined_rules": {"rules"},
-    "programs": {"joined_rules", "rules"},
+    "programs": {"rules"},
     "wrapper": {"errors", "hyperparameters", "schedule", "slots", "group", "rules"},
     "problem_class": {"errors", "hyperparameters"},
     "tensor_problem": {"hyperparameters", "problem_class"},
@@ -46,19 +45,7 @@ BOTTOM: dict[str, set[str]] = {
 }
 # what a stack is made of works without pluggy and without any registered part
 BELOW_ENGINE = {
-    *(
-        "errors",
-        "hyperparameters",
-        "deferred",
-        "space",
-        "schedule",
-        "slots",
-        "group",
-        "rules",
-        "joined_rules",
-        "programs",
-        "wrapper",
-    ),
+    *("errors", "hyperparameters", "deferred", "space", "schedule", "slots", "group", "rules", "programs", "wrapper"),
     *("metrics", "logger", "measurements"),
     *("group_entries", "misuse", "module_buffers", "distributed", "scheduled_values", "torch_internals"),
 }

@@ -5,7 +5,7 @@ import torch
 
 import metaopt
 from benchmarks.targets import wrappers_alone
-from metaopt.engine import fused, update, views
+from metaopt.engine import update, views
 
 SHAPES = ((7, 3), (5,), (4, 2, 2), (), (9, 1))
 SPECS = [text for _, text, _ in wrappers_alone() if text is not None]
@@ -15,8 +15,6 @@ CUT = [spec for spec in SPECS if metaopt.build([torch.zeros(1)], spec).wrappers[
 def run(spec: str, monkeypatch: pytest.MonkeyPatch, most: int) -> tuple[list[torch.Tensor], int]:
     """Return the weights after some updates by pieces of at most so many elements, and how many pieces were made."""
     monkeypatch.setattr(update, "CPU_BLOCK", most)
-    # the optional library cuts nothing
-    monkeypatch.setattr(fused, "kernels", lambda: None)
     made = 0
     init = views.GroupView.__init__
 

@@ -17,7 +17,7 @@ import torch
 __version__ = "0.1.0"
 
 # of the interface between this file and kernels.cpp
-INTERFACE = 3
+INTERFACE = 2
 OFF = "METAOPT_KERNELS"
 OPS = [
     "move",
@@ -38,13 +38,10 @@ OPS = [
     "addcmul",
     "adam",
     "sgd",
-    "dot",
-    "mean",
-    "pass",
 ]
 CODES = {name: code for code, name in enumerate(OPS)}
-# where an operand is: working memory, a list of tensors, a number of the program, a number of each tensor
-REGISTER, TENSOR, NUMBER, OF_TENSOR = (kind << 20 for kind in range(4))
+# where an operand is: working memory, a list of tensors, a number of the program
+REGISTER, TENSOR, NUMBER = (kind << 20 for kind in range(3))
 MOST_NUMBERS = 64
 # how a product and a sum round: twice, or once with the first product fused, or with the last
 TWICE, FIRST, LAST = range(3)

@@ -1,8 +1,5 @@
 // Updates of lists of tensors, all operations on a block of elements while it is in the cache.
 //
-// A program has one pass over the elements, or several: sums over a tensor end a pass, numbers that follow from them are
-// worked out for each tensor, and the next pass may use them.
-//
 // The interface is C: the library knows neither Python nor torch. A program is a list of instructions on elements. The
 // arithmetic is that of torch's own kernels, operation by operation, so that a run may go on with or without the library.
 // torch's compiler has fused some products with sums: `Rounding` says in which way, and who calls finds it out by
@@ -28,14 +25,13 @@ typedef uint64_t u64;
 
 static const i64 BLOCK = 1024;      // elements of a tensor that go through a program together
 static const i64 ALIGNED = 64;      // threads share a tensor at multiples of this
-static const i64 CHUNK = 1 << 14;   // elements whose sum is added up by itself: the same for any number of threads
 static const i64 SERIAL = 1 << 15;  // fewer elements than this are the work of one thread
-static const int REGISTERS = 12, NUMBERS = 64, OWN = 64, LANES = 64;
+static const int REGISTERS = 12, NUMBERS = 64;
 
-enum Op { MOVE, ADD, SUB, MUL, DIV, LT, LE, GT, SELECT, SQRT, ABS, NEG, HYPOT, MAX, LERP, ADDCMUL, ADAM, SGD, DOT, MEAN, PASS };
-// where an operand is: a block of working memory, a block of a tensor, a number of the program, a number of each tensor;
-// the last number of the program is the divisor of the gradients
-enum Place { REGISTER, TENSOR, NUMBER, OF_TENSOR };
+enum Op { MOVE, ADD, SUB, MUL, DIV, LT, LE, GT, SELECT, SQRT, ABS, NEG, HYPOT, MAX, LERP, ADDCMUL, ADAM, SGD };
+// where an operand is: a block of working memory, a block of a tensor, a number of the program; the last number of the
+// program is the divisor of the gradients
+enum Place { REGISTER, TENSOR, NUMBER };
 // how a product and a sum round: twice, or once with the first product of the two fused, or with the last
 enum Rounding { TWICE, FIRST, LAST };
 
@@ -151,94 +147,21 @@ template <class T, class F> static void each(T* d, Operand<T> a, Operand<T> b, O
   else { const T x = *a.at; for (i64 i = 0; i < n; i++) d[i] = f(x, b.at[b.is_list ? i : 0], c.at[c.is_list ? i : 0]); }
 }
 
-// ---- sums, and what follows from them for a tensor
-
-// a few products are added up in the precision of the elements, and these sums in double precision; in this order on
-// every processor
-template <class T, class F> static double added(i64 n, F f) {
-  T lanes[LANES] = {};
-  i64 i = 0;
-  for (; i + LANES <= n; i += LANES) { EACH_LANE for (int l = 0; l < LANES; l++) lanes[l] += f(i + l); }
-  for (int l = 0; i < n; i++, l++) lanes[l] += f(i);
-  double total = 0;
-  for (int l = 0; l < LANES; l++) total += lanes[l];
-  return total;
-}
-
-template <class T> static T number(int op, T x, T y, T z) {
-  switch (op) {
-    case MOVE: return x;
-    case ADD: return x + y;
-    case SUB: return x - y;
-    case MUL: return x * y;
-    case DIV: return x / y;
-    case LT: return x < y;
-    case LE: return x <= y;
-    case GT: return x > y;
-    case SELECT: return x != 0 ? y : z;
-    case SQRT: return std::sqrt(x);
-    case ABS: return std::abs(x);
-    case NEG: return -x;
-    case HYPOT: return std::hypot(x, y);
-    case MAX: return x > y || x != x ? x : y;
-    case LERP: return x + z * (y - x);
-    default: return x + y * z;  // ADDCMUL
-  }
-}
-
 // ---- a program
-
-// a pass over the elements, the sums that it adds up, and the numbers of each tensor that follow
-struct Pass { std::vector<Instruction> elements, numbers; };
-
-template <class T> struct Code {
-  const Job& j;
-  std::vector<Pass> passes{1};
-  std::vector<i64> first;          // of each tensor: its first chunk
-  std::vector<double> sums;        // by chunk
-  std::vector<T> own;              // by tensor
-
-  explicit Code(const Job& job) : j(job) {
-    for (const Instruction* q = j.code; q < j.code + j.length; q++) {
-      if (q->op == PASS) passes.emplace_back();
-      else if (q->op != DOT && q->op != MEAN && q->to >> KIND == OF_TENSOR) passes.back().numbers.push_back(*q);
-      else passes.back().elements.push_back(*q);
-    }
-    if (passes.size() == 1) return;
-    i64 chunks = 0;
-    for (i64 t = 0; t < j.tensors; t++) first.push_back(chunks), chunks += (j.size[t] + CHUNK - 1) / CHUNK;
-    first.push_back(chunks);
-    sums.assign(chunks * OWN, 0), own.assign(j.tensors * OWN, 0);
-  }
-
-  void end(const Pass& pass, i64 t) {
-    T* mine = &own[t * OWN];
-    auto value = [&](int32_t o) { return o >> KIND == OF_TENSOR ? mine[o & INDEX] : T(j.number[o & INDEX]); };
-    for (const Instruction& q : pass.elements) {
-      if (q.op != DOT && q.op != MEAN) continue;
-      double total = 0;
-      for (i64 c = first[t]; c < first[t + 1]; c++) total += sums[c * OWN + (q.to & INDEX)];
-      mine[q.to & INDEX] = q.op == MEAN ? T(total) / T(std::max<i64>(1, j.size[t])) : T(total);
-    }
-    for (const Instruction& q : pass.numbers) mine[q.to & INDEX] = number<T>(q.op, value(q.a), value(q.b), value(q.c));
-  }
-};
 
 template <class T> struct Worker {
   const Job& j;
-  Code<T>& code;
   alignas(64) T registers[REGISTERS][BLOCK];
   T numbers[NUMBERS];
   const i64 width;
 
-  explicit Worker(Code<T>& c) : j(c.j), code(c), width(c.j.vector / sizeof(T)) {
+  explicit Worker(const Job& job) : j(job), width(job.vector / sizeof(T)) {
     for (int i = 0; i < NUMBERS; i++) numbers[i] = T(j.number[i]);
     numbers[NUMBERS - 1] = j.divisor ? T(*j.divisor) : T(1);
   }
 
-  // take a part of one tensor through a pass; `from` is a multiple of ALIGNED
-  void elements(const Pass& pass, i64 tensor, i64 from, i64 to, const Base<T>& base) {
-    T* const own = code.own.data() + tensor * OWN;
+  // take a part of one tensor through the program; `from` is a multiple of ALIGNED
+  void elements(i64 tensor, i64 from, i64 to, const Base<T>& base) {
     const i64 size = j.size[tensor];
     for (i64 at = from; at < to; at += BLOCK) {
       const i64 n = std::min(BLOCK, to - at), rest = at + n == size ? size % width : 0;
@@ -246,20 +169,15 @@ template <class T> struct Worker {
         const int kind = o >> KIND, index = o & INDEX;
         if (kind == REGISTER) return {registers[index], true};
         if (kind == NUMBER) return {numbers + index, false};
-        if (kind == OF_TENSOR) return {own + index, false};
         return {(T*)j.address[index * j.tensors + tensor] + at, true};
       };
-      for (const Instruction& q : pass.elements) {
-        if (q.op == ADAM || q.op == SGD) {
-          T *d = place(q.to).at, *p = place(q.a).at, *g = place(q.b).at;
-          T *m = q.c ? place(q.c).at : nullptr, *v = q.op == ADAM ? place(q.c + 1).at : nullptr;
+      for (const Instruction* q = j.code; q < j.code + j.length; q++) {
+        if (q->op == ADAM || q->op == SGD) {
+          T *d = place(q->to).at, *p = place(q->a).at, *g = place(q->b).at;
+          T *m = q->c ? place(q->c).at : nullptr, *v = q->op == ADAM ? place(q->c + 1).at : nullptr;
           step(j.rounding, d, p, g, m, v, base, n - rest);
           if (rest) { const i64 k = n - rest; step(j.rest_rounding, d + k, p + k, g + k, m ? m + k : m, v ? v + k : v, base, rest); }
-        } else if (q.op == DOT || q.op == MEAN) {
-          const T *a = place(q.a).at, *b = q.op == DOT ? place(q.b).at : nullptr;
-          const double sum = b ? added<T>(n, [=](i64 i) { return a[i] * b[i]; }) : added<T>(n, [=](i64 i) { return a[i]; });
-          code.sums[(code.first[tensor] + at / CHUNK) * OWN + (q.to & INDEX)] += sum;
-        } else single(q, place(q.to).at, place(q.a), place(q.b), place(q.c), n);
+        } else single(*q, place(q->to).at, place(q->a), place(q->b), place(q->c), n);
       }
     }
   }
@@ -303,46 +221,36 @@ template <class T> static void run(const Job& j) {
   std::vector<float> counts(j.count ? j.tensors : 0);
   for (size_t t = 0; t < counts.size(); t++) counts[t] = *(float*)j.count[t] += 1;
   const i64 threads = elements < SERIAL ? 1 : j.threads;
-  Code<T> code(j);
-  const i64 grain = code.passes.size() > 1 ? CHUNK : ALIGNED;
-  auto work = [&](i64 me, i64 of, auto wait) {
+  auto work = [&](i64 me, i64 of) {
     std::vector<Worker<T>> room;  // on the heap: too large for the stack of a thread
     room.reserve(1);
-    room.emplace_back(code);
+    room.emplace_back(j);
     Base<T> base = sgd_settings<T>(j);
     float count = -1;
     const i64 low = elements * me / of, high = elements * (me + 1) / of;
-    for (const Pass& pass : code.passes) {
-      i64 at = 0;
-      for (i64 t = 0; t < j.tensors; at += j.size[t++]) {
-        const i64 size = j.size[t];
-        auto cut = [&](i64 x) { return x <= 0 ? 0 : x >= size ? size : x & ~(grain - 1); };
-        const i64 from = cut(low - at), to = cut(high - at);
-        if (from >= to) continue;
-        if (j.count && counts[t] != count) base = adam_settings<T>(j, count = counts[t]);
-        if ((base.divides = j.divisor != nullptr)) base.divisor = T(*j.divisor);
-        room[0].elements(pass, t, from, to, base);
-      }
-      if (&pass == &code.passes.back()) break;
-      wait();
-      for (i64 t = me; t < j.tensors; t += of) code.end(pass, t);
-      wait();
+    i64 at = 0;
+    for (i64 t = 0; t < j.tensors; at += j.size[t++]) {
+      const i64 size = j.size[t];
+      auto cut = [&](i64 x) { return x <= 0 ? 0 : x >= size ? size : x & ~(ALIGNED - 1); };
+      const i64 from = cut(low - at), to = cut(high - at);
+      if (from >= to) continue;
+      if (j.count && counts[t] != count) base = adam_settings<T>(j, count = counts[t]);
+      if ((base.divides = j.divisor != nullptr)) base.divisor = T(*j.divisor);
+      room[0].elements(t, from, to, base);
     }
   };
 #ifdef _OPENMP
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)
-    work(omp_get_thread_num(), omp_get_num_threads(), [] {
-#pragma omp barrier
-    });
+    work(omp_get_thread_num(), omp_get_num_threads());
     return;
   }
 #endif
-  work(0, 1, [] {});
+  work(0, 1);
 }
 
 extern "C" {
-int32_t metaopt_version() { return 3; }
+int32_t metaopt_version() { return 2; }
 void metaopt_run_float(const Job* j) { run<float>(*j); }
 void metaopt_run_double(const Job* j) { run<double>(*j); }
 }

@@ -55,9 +55,6 @@ class Part:
         return kept
 
 
-GIVEN_AS = {"param": "params", "grad": "grads", "lr": "base_lr"}  # arguments of a rule, by their names on a group
-
-
 class elementwise:
     """A rule of elements: from a parameter's tensors and the part's numbers to what becomes of the tensors."""
 
@@ -68,13 +65,13 @@ class elementwise:
         self.tensors, self.numbers = names[: code.co_argcount], names[code.co_argcount :]
 
     def __call__(self, group: Any, **numbers: Any) -> None:
-        given = {name: getattr(group, GIVEN_AS.get(name, name)) for name in self.numbers if name not in numbers}
-        lists = [getattr(group, GIVEN_AS.get(name, name)) for name in self.tensors]
+        values = {name: numbers[name] if name in numbers else getattr(group, name) for name in self.numbers}
+        lists = [getattr(group, "params" if name == "param" else name) for name in self.tensors]
         for tensors in zip(*lists, strict=True):
             widest = max((t.dtype for t in tensors), key=lambda dtype: dtype.itemsize)
-            changed = self.function(*(t.to(widest).flatten() for t in tensors), **given, **numbers)
+            changed = self.function(*(t.to(widest) for t in tensors), **values)
             for name, value in changed.items():
-                (target := tensors[self.tensors.index(name)]).copy_(value.view_as(target))
+                tensors[self.tensors.index(name)].copy_(value)
             # <anchors>
             if "param" in changed:
                 group.stack.move_inner_anchors(group.part, [tensors[self.tensors.index("param")]])

@@ -5,7 +5,6 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -19,7 +18,6 @@ from metaopt.ejecting import template as ejected
 from metaopt.ejecting.folding import folded
 from metaopt.errors import MetaoptError, SpecError
 from metaopt.registry import registry
-from metaopt.rules import Rule
 from metaopt.schedule import Schedule
 from metaopt.specs.pipeline import Pipeline, as_pipeline
 from metaopt.wrapper import Wrapper
@@ -247,9 +245,6 @@ def _reachable(source: str, parts: str) -> str:
         lines, tree = source.splitlines(), ast.parse(source)
         nodes = [*ast.walk(ast.parse(parts + "\n" + source))]
         attributes = {n.attr for n in nodes if isinstance(n, ast.Attribute)} | {"step", "load_state_dict", "averaged"}
-        attributes |= {
-            ejected.GIVEN_AS.get(n.arg, n.arg) for n in nodes if isinstance(n, ast.arg)
-        }  # of rules of elements
         names = {n.id for n in nodes if isinstance(n, ast.Name)} | {"Stack"}
         classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
         methods = [n for node in classes for n in node.body if isinstance(n, ast.FunctionDef)]
@@ -369,7 +364,6 @@ def _compare(text: str, pipeline: Pipeline, total_steps: int | None) -> None:
     start = [torch.randn(shape, generator=generator) for shape in shapes]
     ours, theirs = ([torch.nn.Parameter(value.clone()) for value in start] for _ in range(2))
     stack = build(ours, pipeline, total_steps=total_steps)
-    same = partial(torch.allclose, rtol=1e-5, atol=1e-6) if _adds_up(stack) else torch.equal
     try:
         other = namespace["make_optimizer"](theirs)
         for _ in range(COMPARED):
@@ -378,14 +372,8 @@ def _compare(text: str, pipeline: Pipeline, total_steps: int | None) -> None:
                 q.grad = p.grad.clone()
             stack.step()
             other.step()
-            if not all(map(same, ours, theirs)):
+            if not all(map(torch.equal, ours, theirs)):
                 raise SpecError("eject: the file would not train as the stack does; please report this spec")
     except (AttributeError, KeyError, TypeError, NameError) as error:
         needed = getattr(error, "name", None) or error
         raise SpecError(f"eject: a part of {pipeline} needs {needed}, which an ejected file does not have") from error
-
-
-def _adds_up(stack: Any) -> bool:
-    """Return whether a rule on the update takes sums, which the stack may add up in another order."""
-    kinds = [kind for wrapper in stack.wrappers for kind in type(wrapper).__mro__]
-    return any(isinstance(value, Rule) and value.graph.sums for kind in kinds for value in vars(kind).values())

@@ -6,7 +6,7 @@ waits for rules of elements behind it, and makes one pass over memory together w
 """
 
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -15,10 +15,8 @@ import torch
 
 from metaopt.distributed.shards import PLAIN
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState
-from metaopt.joined_rules import GRAD, PARAM, UPDATE, Item, joined
-from metaopt.programs import BASE, DIVIDED, Compiled, Unfit, kernels, library
+from metaopt.programs import GRAD, Compiled, Item, Unfit, kernels, library
 from metaopt.rules import Graph
-from metaopt.rules import run as run_rule
 
 # settings under which torch does more than call the kernel
 CAREFUL = ("amsgrad", "capturable", "differentiable")
@@ -43,8 +41,8 @@ class FusedLists:
         self._is_settled = False
         # the counts of all members, of which `state[p]["step"]` are views
         self._counts: torch.Tensor | None = None
-        # by what a waiting update is to do: its program for the library, None if it does not fit, or its rules as one
-        self.programs: dict[Any, Any] = {}
+        # by what a waiting update is to do: its program for the library, None if it does not fit
+        self.programs: dict[Any, Compiled | None] = {}
         # by list: the addresses at which its tensors were last found right for the library
         self._checked: dict[Any, array[int]] = {}
         self.sizes = array("q", map(torch.Tensor.numel, members))
@@ -77,17 +75,17 @@ class FusedLists:
             for key, kept in zip(self.keys, self.kept, strict=True)
         )
 
-    def addresses(self, key: Any, tensors: Tensors, part: slice) -> "array[int] | None":
+    def addresses(self, key: Any, tensors: Tensors) -> "array[int] | None":
         """Return where the tensors of a list begin; None if they are not of the members' dtype and sizes."""
         found = array("Q", map(torch.Tensor.data_ptr, tensors))
-        if self._checked.get((key, part.start)) == found:
+        if self._checked.get(key) == found:
             return found
         dtype = torch.float32 if key == "step" else self._members[0].dtype
         if not is_uniform(tensors, dtype) or (
-            key != "step" and array("q", map(torch.Tensor.numel, tensors)) != self.sizes[part]
+            key != "step" and array("q", map(torch.Tensor.numel, tensors)) != self.sizes
         ):
             return None
-        self._checked[key, part.start] = found
+        self._checked[key] = found
         return found
 
     def step(
@@ -144,78 +142,53 @@ def lists_for(
 
 
 class Waiting:
-    """An update of some members of a group that the base has yet to make, with the rules of elements behind it.
+    """An update of a group that the base has yet to make, with the rules of elements behind it.
 
-    It waits until somebody looks at the weights, the update or the state, at the latest until the step ends. With
-    `change`, memory for what the base adds to the weights, rules may act on that too, and the weights move last.
+    It waits until somebody looks at the weights or at the state, at the latest until the step ends.
     """
 
-    def __init__(
-        self,
-        lists: FusedLists,
-        group: ParamGroup,
-        members: Tensors,
-        gradients: Tensors,
-        scale: Any,
-        part: slice = ALL,
-        change: Tensors | None = None,
-    ) -> None:
-        self.members, self.change = members, change
+    def __init__(self, lists: FusedLists, group: ParamGroup, members: Tensors, gradients: Tensors, scale: Any) -> None:
+        self.members = members
         self.gradients, self.scale = gradients, scale
-        self._lists, self._group, self._part = lists, group, part
+        self._lists, self._group = lists, group
         self._items: list[Item] = []
-        self._numbers: dict[Any, Any] = {}
+        self._numbers: list[Mapping[str, Any]] = []
         self._tensors: list[Tensors] = []
         self._addresses: list[array[int]] = []
         self._places: dict[Any, int] = {}
-        # what takes the sums of the rules
-        self._view: Any = None
-        # a profiler and whatever else watches torch's calls is to see them
-        watched = torch.autograd.profiler._is_profiler_enabled or torch._C._len_torch_dispatch_stack()
-        native = None if watched else kernels()
-        self._native = native if native is not None and native.knows(members[0].dtype, lists.kernel) else None
+        self._state = len(lists.keys) - ("step" in lists.keys)
 
     def begin(self) -> bool:
-        """Return whether the update may wait: the library can make it, or torch can, block by block."""
+        """Return whether the library can make the update: it computes torch's numbers, and all lists are right."""
         lists = self._lists
-        named = {"param": self.members, "grad": self.gradients}
-        if self.change is not None:
-            named["update"] = self.change
-        named |= {key: kept[self._part] for key, kept in zip(lists.keys, lists.kept, strict=True)}
+        native = kernels()
+        if native is None or not native.knows(self.members[0].dtype, lists.kernel):
+            return False
         # gradients are new tensors at every update: seen by `lists_for`
-        if self._native is not None and not all(self._place(*each) is not None for each in named.items()):
-            self._native = None
-        if self._native is None:
-            self._places, self._tensors = {key: i for i, key in enumerate(named)}, [*named.values()]
-        return self._native is not None or self.change is not None
+        named = [("param", self.members), ("grad", self.gradients), *zip(lists.keys, lists.kept, strict=True)]
+        return all(self._place(key, tensors) is not None for key, tensors in named)
 
-    def add(
-        self, view: Any, graph: Graph, tensors: Mapping[str, tuple[Any, Tensors]], numbers: Mapping[str, Any]
-    ) -> bool:
+    def add(self, graph: Graph, tensors: Mapping[str, tuple[Any, Tensors]], numbers: Mapping[str, Any]) -> bool:
         """Let a rule act behind what waits already; `tensors` by name, with a key. Return False if it cannot."""
         lists = [(name, self._place(key, each)) for name, (key, each) in tensors.items()]
         if any(place is None for _, place in lists):
             return False
         self._items.append(Item(graph, tuple((name, place) for name, place in lists if place is not None)))
-        if self.change is None and self._compiled() is None:
-            del self._items[-1]
+        self._numbers.append(numbers)
+        if self._compiled() is None:
+            del self._items[-1], self._numbers[-1]
             return False
-        self._view = view
-        self._numbers.update({(len(self._items) - 1, name): number for name, number in numbers.items()})
         return True
 
-    def make(self, *, moves: bool = False) -> None:
-        """Make the update; `moves`: add the change to the weights too."""
-        compiled, lists, group = self._compiled(moves=moves), self._lists, self._group
-        if compiled is None:
-            self._make_by_torch(moves=moves)
-            return
-        assert self._native is not None
-        self._native.run(
+    def make(self) -> None:
+        """Make the update."""
+        compiled, lists, group = self._compiled(), self._lists, self._group
+        assert compiled is not None
+        kernels().run(
             self.members[0].dtype,
             compiled.program,
             array("Q", b"".join(self._addresses)),
-            lists.sizes[self._part],
+            lists.sizes,
             compiled.numbers(self._numbers),
             base=lists.kernel,
             settings=_settings(group, lists.kernel),
@@ -224,57 +197,40 @@ class Waiting:
         )
         torch.autograd.graph.increment_version([t for i, each in enumerate(self._tensors) if i != GRAD for t in each])
 
-    def _make_by_torch(self, *, moves: bool) -> None:
-        assert self.change is not None
-        # the kernel moves copies: what it adds to the weights is known before they move
-        torch._foreach_copy_(self.change, self.members)
-        self._lists.step(self._group, self.change, self.gradients, self.scale, self._part)
-        torch._foreach_sub_(self.change, self.members)
-        self.scale = None  # in the gradients now
-        if self._items or moves:
-            graph = self._known(("torch", moves, *self._items), lambda: joined(self._items, {}, moves=moves))
-            run_rule(graph, self._view, dict(enumerate(self._tensors)), self._numbers, UPDATE)
-
     def _place(self, key: Any, tensors: Tensors) -> int | None:
         if key not in self._places:
-            if self._native is not None:
-                found = self._lists.addresses(key, tensors, self._part)
-                if found is None:
-                    return None
-                self._addresses.append(found)
+            found = self._lists.addresses(key, tensors)
+            if found is None:
+                return None
             self._places[key] = len(self._tensors)
             self._tensors.append(tensors)
+            self._addresses.append(found)
         return self._places[key]
 
-    def _compiled(self, *, moves: bool = False) -> Compiled | None:
-        """Return the library's program for the update and these rules; None if it has none."""
-        native = self._native
-        if native is None:
-            return None
-        kernel, scaled, proposes = self._lists.kernel, self.scale is not None, self.change is not None
-
-        def compiled() -> Compiled | None:
-            lists = ({} if proposes else {PARAM: BASE}) | ({GRAD: DIVIDED} if scaled else {})
-            graph = joined(self._items, lists, moves=moves)
-            # a sum in another order has other bits: only where the base proposes an update
-            if graph.sums and not proposes:
-                return None
-            state = len(lists_of_base) if self._lists.keys not in ((), ("step",)) else 0
-            try:
-                made = Compiled(kernel, state, graph, proposes=proposes)
-            except Unfit:
-                return None
-            return made if native.knows(self.members[0].dtype, *made.needs) else None
-
-        lists_of_base = ("param", "grad", "update") if proposes else ("param", "grad")
-        program: Compiled | None = self._known((scaled, moves, proposes, *self._items), compiled)
-        return program
-
-    def _known(self, key: Any, make: Callable[[], Any]) -> Any:
+    def _compiled(self) -> Compiled | None:
+        key = self._lists.kernel, self._state, self.scale is None, tuple(self._items)
         known = self._lists.programs
         if key not in known:
-            known[key] = make()
+            try:
+                compiled = Compiled(key[0], GRAD + 1 if self._state else 0, self._items, scaled=self.scale is not None)
+                fits = kernels().knows(self.members[0].dtype, *compiled.needs)
+                known[key] = compiled if fits else None
+            except Unfit:
+                known[key] = None
         return known[key]
+
+
+def waiting_update(
+    lists: FusedLists, group: ParamGroup, members: Tensors, gradients: Tensors, scale: Any
+) -> Waiting | None:
+    """Return an update that waits for rules behind it; None: it has to be made by torch, and now.
+
+    A profiler and whatever else watches torch's calls is to see them.
+    """
+    if torch.autograd.profiler._is_profiler_enabled or torch._C._len_torch_dispatch_stack():
+        return None
+    waiting = Waiting(lists, group, members, gradients, scale)
+    return waiting if waiting.begin() else None
 
 
 def _settings(group: ParamGroup, kernel: str) -> tuple[float, ...]:

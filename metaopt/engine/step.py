@@ -8,7 +8,7 @@ import torch
 
 from metaopt.engine import averages, param_state
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, has_fused_kernel
-from metaopt.engine.fused import LARGE, FusedLists, Waiting, fits_kernel, lists_for
+from metaopt.engine.fused import LARGE, FusedLists, fits_kernel, lists_for, waiting_update
 from metaopt.engine.run import AVERAGE_SHOWN, TEMPLATE, UPDATES, Run
 from metaopt.engine.structure import Placed
 from metaopt.engine.update import Evaluation, Members, Update, blocks_of
@@ -266,12 +266,13 @@ def _step_directly(update: Update, chain: Chain) -> bool:
     # what comes right after a first update, or looks at the update itself, reads the weights at once
     may_wait = kernels() is not None and not (update.initial or update.run.incomplete is None)
     for lists, group, members, gradients in found:
+        waiting = None
         if may_wait and not chain.needs_weights_before and _gains_by_waiting(chain, group, lists, scale):
-            waiting = Waiting(lists, group, members, gradients, scale)
-            if waiting.begin():
-                update.waiting[id(group)] = waiting
-                continue
-        lists.step(group, members, gradients, scale)
+            waiting = waiting_update(lists, group, members, gradients, scale)
+        if waiting is None:
+            lists.step(group, members, gradients, scale)
+        else:
+            update.waiting[id(group)] = waiting
     return True
 
 
@@ -334,10 +335,10 @@ def _step_in_blocks(update: Update, chain: Chain, group: ParamGroup) -> None:
         part = slice(begin, begin + len(block))
         begin = part.stop
         if lists is not None and block[0].element_size() >= 4:
-            scale = vars(chain.base).get("grad_scale")
-            waiting = Waiting(lists, group, block, gradients[part], scale, part, update.change_buffers_of(block))
-            waiting.begin()
-            update.waiting[id(group)] = waiting
+            # the kernel moves copies: what it adds to the weights is known before they move
+            change = update.change_from_weights(block)
+            lists.step(group, change, gradients[part], vars(chain.base).get("grad_scale"), part)
+            update.propose(block, change)
         else:
             update.keep_block(block)
             _step_on(chain, group, block, late)
@@ -362,19 +363,11 @@ def change_updates(update: Update, chain: Chain) -> None:
 
 
 def _change(update: Update, group: ParamGroup, wrappers: list[Wrapper], members: Members) -> None:
-    """Let wrappers change what is added to some parameters, in written order, and add it.
-
-    Rules of elements wait, and go together in as few passes as they can.
-    """
-    if id(group) not in update.waiting:
-        update.rewind_weights(members)
+    """Let wrappers change what is added to some parameters, in written order, and add it."""
+    update.rewind_weights(members)
     for wrapper in wrappers:
-        cut = views_of if wrapper.has_rules and id(group) in update.waiting else block_views_of
-        _call(wrapper.on_update, cut(update, group, wrapper, members, updates=update.count))
-    if id(group) in update.waiting:
-        update.make_waiting(group)
-    else:
-        update.apply_change(members)
+        _call(wrapper.on_update, block_views_of(update, group, wrapper, members, updates=update.count))
+    update.apply_change(members)
 
 
 # ---- behind the base

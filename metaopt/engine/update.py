@@ -98,7 +98,7 @@ class Update:
         self.applied: dict[torch.Tensor, tuple[int, int]] = {}
         # by group: what the base has yet to do to it, with the rules of wrappers behind it
         self.waiting: dict[int, Waiting] = {}
-        self.undivided: dict[int, list[Waiting]] = {}
+        self.undivided: dict[int, Waiting] = {}
         # how often a wrapper has drawn random numbers for a parameter
         self.draws: dict[object, int] = {}
         self.names: dict[torch.Tensor, str] | None = None
@@ -132,26 +132,19 @@ class Update:
         """Look the gradients up again when they are next needed: some were made, replaced or taken away."""
         self.gathered.clear()
 
-    def make_waiting(self, moving: ParamGroup | None = None) -> None:
-        """Make the updates that wait: somebody looks at weights, gradients or state.
-
-        The weights of `moving` are moved too; otherwise those of an update that parts act on wait for its change.
-        """
+    def make_waiting(self) -> None:
+        """Make the updates that wait: somebody looks at weights, gradients or state."""
         if self.waiting:
             waiting, self.waiting = self.waiting, {}
             for key, each in waiting.items():
-                moves = moving is not None and key == id(moving)
-                each.make(moves=moves)
+                each.make()
                 if each.scale is not None:
-                    self.undivided.setdefault(key, []).append(each)
-                if each.change is not None and not moves:
-                    self.before.update(zip(each.members, each.members, strict=True))
-                    self.change.update(zip(each.members, each.change, strict=True))
-                    self.rewound.update(each.members)
+                    self.undivided[key] = each
 
     def divide_gradients(self, group: ParamGroup) -> None:
         """Divide gradients by what the base has divided them by only for itself."""
-        for waiting in self.undivided.pop(id(group), ()):
+        waiting = self.undivided.pop(id(group), None)
+        if waiting is not None:
             torch._foreach_div_(waiting.gradients, waiting.scale)
 
     # ---- the factor that gradients wait for
@@ -228,9 +221,18 @@ class Update:
             self.before.update(zip(part, before, strict=True))
             self.change_buffers.update(zip(part, change, strict=True))
 
-    def change_buffers_of(self, members: Members) -> list[torch.Tensor]:
-        """Return memory for the change of a block, which the next block uses again."""
-        return self._buffers("change", members)
+    def change_from_weights(self, members: Members) -> list[torch.Tensor]:
+        """Return copies of the weights of a block, which the base is to move in their place; see `propose`."""
+        copies = self._buffers("change", members)
+        torch._foreach_copy_(copies, members)
+        return copies
+
+    def propose(self, members: Members, copies: list[torch.Tensor]) -> None:
+        """Take what the base has added to copies of the weights as the change; the weights themselves stand still."""
+        torch._foreach_sub_(copies, members)
+        self.before.update(zip(members, members, strict=True))
+        self.change.update(zip(members, copies, strict=True))
+        self.rewound.update(members)
 
     def _buffers(self, role: str, weights: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return tensors of the weights' shapes in memory of this update; those of a change are at least float32."""

@@ -102,20 +102,17 @@ class GroupView(Group):
         if any(isinstance(number, torch.Tensor) for number in numbers.values()):
             return False
         tensors: dict[str, tuple[Any, list[torch.Tensor]]] = {}
-        lists = {"param": waiting.members, "grad": waiting.gradients, "update": waiting.change}
         for name in rule.tensors:
             slot = wrapper.slots.get(name)
-            if name == "param" or (name in lists and waiting.change is not None):
-                tensors[name] = name, lists[name] or []
+            if name == "param":
+                tensors[name] = name, waiting.members
             elif slot is not None and slot.kind in ("anchor", "start", "zeros"):
                 key = f"{wrapper.label}.{name}"
                 tensors[name] = key, [state[p][key] for p in self.parameters]
             else:
                 return False
         anchors = self._chain.layout(wrapper).inner_anchor_keys if "param" in rule.graph.outputs else ()
-        # the weights and gradients of an update that the base only proposes stay
-        stay = waiting.change is not None and rule.graph.outputs.keys() & {"param", "grad"}
-        return not anchors and not stay and waiting.add(self, rule.graph, tensors, numbers)
+        return not anchors and waiting.add(rule.graph, tensors, numbers)
 
     def _named(self, name: str) -> list[torch.Tensor]:
         tensors: list[torch.Tensor] = getattr(self, {"param": "params", "grad": "grads"}.get(name, name))
@@ -268,7 +265,6 @@ class GroupView(Group):
     @property
     def update(self) -> list[torch.Tensor]:
         update = self._update
-        update.make_waiting()
         if update.observing:
             return self._cut([update.observed[p] for p in self.parameters])
         if any(p not in update.before for p in self.parameters):

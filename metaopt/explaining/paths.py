@@ -2,8 +2,6 @@
 
 import os
 from collections.abc import Iterable
-from itertools import takewhile
-from operator import attrgetter
 
 import torch
 
@@ -31,39 +29,23 @@ def _path(stack: Stack, chain: Chain) -> str:
     if own is not None:
         return f"{base}.step(); torch's fused kernel is not called directly, because {own}"
     kernel = f"torch's fused kernel of {base}, called directly"
-    dtypes = {p.dtype for group in groups for p in group["params"]}
-    if chain.leading_on_update and not chain.needs_weights_before:
-        return _path_of_update(chain, kernel, dtypes)
+    changing = [w.label for w in chain.leading_on_update]
+    if changing and not chain.needs_weights_before:
+        return f"{kernel}, on copies of the weights, because {_and(changing)} {_act(changing, 'change')} the update"
     joined, left = _parts_that_join(chain)
     behind = f"; {left}" if left else ""
     labels = [wrapper.label for wrapper in joined]
+    dtypes = {p.dtype for group in groups for p in group["params"]}
     # an update waits for whatever part has rules, and is made by the library although none joins
     waits = any(wrapper.has_rules for wrapper in chain.written_behind) and not chain.needs_weights_before
     if not (joined or waits):
         return kernel + _about_a_factor(stack, chain, dtypes) + behind
     absent = _why_no_library(chain, joined, dtypes)
     if absent is None:
-        return f"{_and([base, *labels])} in one pass over memory, by {_named()}{behind}"
+        return f"{_and([base, *labels])} in one pass over memory, by metaopt-kernels ({kernels().variant}){behind}"
     if not joined:
         return kernel + behind
     return f"{kernel}; {_and(labels)} could join its pass over memory, but {absent}"
-
-
-def _path_of_update(chain: Chain, kernel: str, dtypes: set[torch.dtype]) -> str:
-    """Return the path where parts change the update before the weights move."""
-    changing = [wrapper.label for wrapper in chain.leading_on_update]
-    joined = [*takewhile(attrgetter("has_rules"), chain.leading_on_update)]
-    absent = _why_no_library(chain, joined, dtypes)
-    copies = f"on copies of the weights, because {_and(changing)} {_act(changing, 'change')} the update"
-    if joined and absent is None:
-        labels = [type(chain.base).__name__, *(wrapper.label for wrapper in joined)]
-        return f"{_and(labels)} in one pass for each sum over a tensor and one more, by {_named()}; {copies}"
-    could = f"; {_and([w.label for w in joined])} could join its pass over memory, but {absent}" if joined else ""
-    return f"{kernel}, {copies}{could}"
-
-
-def _named() -> str:
-    return f"metaopt-kernels ({kernels().variant})"
 
 
 # ---- the base's own step
@@ -161,7 +143,7 @@ def _about_a_factor(stack: Stack, chain: Chain, dtypes: set[torch.dtype]) -> str
     elements = sum(p.numel() for group in chain.groups_in(stack.param_groups) for p in group["params"])
     if chain.needs_weights_before or not before or elements <= LARGE or _why_no_library(chain, (), dtypes) is not None:
         return ""
-    return f"; a factor of the gradients is taken in the same pass, by {_named()}"
+    return f"; a factor of the gradients is taken in the same pass, by metaopt-kernels ({kernels().variant})"
 
 
 def _and(names: list[str]) -> str:

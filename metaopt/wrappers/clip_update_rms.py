@@ -1,9 +1,8 @@
 """Clipping each tensor's update by its root mean square, as Adafactor does."""
 
 import torch
-from torch import Tensor
 
-from metaopt import Group, Wrapper, elementwise, hookimpl, hyper
+from metaopt import Group, Wrapper, hookimpl, hyper
 
 
 class ClipUpdateRms(Wrapper):
@@ -16,14 +15,11 @@ class ClipUpdateRms(Wrapper):
 
     max_rms: float = hyper(1.0, gt=0.0, doc="the largest RMS of an update at rate 1", known_as=("d", "threshold"))
 
-    @elementwise
-    @staticmethod
-    def clip(update: Tensor, *, lr: float, max_rms: float) -> dict[str, Tensor]:
-        size = torch.sqrt(torch.mean((update * update.conj()).real))
-        return {"update": update * torch.where(size > lr * max_rms, lr * max_rms / size, 1.0)}
-
     def on_update(self, group: Group) -> None:
-        self.clip(group)
+        squares = [torch.vdot(u.flatten(), u.flatten()) for u in group.update]
+        sizes = torch.stack(group.means(squares)).real.sqrt()
+        bound = group.base_lr * group.max_rms
+        torch._foreach_mul_(group.update, torch.where(sizes > bound, bound / sizes, 1.0).unbind())
 
 
 @hookimpl

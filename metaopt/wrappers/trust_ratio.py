@@ -3,9 +3,8 @@
 import math
 
 import torch
-from torch import Tensor
 
-from metaopt import Group, Wrapper, elementwise, hookimpl, hyper
+from metaopt import Group, Wrapper, hookimpl, hyper
 
 
 class TrustRatio(Wrapper):
@@ -23,27 +22,14 @@ class TrustRatio(Wrapper):
     min_norm: float = hyper(0.0, ge=0.0, doc="what both norms count as at least")
     max_ratio: float = hyper(math.inf, gt=0.0, doc="the largest ratio; 1 only shrinks", known_as=("trust_clip",))
 
-    @elementwise
-    @staticmethod
-    def rescale(
-        update: Tensor,
-        param: Tensor,
-        *,
-        lr: float,
-        trust_coefficient: float,
-        eps: float,
-        min_norm: float,
-        max_ratio: float,
-    ) -> dict[str, Tensor]:
-        # everything times lr: a rate of zero divides nothing
-        size = torch.clamp(torch.norm(param), min=min_norm)
-        length = torch.clamp(torch.norm(update), min=lr * min_norm)
-        ratio = trust_coefficient * lr * size / (length + lr * eps)
-        ratio = torch.where((size > 0) & (length > 0), ratio, 1.0)
-        return {"update": update * torch.where(ratio < max_ratio, ratio, max_ratio)}
-
     def on_update(self, group: Group) -> None:
-        self.rescale(group)
+        lr = group.base_lr
+        sizes = torch.stack(group.norms(group.params)).clamp(min=group.min_norm)
+        # everything times lr: a rate of zero divides nothing
+        lengths = torch.stack(group.norms(group.update)).clamp(min=lr * group.min_norm)
+        ratios = group.trust_coefficient * lr * sizes / (lengths + lr * group.eps)
+        ratios = torch.where((sizes > 0) & (lengths > 0), ratios, 1.0).clamp(max=group.max_ratio)
+        torch._foreach_mul_(group.update, ratios.unbind())
 
 
 @hookimpl

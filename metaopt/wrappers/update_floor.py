@@ -1,9 +1,8 @@
 """Updates that are never too small beside the weights."""
 
 import torch
-from torch import Tensor
 
-from metaopt import Example, Group, Wrapper, elementwise, hookimpl, hyper
+from metaopt import Example, Group, Wrapper, hookimpl, hyper
 
 
 class UpdateFloor(Wrapper):
@@ -18,21 +17,17 @@ class UpdateFloor(Wrapper):
     floor: float = hyper(0.35, ge=0.0, doc="the smallest |u| / |w| of an update at rate 1", known_as=("target_uw",))
     rows: bool = hyper(False, doc="hold it for each index of the first dimension; a vector is one row")
 
-    @elementwise
-    @staticmethod
-    def lengthen(update: Tensor, param: Tensor, *, floor: float, lr: float) -> dict[str, Tensor]:
-        return {"update": update * _factor(torch.norm(update), torch.norm(param) * (floor * lr))}
-
     def on_update(self, group: Group) -> None:
-        if not group.rows:
-            self.lengthen(group)
-            return
         share = group.floor * group.base_lr
-        lengths, sizes = (group.norms(each, rows=True) for each in (group.update, group.params))
-        torch._foreach_mul_(group.update, [_factor(u, w * share) for u, w in zip(lengths, sizes, strict=True)])
+        lengths, sizes = (group.norms(each, rows=group.rows) for each in (group.update, group.params))
+        if group.rows:
+            factors = [_factor(u, w * share) for u, w in zip(lengths, sizes, strict=True)]
+        else:  # one number of each tensor: all of them at once
+            factors = list(_factor(torch.stack(lengths), torch.stack(sizes) * share).unbind())
+        torch._foreach_mul_(group.update, factors)
 
 
-def _factor(lengths: Tensor, floors: Tensor) -> Tensor:
+def _factor(lengths: torch.Tensor, floors: torch.Tensor) -> torch.Tensor:
     return torch.where((lengths > 0) & (lengths < floors), floors / lengths, 1.0)
 
 
