@@ -890,5 +890,5 @@ def test_an_interrupted_comparison_goes_on_and_leaves_no_process_behind(tmp_path
 def without_times(found: Any) -> Any:
     """Return results without what may differ between two runs of one comparison: times, processes and places."""
     if isinstance(found, dict):
-        return {k: without_times(v) for k, v in found.items() if k not in ("seconds", "jobs", "out")}
+        return {k: without_times(v) for k, v in found.items() if k not in ("seconds", "where", "jobs", "out")}
     return [without_times(item) for item in found] if isinstance(found, list) else found
