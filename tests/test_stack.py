@@ -147,7 +147,7 @@ def test_a_group_may_set_a_wrapper_s_hyperparameter() -> None:
         ("adm", "Did you mean"),
         ("adamw(learning_rate=1)", "no hyperparameter"),
         ("clip_grad_norm | adamw", "needs max_norm"),
-        ("clip_grad_norm(-1.0) | adamw", "max_norm must be >= 0, got -1.0"),
+        ("clip_grad_norm(-1.0) | adamw", "max_norm must be > 0, got -1.0"),
         ("adamw | sgd", "one base"),
         ("adamw | clip_grad_norm(1.0)", "write it before adamw"),
         ("lookahead | adamw", "write it behind adamw"),

@@ -194,7 +194,7 @@ def a_killed_worker_costs_one_try(subject: ExecutorSubject) -> None:
 
 @check("executor", presumes=("plugins_reach_the_workers",))
 def cancel_ends_what_has_not_begun(subject: ExecutorSubject) -> None:
-    """After cancel() no task begins."""
+    """After cancel() no task begins that has not begun before it."""
     before, after = subject.begun_after_cancel()
     if after > before:
         raise CheckFailed(
