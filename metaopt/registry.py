@@ -3,6 +3,7 @@
 import inspect
 import pkgutil
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
@@ -111,13 +112,9 @@ class Registry:
 
     def executors(self) -> dict[str, Any]:
         """Return the places where trials run, by name. Raises PluginError if two plugins offer one name."""
-        self._load()
         found = dict(import_module(OWN_EXECUTOR).metaopt_executors())
-        for implementation in getattr(self._plugins.hook, hooks.EXECUTORS).get_hookimpls():
-            offered = implementation.function()
-            if not isinstance(offered, dict):
-                raise PluginError(f"{implementation.plugin_name}: {hooks.EXECUTORS} must return a dict of classes")
-            self._check(offered, implementation.plugin_name)
+        for origin, offered in self._offers(hooks.EXECUTORS, "a dict of classes"):
+            self._check(offered, origin)
             for name, target in offered.items():
                 if found.setdefault(name, target) is not target or name == "local":
                     raise PluginError(f"the executor {name!r} is offered twice: uninstall one plugin, or rename it")
@@ -125,17 +122,25 @@ class Registry:
 
     def suites(self) -> dict[str, tuple[str, ...]]:
         """Return the suites by name: problems as text. Raises PluginError if two plugins offer one name."""
-        self._load()
         found: dict[str, tuple[str, ...]] = {}
-        for implementation in getattr(self._plugins.hook, hooks.SUITES).get_hookimpls():
-            offered, origin = implementation.function(), implementation.plugin_name
-            for name, problems in offered.items() if isinstance(offered, dict) else [("", None)]:
+        form = "{name: [problem as text, ...]}"
+        for origin, offered in self._offers(hooks.SUITES, form):
+            for name, problems in offered.items():
                 if not isinstance(problems, list | tuple) or not all(isinstance(text, str) for text in problems):
-                    raise PluginError(f"{origin}: {hooks.SUITES} must return {{name: [problem as text, ...]}}")
+                    raise PluginError(f"{origin}: {hooks.SUITES} must return {form}")
                 if name in found:
                     raise PluginError(f"the suite {name!r} is offered twice: uninstall one plugin, or rename it")
                 found[name] = tuple(problems)
         return found
+
+    def _offers(self, hook: str, form: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield what each plugin offers by a hook, with the plugin's name. Raises PluginError where it is no dict."""
+        self._load()
+        for implementation in getattr(self._plugins.hook, hook).get_hookimpls():
+            offered = implementation.function()
+            if not isinstance(offered, dict):
+                raise PluginError(f"{implementation.plugin_name}: {hook} must return {form}")
+            yield implementation.plugin_name, offered
 
     def broken(self) -> list[BrokenPlugin]:
         """Return the plugins that could not be used, with their errors."""

@@ -53,7 +53,7 @@ _REMEMBERED = (
 )
 
 # what explanations, checks and benchmarks ask of a stack; hidden from completion
-_FOR_TOOLS = ("chain_of", "chains", "description", "needs_closure", "schedules_of")
+_FOR_TOOLS = ("chain_of", "chains", "description", "met_replicas", "needs_closure", "schedules_of", "takes_means")
 
 
 class Stack(torch.optim.Optimizer):

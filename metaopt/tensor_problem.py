@@ -62,7 +62,7 @@ class TensorProblem(Problem):
         """Return the loss and the metrics on all rows of a split."""
         device = next(model.parameters()).device
         batch = tuple(tensor.to(device) for tensor in self.rows(split))
-        with _evaluating(model):
+        with evaluating(model):
             found: dict[str, Any] = {"loss": self.loss(model, batch), **self.metrics(model, batch)}
             return {name: float(value) for name, value in found.items()}
 
@@ -71,13 +71,13 @@ class TensorProblem(Problem):
         found = hashlib.sha256()
         for split in ("train", "validation", "test"):
             for tensor in self.rows(split):
-                found.update(f"{split} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                found.update(tensor.contiguous().numpy().tobytes())
+                add_to_hash(found, split, tensor)
         return found.hexdigest()
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode; each of its modules is in its own mode again afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -85,3 +85,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def add_to_hash(found: Any, name: str, tensor: torch.Tensor) -> None:
+    """Add a tensor of any dtype and device to a hash: its name, shape, dtype and bits."""
+    plain = tensor.detach().cpu().contiguous()
+    found.update(f"{name} {tuple(plain.shape)} {plain.dtype}".encode())
+    found.update(plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b"")

@@ -439,6 +439,16 @@ class IgnoresTheGroupsAlpha(Pull, every="k"):
         group.set_params(group.slow)
 
 
+@broken(WRAPPERS, "never_due", "acts_in_a_hook", "acts every 10 updates, and a check makes 6")
+class NeverDue(Wrapper, every="k"):
+    """Would raise if it were ever called."""
+
+    k: int = hyper(10, ge=1, doc="updates between two calls")
+
+    def after_update(self, group):
+        raise RuntimeError("called")
+
+
 @broken(WRAPPERS, "misspelt_hook", "acts_in_a_hook", "Did you mean on_gradients or observe_gradients?")
 class MisspellsItsHook(Wrapper):
     """g <- 0.5 g."""

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from metaopt.errors import MetaoptError
+from metaopt.errors import MetaoptError, SpecError
 
 # every mistake in the arguments is one of these; typer carries click inside and exports only this leaf
 _ArgumentError: Any = typer.BadParameter.__mro__[2]
@@ -46,6 +47,23 @@ class Interrupted(Exception):
     def __init__(self, text: str = "", status: int = INTERRUPTED) -> None:
         super().__init__(text)
         self.status = status
+
+
+def write_out(text: str, out: Path | None, error: type[MetaoptError] = SpecError, *, with_folder: bool = False) -> None:
+    """Print a text, or write it to a file and say so; `with_folder` makes the folder too.
+
+    Raises `error` if the file cannot be written.
+    """
+    if out is None:
+        print(text, end="")
+        return
+    try:
+        if with_folder:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
+    except OSError as failure:
+        raise error(f"{out} cannot be written: {failure.strerror or failure}") from None
+    print(f"wrote {out}")
 
 
 def load_plugins(names: list[str]) -> list[str]:

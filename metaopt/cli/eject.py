@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from metaopt.errors import SpecError
+from metaopt.cli import write_out
 
 
 def register(app: typer.Typer) -> None:
@@ -23,12 +23,4 @@ def eject_spec(
     """Write a stack as one readable Python file that does not need metaopt and trains the same, bit for bit."""
     from metaopt.ejecting.writing import eject
 
-    text = eject(spec, steps)
-    if out is None:
-        print(text, end="")
-        return
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise SpecError(f"{out} cannot be written: {error.strerror or error}") from None
-    print(f"wrote {out}")
+    write_out(eject(spec, steps), out)

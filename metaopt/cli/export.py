@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from metaopt.errors import SpecError
+from metaopt.cli import write_out
 
 
 class Form(StrEnum):
@@ -30,12 +30,4 @@ def export(
     """Write a stack as a submission to a public contest: one file, without metaopt, with the contest's functions."""
     from metaopt.ejecting.algoperf import submission
 
-    text = submission(spec)
-    if out is None:
-        print(text, end="")
-        return
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise SpecError(f"{out} cannot be written: {error.strerror or error}") from None
-    print(f"wrote {out}: {form}")
+    write_out(submission(spec), out)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from metaopt.cli import Plugins
+from metaopt.cli import Plugins, write_out
 from metaopt.errors import PluginError
 
 
@@ -24,11 +24,4 @@ def stubs(
     """Write a stub with every registered part, so that an editor completes and checks those of plugins too."""
     from metaopt.stubs import stub
 
-    file = out / "metaopt" / "__init__.pyi"
-    text = stub(built_in=built_in)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise PluginError(f"{file} cannot be written: {error.strerror or error}") from None
-    print(f"wrote {file}")
+    write_out(stub(built_in=built_in), out / "metaopt" / "__init__.pyi", PluginError, with_folder=True)

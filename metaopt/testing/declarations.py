@@ -35,7 +35,7 @@ def says_what_it_does(subject: Subject) -> None:
 
 @check("wrapper")
 def acts_in_a_hook(subject: StackSubject) -> None:
-    """The class defines a hook of the contract, and no public method that is nearly called like one."""
+    """The class defines a hook of the contract and no method nearly called like one, and acts while it is checked."""
     cls = subject.entry.target
     nearly = nearly_a_hook(cls)
     if nearly or not acts(cls):
@@ -48,6 +48,15 @@ def acts_in_a_hook(subject: StackSubject) -> None:
             f"{did_you_mean(nearly, HOOKS).strip()} Give a method of your own a name that begins with _"
             if nearly
             else "Define the hook that fits: the loss, the gradients, the updated weights, or an average",
+        )
+    name = cls.acts_every
+    every = 1 if name is None else getattr(subject.wrapper_of(subject.pair()[1]), name)
+    if every > STEPS:
+        raise CheckFailed(
+            f"{subject.label} acts every {every} updates, and a check makes {STEPS}",
+            "Nothing that it does was tried",
+            f"Give it an Example in which it acts several times, such as "
+            f'metaopt_examples: {{"{subject.entry.name}": Example("{subject.entry.name}({name}=2)")}}',
         )
 
 

@@ -4,7 +4,6 @@ import copy
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from metaopt.lab.batches import mapped, tensors
 from metaopt.lab.own import lightning
 from metaopt.lab.own.passes import OwnRandomNumbers, Source
 from metaopt.problem_class import Problem
+from metaopt.tensor_problem import add_to_hash, evaluating
 
 Measure = Callable[[nn.Module, Any], Any]
 
@@ -62,7 +62,7 @@ class GivenProblem(Problem):
     def evaluate(self, model: nn.Module, split: str = "validation") -> dict[str, float]:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         means = Means()
-        with torch.no_grad(), _evaluating(model), OwnRandomNumbers(0):
+        with torch.no_grad(), evaluating(model), OwnRandomNumbers(0):
             steps = lightning.Steps(model) if self._loss is None and lightning.is_module(model) else None
             for batch in self._held_out(split):
                 there = moved(batch, device)
@@ -82,12 +82,12 @@ class GivenProblem(Problem):
         if self._hash is None:
             found = hashlib.sha256(repr([_code(self._loss), *map(_code, self._metrics.values())]).encode())
             for name, tensor in self.model(0).state_dict().items():
-                _update(found, name, tensor)
+                add_to_hash(found, name, tensor)
             for split in ("train", "validation", "test"):
                 batches = self.batches(0) if split == "train" else self._held_out(split)
                 for batch in itertools.islice(batches, HASHED):
                     for tensor in tensors(batch):
-                        _update(found, split, tensor)
+                        add_to_hash(found, split, tensor)
             self._hash = found.hexdigest()
         return self._hash
 
@@ -143,25 +143,8 @@ def moved(batch: Any, device: torch.device | str) -> Any:
     return mapped(batch, lambda tensor: tensor.to(device))
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _examples(batch: Any) -> int:
     return next((len(tensor) for tensor in tensors(batch) if tensor.dim()), 1)
-
-
-def _update(found: Any, name: str, tensor: torch.Tensor) -> None:
-    plain = tensor.detach().cpu()
-    found.update(f"{name} {tuple(plain.shape)} {plain.dtype}".encode())
-    found.update(plain.contiguous().flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
 
 
 def _code(function: Any) -> Any:
