@@ -33,8 +33,20 @@ class Server:
         with urllib.request.urlopen(request, timeout=10) as answer:
             return json.load(answer)
 
+    def differing(self):
+        """Return the hyperparameters in which the runs that were read so far differ."""
+        found = self.post("plugin/hparams/experiment", {"experimentName": ""}).get("hparamInfos", ())
+        return [info["name"] for info in found if info.get("differs")]
+
     def points(self, run, tag):
         return [(step, value) for _, step, value in self.get("plugin/scalars/scalars", run=run, tag=tag)]
+
+
+def wait_until(question):
+    deadline = time.monotonic() + 60
+    while not question():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @contextmanager

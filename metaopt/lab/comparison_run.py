@@ -9,11 +9,12 @@ from metaopt.errors import LogError
 from metaopt.lab.comparison import Comparison
 from metaopt.lab.report import headline, remarks, rows, word_of
 from metaopt.lab.results import plain
-from metaopt.lab.runs import FINAL, charts, names
+from metaopt.lab.runs import charts, names
 from metaopt.logger import Logger, Table
 from metaopt.registry import registry
 
 NAME = "comparison"
+FINAL = "test/loss"
 # the tag of the verdicts, which the tab "Stack" draws
 VERDICTS = "metaopt/verdicts"
 

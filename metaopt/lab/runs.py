@@ -17,7 +17,6 @@ from metaopt.logger import HyperValue, Layout, Logger, Margin
 from metaopt.registry import registry
 from metaopt.specs.pipeline import parse
 
-FINAL = "test/loss"
 MARK = ".metaopt-compare"
 
 Result = dict[str, Any]
@@ -47,7 +46,7 @@ class Runs:
                 self._run(f"{name}/study-{number}", run, _points(run, run["updates"]))
 
     def _run(self, name: str, result: Result, points: Points) -> None:
-        logger: Logger = registry.find("tensorboard", "logger").target(self._folder / name, metric=FINAL)
+        logger: Logger = registry.find("tensorboard", "logger").target(self._folder / name)
         hparams: dict[str, HyperValue] = result["hparams"]
         logger.open(step=0, tags=(), spec=result["spec"], hparams=hparams)
         for step, values in points.items():

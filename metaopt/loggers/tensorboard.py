@@ -19,9 +19,6 @@ from metaopt import Histogram, Layout, LogError, Logger, Margin, MetaoptWarning,
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-# what the HParams page compares runs by
-METRIC = "train/loss"
-
 
 class TensorBoard(Logger):
     """Writes TensorBoard event files: scalars, the spec as text and one HParams record, all in the run's directory.
@@ -31,10 +28,9 @@ class TensorBoard(Logger):
     TensorBoard follows one writer per directory, and would hide points of the other.
     """
 
-    def __init__(self, log: "str | os.PathLike[str] | SummaryWriter", metric: str = METRIC) -> None:
+    def __init__(self, log: "str | os.PathLike[str] | SummaryWriter") -> None:
         if find_spec("tensorboard") is None:
             raise MissingExtra("the log of TensorBoard", "tensorboard", "tensorboard")
-        self.metric = metric
         self._file: _EventFile | None = None
         self._writer: Any = None
         self._described = False
@@ -54,7 +50,7 @@ class TensorBoard(Logger):
         earlier = False if self._writer is not None else self._open_own(step)
         if not self._described and not (earlier and step > 0):
             # once per run: what went on in the same directory has its record there already
-            self._write(0, _described(spec, hparams, self.metric))
+            self._write(0, _described(spec, hparams))
         self._described = True
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -114,7 +110,7 @@ class TensorBoard(Logger):
         if file is None or file.failed:
             return
         # only a run that was closed is shown as finished
-        file.write(0, [_records({}, {})[2]])
+        file.write(0, [_records({})[2]])
         file.close()
 
     def _write(self, step: int, summaries: Sequence[Any]) -> None:
@@ -259,15 +255,16 @@ class _EventFile:
             self._file.close()
 
 
-def _described(spec: str, hparams: Mapping[str, bool | int | float | str], metric: str) -> list[Any]:
-    """Return the records that tell what the run is: its spec as text, its hyperparameters and its metric."""
+def _described(spec: str, hparams: Mapping[str, bool | int | float | str]) -> list[Any]:
+    """Return the records that tell what the run is: its spec as text and its hyperparameters."""
     from torch.utils.tensorboard.summary import text
 
-    # not SummaryWriter.add_hparams: that puts the record into a run of its own, below this one
-    # with "stack" in every record: the page takes its columns from one run's record, whatever the others have
-    experiment, session, _ = _records({"stack": spec, **hparams}, {metric: 0.0})
+    # not SummaryWriter.add_hparams: that puts the record into a run of its own, below this one. And no record of an
+    # experiment: the page takes its columns from one run's, whatever the others have; without any, it has the
+    # hyperparameters of all runs, those that differ first
+    _, session, _ = _records({"stack": spec, **hparams})
     described = [text("metaopt/spec", f"    {spec}")] if spec else []  # type: ignore[no-untyped-call]
-    return [*described, experiment, session]
+    return [*described, session]
 
 
 def _histogram(tag: str, histogram: Histogram) -> Any:
@@ -290,10 +287,10 @@ def _histogram(tag: str, histogram: Histogram) -> Any:
     )
 
 
-def _records(hparams: Mapping[str, Any], metrics: Mapping[str, float]) -> tuple[Any, Any, Any]:
+def _records(hparams: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     from torch.utils.tensorboard.summary import hparams as records
 
-    made: tuple[Any, Any, Any] = records(dict(hparams), dict(metrics))  # type: ignore[no-untyped-call]
+    made: tuple[Any, Any, Any] = records(dict(hparams), {})  # type: ignore[no-untyped-call]
     return made
 
 

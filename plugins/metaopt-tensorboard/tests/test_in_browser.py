@@ -5,13 +5,12 @@ Pictures of what was looked at are kept in `build/screenshots` of the checkout.
 
 import json
 import shutil
-import time
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
-from tensorboard_server import tensorboard
+from tensorboard_server import tensorboard, wait_until
 from torch.utils.tensorboard import SummaryWriter
 
 import metaopt
@@ -87,13 +86,6 @@ def write(directory, curves=(), **texts):
                 writer.add_scalar(tag, value, step)
 
 
-def wait_for_runs(server, count):
-    deadline = time.monotonic() + 60
-    while len(server.get("runs")) < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     logdir = tmp_path_factory.mktemp("looked at") / "runs"
@@ -104,7 +96,9 @@ def server(tmp_path_factory):
     compare(COMPARED, problem="noisy_quadratic", studies=3, trials=2, steps=20, jobs=1, out=logdir / "real")
     with tensorboard(logdir, "--reload_interval=1") as running:
         running.logdir = logdir
-        wait_for_runs(running, len(RUNS) + 2 + len(COMPARED) + 1)
+        # every run is there, and read far enough
+        count = len(RUNS) + 2 + len(COMPARED) + 1
+        wait_until(lambda: len(running.get("runs")) >= count and "lookahead.k" in running.differing())
         yield running
 
 
@@ -268,7 +262,9 @@ def test_the_tab_follows_light_and_dark_mode(tab):
 
 def test_the_hparams_tab_has_the_columns_that_differ(tab):
     tab.window.get_by_role("tab", name="HParams").click()
-    playwright.expect(tab.window.get_by_text("lookahead.k").first).to_be_visible()
+    for name, is_a_column in (("lookahead.k", True), ("lr", True), ("amsgrad", False)):
+        box = tab.window.get_by_role("checkbox", name=name, exact=True)
+        playwright.expect(box).to_be_checked(checked=is_a_column)
     tab.keep("hparams")
     tab.window.get_by_role("tab", name="Stack").click()
 
@@ -318,7 +314,7 @@ def test_a_reload_shows_a_run_that_has_come(tab, server):
     tab.choose("adamw")
     before = len(server.get("runs"))
     train(Path(server.logdir) / "zz later", RUNS["adamw slow"])
-    wait_for_runs(server, before + 1)
+    wait_until(lambda: len(server.get("runs")) > before)
     tab.window.locator("app-header button.reload-button").click()
     tab.choose("adamw", "zz later")
 
@@ -334,7 +330,7 @@ def test_a_hundred_runs_stay_usable(browser, tmp_path):
         stack = {"spec": f"sgd(lr={number})", "parts": [{"name": "sgd", "hyperparameters": {"lr": number}}]}
         write(logdir / f"run {number}", {f"layers/{i}": [1.0, 2.0] for i in range(20)}, stack=stack)
     with tensorboard(logdir) as large, closing(Page(browser, large, ENTRY)) as tab:
-        wait_for_runs(large, 100)
+        wait_until(lambda: len(large.get("runs")) == 100)
         tab.window.reload()
         playwright.expect(tab.stack.locator("nav li")).to_have_count(100)
         # one run is shown, and only that was asked for
