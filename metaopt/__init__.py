@@ -65,6 +65,7 @@ _HOMES = {
     "HintWarning": "errors",
     "ProblemError": "errors",
     "MissingExtra": "errors",
+    "warn": "errors",
 }
 
 

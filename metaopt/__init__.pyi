@@ -28,6 +28,7 @@ from metaopt.errors import ScheduleConflict as ScheduleConflict
 from metaopt.errors import SpecError as SpecError
 from metaopt.errors import StepError as StepError
 from metaopt.errors import UnknownPart as UnknownPart
+from metaopt.errors import warn as warn
 from metaopt.explaining.report import explain as explain
 from metaopt.group import Group as Group
 from metaopt.group import Groups as Groups

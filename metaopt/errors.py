@@ -1,7 +1,17 @@
-"""The exceptions that metaopt raises, as a tree, and the near misses that their messages name."""
+"""The exceptions that metaopt raises, as a tree, its warnings, and the near misses that messages name."""
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
+from types import FrameType
+
+# a warning is for whoever wrote the line outside metaopt, torch and the programs that make and step optimizers
+NOT_THE_USER = {
+    *("metaopt", "metaopt_kernels", "torch", "accelerate", "hydra", "jsonargparse", "lightning", "lightning_fabric"),
+    *("lightning_utilities", "omegaconf", "pytorch_lightning", "ray", "timm", "transformers"),
+    *sys.stdlib_module_names,
+}
 
 
 class MetaoptError(Exception):
@@ -61,6 +71,34 @@ class MetaoptWarning(UserWarning):
 
 class HintWarning(MetaoptWarning):
     """A setting that is allowed, and probably not what was meant."""
+
+
+def warn(text: str, category: type[Warning] = MetaoptWarning) -> None:
+    """Warn at the line of the user that led here, not at one of metaopt, torch, a trainer or the calling package.
+
+    Args:
+        text: what happened, and what to do.
+        category: the class of the warning; `metaopt.HintWarning` for a setting that is probably not what was meant.
+    """
+    frame = _frame_of_user(sys._getframe(1))
+    module = frame.f_globals.get("__name__", "<unknown>")
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(text, category, frame.f_code.co_filename, frame.f_lineno, module, registry)
+
+
+def _frame_of_user(caller: FrameType) -> FrameType:
+    """Return the nearest frame of the user's own code; the outermost frame if there is none, as on the command line."""
+    frame, package = caller, _package_of(caller)
+    while _package_of(frame) == package and frame.f_back is not None:
+        frame = frame.f_back
+    while _package_of(frame) in NOT_THE_USER and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def _package_of(frame: FrameType) -> str:
+    name: str = frame.f_globals.get("__name__") or ""
+    return name.partition(".")[0]
 
 
 def with_article(kind: str) -> str:

@@ -24,6 +24,7 @@ PLUGINS = {
 }
 # imported when executors are asked for: it imports torch
 OWN_EXECUTOR = "metaopt.lab.executors.folder"
+OF_ONE_S_OWN = "A part in a module of your own needs --plugin MODULE, or metaopt.register in Python"
 # the origin of what `metaopt.register` was given
 THIS_PROGRAM = "this program"
 NAME = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)?")
@@ -301,7 +302,7 @@ class Registry:
             if name in self.known_as(entry):
                 return f"no {called} is called {name!r}; here it is {entry.name}. See: metaopt show {entry.name}"
         listing = f"metaopt list {kind}s" if kind else "metaopt list"
-        return f"no {called} is called {name!r}.{did_you_mean(name, names)} See: {listing}"
+        return f"no {called} is called {name!r}.{did_you_mean(name, names)} See: {listing}. {OF_ONE_S_OWN}"
 
 
 def _made_anew(entry: Entry, target: Any) -> bool:

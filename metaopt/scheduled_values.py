@@ -1,13 +1,12 @@
 """The schedules of one group: what they write into it, and what else may write there."""
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from metaopt.errors import MetaoptWarning, ScheduleConflict
+from metaopt.errors import ScheduleConflict, warn
 from metaopt.schedule import Curve, Schedule
 
 # group entry: the product of all that a scheduled rate was multiplied with in the middle of the run
@@ -111,11 +110,9 @@ class ScheduledValues:
         group[LR_FACTOR] = rate / scheduled
         current = group["lr"]
         self._written["lr"] = current, current._version if isinstance(current, torch.Tensor) else 0
-        warnings.warn(
+        warn(
             "lr was set by hand while a schedule drives it: the rest of the schedule is scaled in the same proportion; "
             "opt.scale_lr(factor) does that without this warning",
-            MetaoptWarning,
-            stacklevel=2,
         )
         return True
 

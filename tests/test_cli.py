@@ -296,6 +296,26 @@ def test_a_terminal_also_shows_where_in_the_text_the_fault_is(monkeypatch):
     assert text[carets.index("^") : carets.rindex("^") + 1] == "lookahed"
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["show", "pull"], ["show", "pull(0.1)"], ["explain", "adamw | pull"], ["check", "pull"], ["bench", "sgd | pull"]],
+)
+def test_an_unknown_part_may_be_one_of_a_module_that_was_not_named(capsys, arguments):
+    status, _, err = called(capsys, *arguments)
+    assert status == 2
+    assert "is called 'pull'" in err and "in a module of your own needs --plugin MODULE" in err
+
+
+def test_a_list_in_a_terminal_says_how_one_s_own_parts_get_into_it(monkeypatch):
+    lines = []
+    for arguments in (["list", "spaces"], ["list", "spaces", "--plugin", "metaopt.spaces.intervals"]):
+        monkeypatch.setattr(sys, "stdout", Terminal())
+        with pytest.raises(SystemExit):
+            main(arguments)
+        lines.append(sys.stdout.getvalue().splitlines()[-1])
+    assert "with --plugin MODULE" in lines[0] and "--plugin" not in lines[1]
+
+
 def test_a_plugin_module_of_the_current_folder_is_listed(tmp_path):
     (tmp_path / "pull_here.py").write_text(
         "from metaopt import Wrapper, hookimpl\n"

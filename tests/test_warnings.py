@@ -3,13 +3,87 @@
 import copy
 import gc
 import weakref
+from pathlib import Path
+from typing import Any
 
+import hydra
 import pytest
 import pytorch_optimizer
 import schedulefree
 import torch
+from accelerate import Accelerator
 
 import metaopt
+
+# ---- where a warning points
+
+
+def here(line_of: str, told: Any) -> None:
+    """Raise AssertionError unless every warning points at the line of this file that holds a text."""
+    lines = Path(__file__).read_text(encoding="utf-8").splitlines()
+    assert {(Path(w.filename).name, lines[w.lineno - 1].strip()) for w in told} == {(Path(__file__).name, line_of)}
+
+
+def net() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+
+
+def test_a_hint_at_what_hydra_builds_points_at_the_line_that_has_it_built() -> None:
+    configuration = {"_target_": "metaopt.Optimizer", "spec": "adamw(lr=1e-3)", "_convert_": "all"}
+    with pytest.warns(metaopt.HintWarning) as told:
+        hydra.utils.instantiate(configuration, params=net())
+    here("hydra.utils.instantiate(configuration, params=net())", told)
+
+
+def test_a_warning_from_a_step_under_accelerate_points_at_the_step_of_the_loop() -> None:
+    model, accelerator = net(), Accelerator(cpu=True)
+    opt = accelerator.prepare(metaopt.build(model.parameters(), "clip_grad_norm(1.0) | sgd(lr=0.1)"))
+    accelerator.backward(model(torch.ones(4, 3)).square().mean() * 1e3)
+    accelerator.clip_grad_norm_(model.parameters(), 0.5)
+    with pytest.warns(metaopt.MetaoptWarning, match="clipped to a norm of 0.5") as told:
+        opt.step()
+    here("opt.step()", told)
+
+
+def test_warnings_of_steps_and_loads_point_at_the_loop() -> None:
+    frozen = net()
+    frozen[0].requires_grad_(False)
+    opt = metaopt.build(metaopt.groups(frozen), "sgd(lr=linear(1.0, 0.5, 10))")
+    frozen.requires_grad_(True)
+    opt.param_groups[0]["lr"] = 0.25
+    frozen(torch.ones(4, 3)).sum().backward()
+    with pytest.warns(metaopt.MetaoptWarning) as told:
+        opt.step(None)
+    assert len(told) == 2
+    here("opt.step(None)", told)
+    other = metaopt.build(frozen.parameters(), "sgd(lr=0.1) | ema")
+    with pytest.warns(metaopt.MetaoptWarning, match="loaded a checkpoint that differs") as told:
+        other.load_state_dict(metaopt.build(frozen.parameters(), "sgd(lr=0.2)").state_dict())
+    here('other.load_state_dict(metaopt.build(frozen.parameters(), "sgd(lr=0.2)").state_dict())', told)
+
+
+class Warns(metaopt.Wrapper):
+    """Warns in a hook."""
+
+    def after_update(self, group: metaopt.Group) -> None:
+        metaopt.warn("something is odd")
+
+
+def test_a_plugin_warns_at_the_loop_too() -> None:
+    opt = metaopt.build(net().parameters(), [metaopt.sgd(lr=0.1), Warns()])
+    for p in opt.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    with pytest.warns(metaopt.MetaoptWarning, match="something is odd") as told:
+        opt.step(lambda: torch.zeros(()))
+    here("opt.step(lambda: torch.zeros(()))", told)
+
+
+def test_every_warning_is_made_in_one_place() -> None:
+    root = Path(metaopt.__file__).parent
+    files = [*root.rglob("*.py"), *(root.parent / "plugins").rglob("*.py")]
+    assert {file.name for file in files if "warnings.warn" in file.read_text(encoding="utf-8")} == {"errors.py"}
+
 
 # ---- the base is stepped by itself
 

@@ -45,7 +45,8 @@ def list_parts(
 
     entries = registry.entries(kind.value.removesuffix("s") if kind else None)
     broken = registry.broken()
-    print(_as_json(entries, broken) if as_json else _as_lines(entries, broken))
+    with_hint = sys.stdout.isatty() and not plugin
+    print(_as_json(entries, broken) if as_json else _as_lines(entries, broken, with_hint=with_hint))
 
 
 def _origin(entry: "Entry") -> str:
@@ -66,12 +67,14 @@ def _as_json(entries: "list[Entry]", broken: "list[BrokenPlugin]") -> str:
     return json.dumps({"parts": parts, "broken": [{"name": b.name, "error": b.error} for b in broken]}, indent=2)
 
 
-def _as_lines(entries: "list[Entry]", broken: "list[BrokenPlugin]") -> str:
+def _as_lines(entries: "list[Entry]", broken: "list[BrokenPlugin]", *, with_hint: bool = False) -> str:
     lines = _for_a_terminal(entries) if sys.stdout.isatty() else _for_a_pipe(entries)
     offered = {entry.name: [other.origin for other in entries if other.name == entry.name] for entry in entries}
     twice = {name: origins for name, origins in offered.items() if len(origins) > 1}
     if not entries:
         lines.append("nothing is registered here")
+    if with_hint:
+        lines += ["", "parts in a module of your own are listed with --plugin MODULE"]
     if twice:
         lines += ["", "names that several plugins offer, so that none can be used"]
         lines += [f"  {name}: {' and '.join(origins)}" for name, origins in twice.items()]

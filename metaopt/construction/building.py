@@ -1,6 +1,5 @@
 """Making a stack: from a model and a pipeline, or around an optimizer that exists already."""
 
-import warnings
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from metaopt.construction.run_description import describe_run
 from metaopt.construction.staging import Stages
 from metaopt.distributed.replicas import Replicas
 from metaopt.engine.structure import validate_labels
-from metaopt.errors import HintWarning, HyperparameterError, SpecError
+from metaopt.errors import HintWarning, HyperparameterError, SpecError, warn
 from metaopt.hyperparameters import plain
 from metaopt.metrics import Metrics, as_logger
 from metaopt.misuse.no_hook import warn_of_no_hook
@@ -24,7 +23,7 @@ from metaopt.stack import Stack
 
 def build(
     model_or_params: Any,
-    spec_or_parts: Any,
+    spec: Any,
     *,
     total_steps: int | None = None,
     log: Any = None,
@@ -34,7 +33,7 @@ def build(
 ) -> Stack:
     """Return a stack over a module, parameters, `(name, parameter)` pairs or group dicts.
 
-    `spec_or_parts` is text (`"clip_grad_norm(1.0) | adamw(lr=3e-4) | lookahead"`), parts piped together, or lists and
+    `spec` is text (`"clip_grad_norm(1.0) | adamw(lr=3e-4) | lookahead"`), parts piped together, or lists and
     dicts from a configuration file. `total_steps` is the length of the run in updates, for schedules that run to its
     end. `log` is a directory, a SummaryWriter or a Logger, written every `log_every` updates (50). torch's fused kernel
     is used if it has one for all parameters and nothing says how to run; it may differ from torch's default loop in the
@@ -43,7 +42,7 @@ def build(
     processes. Raises MetaoptError.
     """
     stack = Stack(
-        **stack_arguments(model_or_params, spec_or_parts, total_steps, log, log_every, exact),
+        **stack_arguments(model_or_params, spec, total_steps, log, log_every, exact),
         replicas=Replicas(replicas),
     )
     describe_run(stack)
@@ -51,12 +50,12 @@ def build(
 
 
 def stack_arguments(
-    model_or_params: Any, spec_or_parts: Any, total_steps: int | None, log: Any, log_every: int | None, exact: bool
+    model_or_params: Any, spec: Any, total_steps: int | None, log: Any, log_every: int | None, exact: bool
 ) -> dict[str, Any]:
     """Return what `Stack` is made from, for the arguments of `build`."""
     total_steps = plain(total_steps)
     model = module_of(model_or_params)
-    pipeline = as_pipeline(spec_or_parts)
+    pipeline = as_pipeline(spec)
     base_part, wrappers = arrange(pipeline)
     _check_total_steps(total_steps)
     groups = as_groups(model_or_params)
@@ -88,7 +87,7 @@ def stack_arguments(
 
 def wrap(
     optimizer: torch.optim.Optimizer,
-    spec_or_parts: Any,
+    spec: Any,
     *,
     total_steps: int | None = None,
     log: Any = None,
@@ -110,7 +109,7 @@ def wrap(
     if isinstance(optimizer, Stack):
         raise SpecError("wrap(): this is a stack already: put all parts into one pipeline")
     total_steps = plain(total_steps)
-    pipeline = as_pipeline(spec_or_parts)
+    pipeline = as_pipeline(spec)
     bases = [part.name for part in pipeline if part.kind == "optimizer"]
     if bases:
         raise SpecError(
@@ -151,12 +150,11 @@ def _hint_at_decay(model: Any, base: torch.optim.Optimizer) -> None:
         return
     flat = sum(p.dim() <= 1 for group in base.param_groups if group.get("weight_decay") for p in group["params"])
     if flat:
-        warnings.warn(
+        warn(
             f"weight_decay also acts on {flat} parameter{'s' if flat > 1 else ''} of one dimension (biases, norms); "
             f"metaopt.groups(model, no_decay='1d') leaves them out. Warnings of the class metaopt.HintWarning "
             f"can be filtered",
             HintWarning,
-            stacklevel=4,  # the line that builds the stack
         )
 
 

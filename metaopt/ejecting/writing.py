@@ -47,13 +47,13 @@ import torch
 '''
 
 
-def eject(spec_or_parts: Any, total_steps: int | None = None) -> str:
+def eject(spec: Any, total_steps: int | None = None) -> str:
     """Return a Python file that trains as the stack does, bit for bit, and does not import metaopt.
 
     For stacks of metaopt's own parts over one of torch's own bases. The file is run and compared with the stack before
     it is returned. Raises SpecError for what it cannot do.
     """
-    whole = as_pipeline(spec_or_parts)
+    whole = as_pipeline(spec)
     # what only looks changes nothing
     watching = [part for part in whole if part.kind == "wrapper" and part.target.observes]
     pipeline = Pipeline(tuple(part for part in whole if part not in watching))
@@ -82,9 +82,9 @@ def eject(spec_or_parts: Any, total_steps: int | None = None) -> str:
     return text
 
 
-def eject_for_any_length(spec_or_parts: Any, command: str) -> str:
+def eject_for_any_length(spec: Any, command: str) -> str:
     """Return what `eject` does, with `make_optimizer(params, total_steps)`: the length of the run is given there."""
-    text = eject(spec_or_parts, LENGTH)
+    text = eject(spec, LENGTH)
     text = re.sub(rf"\b{LENGTH}\b", "total_steps", text)
     text = text.replace("def make_optimizer(params: Any)", "def make_optimizer(params: Any, total_steps: int)")
     text = text.replace(

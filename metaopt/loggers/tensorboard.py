@@ -7,14 +7,13 @@ import socket
 import struct
 import tempfile
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metaopt import Histogram, Layout, LogError, Logger, Margin, MetaoptWarning, MissingExtra, hookimpl
+from metaopt import Histogram, Layout, LogError, Logger, Margin, MissingExtra, hookimpl, warn
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -58,11 +57,9 @@ class TensorBoard(Logger):
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         if self._writer is None and (found := self._of_another_writer()):
-            warnings.warn(
+            warn(
                 f"another writer has begun to write to {self.directory} ({found}): TensorBoard follows one writer per "
                 f"directory, and shows no more points of this run. Give log a directory of its own, or that writer",
-                MetaoptWarning,
-                stacklevel=2,
             )
         self._write(step, [Summary(value=[Summary.Value(tag=tag, simple_value=v)]) for tag, v in values.items()])
 

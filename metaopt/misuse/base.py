@@ -1,18 +1,17 @@
 """What a stack warns of: things that are allowed, and that nobody can have meant."""
 
-import warnings
 from collections.abc import Sequence
 
 import torch
 
-from metaopt.errors import MetaoptWarning
+from metaopt.errors import warn
 from metaopt.wrapper import Wrapper
 
 
 def warn_of_bare_step(base: torch.optim.Optimizer, wrappers: Sequence[Wrapper]) -> None:
     """Warn that somebody steps the base itself, past the stack."""
     parts = ", ".join(wrapper.label for wrapper in wrappers) or "the stack"
-    _warn(
+    warn(
         f"{type(base).__name__}.step() was called on the optimizer inside a stack: the stack did not see this update, "
         f"so {parts} did not act and the update is not counted. Call step() of the stack, in place of the optimizer's"
     )
@@ -20,7 +19,7 @@ def warn_of_bare_step(base: torch.optim.Optimizer, wrappers: Sequence[Wrapper]) 
 
 def warn_of_kernel(base: torch.optim.Optimizer) -> None:
     """Warn that a kernel which the user chose would compute wrong updates without an error."""
-    _warn(
+    warn(
         f"{type(base).__name__}(fused=True): if a gradient has other strides than its parameter, torch's fused kernel "
         f"on a processor updates wrong elements, without an error (torch 2.13). The group runs with fused=None "
         f"from now on; make weights and gradients contiguous, or leave fused out"
@@ -29,7 +28,7 @@ def warn_of_kernel(base: torch.optim.Optimizer) -> None:
 
 def warn_of_fight(base: torch.optim.Optimizer, movers: Sequence[str]) -> None:
     """Warn that wrappers move weights, and the base takes the moves back."""
-    _warn(f"{fight(base, movers)}. {FIGHT_FIX}")
+    warn(f"{fight(base, movers)}. {FIGHT_FIX}")
 
 
 FIGHT_FIX = "Leave such parts out; averages that move nothing, such as ema, are fine"
@@ -42,8 +41,3 @@ def fight(base: torch.optim.Optimizer, movers: Sequence[str]) -> str:
         f"{' and '.join(movers)} {act}, but {type(base).__name__} steps from a point in its own state that does not "
         f"move along, and takes the moves back"
     )
-
-
-def _warn(text: str) -> None:
-    # from the caller of build(), wrap() or step(), as far as that can be known
-    warnings.warn(text, MetaoptWarning, stacklevel=5)

@@ -1,13 +1,12 @@
 """Parameters of a model that were frozen when its stack was built: announced once if they begin to train."""
 
-import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from metaopt.errors import MetaoptWarning
+from metaopt.errors import warn
 
 # parameters that one update looks at: what is unfrozen is seen soon, and thousands of them cost little
 AT_A_TIME = 16
@@ -37,12 +36,10 @@ class LeftOut:
         if not names:
             return self if self._waiting else None
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        warnings.warn(
+        warn(
             f"{', '.join(names[:NAMED])}{more}: frozen when the stack was built, so in none of its groups, but with "
             f"gradients now: the stack does not update what it does not hold. Add them with opt.add_param_group("
             f"{{'params': ...}}), or build the stack before you freeze them",
-            MetaoptWarning,
-            stacklevel=2,
         )
         return None
 

@@ -1,10 +1,9 @@
 """A wrapper whose class defines no hook: the engine never calls it."""
 
 import inspect
-import warnings
 from collections.abc import Iterable
 
-from metaopt.errors import MetaoptWarning, did_you_mean
+from metaopt.errors import did_you_mean, warn
 from metaopt.wrapper import HOOKS, Wrapper
 
 
@@ -29,8 +28,6 @@ def warn_of_no_hook(wrappers: Iterable[Wrapper]) -> None:
             found = (
                 f"{nearly}() is not one.{did_you_mean(nearly, HOOKS)}" if nearly else f"Hooks are {', '.join(HOOKS)}"
             )
-            warnings.warn(
+            warn(
                 f"{wrapper.label} does nothing: its class {kind.__name__} defines no hook. {found}",
-                MetaoptWarning,
-                stacklevel=5,
             )

@@ -1,14 +1,13 @@
 """A clip before the stack's own: gradients that somebody has clipped between `backward()` and `step()`."""
 
 import math
-import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from metaopt.errors import MetaoptWarning
+from metaopt.errors import warn
 
 # updates that are looked at: a clip acts in the first ones, or hardly ever
 UPDATES = 10
@@ -48,13 +47,11 @@ class SecondClip:
         if gradient is not None and sample is not None and gradient._version != self._version:
             found = _value(sample, _some(gradient)) or _norm(sample, _some(gradient), groups)
             if found:
-                warnings.warn(
+                warn(
                     f"the gradients were clipped to {found} before step(), and {' and '.join(self._clips)} in the "
                     f"stack clips them again. Leave one of the two out: the other is gradient_clip_val in Lightning, "
                     f"max_grad_norm in the Hugging Face Trainer (1.0 if it is not set, 0 turns it off), "
                     f"accelerator.clip_grad_norm_(), or a clip in the training loop",
-                    MetaoptWarning,
-                    stacklevel=2,
                 )
                 self._left = 0
         if self._left > 0:

@@ -1,12 +1,11 @@
 """Weights and averages of 16 bits that stand still: what is added to them is below their resolution."""
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from metaopt.errors import MetaoptWarning
+from metaopt.errors import warn
 
 # updates after which samples are compared, once
 UPDATES = 100
@@ -67,11 +66,9 @@ class StillWatch:
                 found.setdefault(kept.fix, []).append(kept.name)
         for fix, names in found.items():
             more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-            warnings.warn(
+            warn(
                 f"{', '.join(names[:NAMED])}{more}: at least {STILL:.0%} of the elements are what they were "
                 f"{UPDATES} updates ago. What is added to them is lost to the rounding of 16 bits. {fix}",
-                MetaoptWarning,
-                stacklevel=2,
             )
         return None
 

@@ -1,13 +1,12 @@
 """Trials on a Ray cluster: one task for each, with one processor, and one GPU where it trains on one."""
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from metaopt import MetaoptWarning, ProblemError, hookimpl
+from metaopt import ProblemError, hookimpl, warn
 from metaopt.lab.executors import Died, Executor, Result, Task
 
 
@@ -34,10 +33,8 @@ class Ray(Executor):
             # Ray itself would wait without a word
             if self._is_ours:
                 raise ProblemError("--on ray: no GPU on this machine, and --device cuda needs one for each trial")
-            warnings.warn(
+            warn(
                 "no node of the Ray cluster has a GPU: trials with --device cuda wait until one comes",
-                MetaoptWarning,
-                stacklevel=2,
             )
         self._running[self._remote.options(num_cpus=1, num_gpus=gpus).remote(task)] = task
 

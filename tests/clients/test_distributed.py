@@ -27,7 +27,7 @@ def stack_over(params: object, spec: str = SPEC) -> metaopt.Stack:
 
 def zero(model: nn.Module, spec: str = SHARED_OUT) -> ZeroRedundancyOptimizer:
     # a factory in the place of an optimizer class: the stack is built over the rank's share
-    factory = functools.partial(metaopt.build, spec_or_parts=spec, total_steps=12)
+    factory = functools.partial(metaopt.build, spec=spec, total_steps=12)
     return ZeroRedundancyOptimizer(model.parameters(), optimizer_class=factory)
 
 

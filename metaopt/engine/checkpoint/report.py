@@ -1,13 +1,12 @@
 """What a load took, dropped and began anew, and what the caller chose for it."""
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
-from metaopt.errors import CheckpointError, MetaoptWarning
+from metaopt.errors import CheckpointError, warn
 
 # names that a sentence lists before it says how many more there are
 SHOWN = 6
@@ -119,7 +118,7 @@ class LoadReport:
             told = f"loaded a checkpoint that differs from this stack; {self}"
             if any(difference.taken == "checkpoint" for difference in unchosen):
                 told += ". load_state_dict(..., keep='live') takes this stack's values, keep='saved' the checkpoint's"
-            warnings.warn(told, MetaoptWarning, stacklevel=3)
+            warn(told)
 
     def _is_chosen(self, difference: Difference, choice: Choice) -> bool:
         """Return whether the caller asked for the value that is in force."""
