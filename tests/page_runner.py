@@ -1,4 +1,4 @@
-"""Does what a page tells its reader to do, in the current folder: `python page_runner.py PAGE`.
+"""Does what a page tells its reader to do, in the current folder.
 
 Blocks of ``python`` run in order, in one namespace; one whose first line is `# NAME.py` is written to that file, and so
 are blocks of other languages. Blocks of ``sh`` run line by line. Blocks of ``py`` are pieces to read.
@@ -57,10 +57,25 @@ def run(line):
         status = pytest.main([*arguments, "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", "."])
         sys.exit(int(status))
     elif command == "python" and arguments[0].endswith(".py"):
-        sys.argv = arguments
-        runpy.run_path(arguments[0], run_name="__main__")
+        run_program(*arguments)
     else:
         sys.exit(f"nothing here runs this command: {line}")
+
+
+def run_program(file, *arguments):
+    """Do what `python FILE ARGUMENTS` does."""
+    sys.argv = [file, *arguments]
+    runpy.run_path(file, run_name="__main__")
+
+
+def run_lines(code):
+    """Run the commands of a block of `sh`, each of which must succeed, but for what a test cannot do."""
+    for line in lines(code):
+        if is_left_out(line):
+            continue
+        print(f"$ {line}", flush=True)
+        with _must_succeed(line):
+            run(line)
 
 
 def follow(page):
@@ -73,12 +88,8 @@ def follow(page):
             file.write_text(code, encoding="utf-8")
         elif language == "python":
             exec(compile(code, f"{page}, the block that begins {code.splitlines()[0]!r}", "exec"), namespace)
-        for line in lines(code) if language == "sh" else ():
-            if is_left_out(line):
-                continue
-            print(f"$ {line}", flush=True)
-            with _must_succeed(line):
-                run(line)
+        elif language == "sh":
+            run_lines(code)
 
 
 @contextlib.contextmanager
@@ -90,7 +101,3 @@ def _must_succeed(line):
         if left.code not in ((None, 0, 1) if line.startswith("metaopt diff ") else (None, 0)):
             print(f"{line}: exit {left.code}", file=sys.stderr)
             raise
-
-
-if __name__ == "__main__":
-    follow(sys.argv[1])

@@ -4,7 +4,8 @@ import re
 
 import page_runner
 import pytest
-from documents import ROOT, python
+from documents import ROOT
+from warm import printed
 
 PAGES = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page_runner.blocks(page.read_text("utf-8"))]
 OWN_TEST = {"package.md"}  # tests/test_plugin_guide.py
@@ -19,7 +20,7 @@ RUN = [
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT / "docs")))
 def test_the_page_does_what_it_says(page, tmp_path):
-    python(str(ROOT / "tests" / "page_runner.py"), str(page), folder=tmp_path, path=[ROOT])
+    printed(page_runner.follow, str(page), folder=tmp_path)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT / "docs")))
@@ -33,7 +34,7 @@ def test_a_command_that_fails_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("```sh\nmetaopt show nothing_of_this_name\n```\n", encoding="utf-8")
     with pytest.raises(AssertionError, match="exit 2"):
-        python(str(ROOT / "tests" / "page_runner.py"), str(page), folder=tmp_path, path=[ROOT])
+        printed(page_runner.follow, str(page), folder=tmp_path)
 
 
 def test_a_program_that_fails_is_found(tmp_path):
@@ -42,7 +43,7 @@ def test_a_program_that_fails_is_found(tmp_path):
         "```python\nx = 1\n```\n\n1. a list\n\n    ```python\n    assert x == 2\n    ```\n", encoding="utf-8"
     )
     with pytest.raises(AssertionError, match="assert x == 2"):
-        python(str(ROOT / "tests" / "page_runner.py"), str(page), folder=tmp_path, path=[ROOT])
+        printed(page_runner.follow, str(page), folder=tmp_path)
 
 
 def test_what_is_left_out_is_only_what_a_test_cannot_do():

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import forkserver
@@ -25,19 +26,29 @@ def called(function: Callable[..., Any], *arguments: Any) -> Any:
         return new.submit(function, *arguments).result()
 
 
-class Command:
-    """`metaopt <arguments>`, running in a folder; `largest_file` bounds its files, as a full disk does.
+class New:
+    """A function of a module that is called in a new process, in a folder; what it prints is kept.
 
-    With `dies_there` the system kills it in the middle of the write that passes that bound.
+    `path` has more places to import from. `largest_file` bounds the files that it writes, as a full disk does; with
+    `dies_there` the system kills it in the middle of the write that passes that bound.
     """
 
     def __init__(
-        self, arguments: Sequence[str], folder: Path, *, largest_file: int | None = None, dies_there: bool = False
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        folder: Path,
+        path: Sequence[Path] = (),
+        largest_file: int | None = None,
+        dies_there: bool = False,
     ) -> None:
         warm = context()
         self._printed = [warm.Pipe(duplex=False) for _ in range(2)]
         ends = [writing for _, writing in self._printed]
-        self.process = warm.Process(target=_run, args=(list(arguments), str(folder), largest_file, dies_there, *ends))
+        bounds = (largest_file, dies_there)
+        self.process = warm.Process(
+            target=_call, args=(function, arguments, str(folder), [str(place) for place in path], *bounds, *ends)
+        )
         self.process.start()
         for writing in ends:
             writing.close()
@@ -56,15 +67,38 @@ class Command:
 
     def end(self) -> tuple[int, str, str]:
         """Wait for the end; return the exit status, the output and the errors."""
+        texts = ["", ""]
+
+        def read(number: int) -> None:
+            texts[number] = _all(self._printed[number][0])
+
+        readers = [threading.Thread(target=read, args=(number,), daemon=True) for number in range(2)]
+        for reader in readers:  # a process waits until what it prints is read
+            reader.start()
         self.process.join(240)
-        assert self.process.exitcode is not None, "the command did not end"
-        out, errors = (_all(reading) for reading, _ in self._printed)
-        return self.process.exitcode, out, errors
+        assert self.process.exitcode is not None, "the process did not end"
+        for reader in readers:
+            reader.join(10)
+        return self.process.exitcode, texts[0], texts[1]
+
+
+class Command(New):
+    """`metaopt <arguments>`, running in a folder."""
+
+    def __init__(self, arguments: Sequence[str], folder: Path, **how: Any) -> None:
+        super().__init__(_metaopt, list(arguments), folder=folder, **how)
 
 
 def run(arguments: Sequence[str], folder: Path, **how: Any) -> tuple[int, str, str]:
     """Run a command to its end; return its exit status, its output and its errors."""
     return Command(arguments, folder, **how).end()
+
+
+def printed(function: Callable[..., Any], *arguments: Any, **how: Any) -> str:
+    """Call a function of a module in a new process; return what it printed. It must succeed."""
+    status, out, errors = New(function, *arguments, **how).end()
+    assert status == 0, f"{arguments}\n{out}\n{errors}"
+    return out
 
 
 def context() -> ForkServerContext:
@@ -87,18 +121,39 @@ def _all(reading: Connection) -> str:
         return file.read().decode()
 
 
-def _run(
-    arguments: list[str], folder: str, largest_file: int | None, dies: bool, out: Connection, errors: Connection
+def _metaopt(arguments: list[str]) -> None:
+    from metaopt.cli import main
+
+    main(arguments)
+
+
+def _call(
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
+    folder: str,
+    path: list[str],
+    largest_file: int | None,
+    dies: bool,
+    out: Connection,
+    errors: Connection,
 ) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where these tests run under nohup or some CI
     os.chdir(folder)
+    sys.path[:0] = path
+    os.environ["COLUMNS"] = "200"
     os.dup2(out.fileno(), 1)
     os.dup2(errors.fileno(), 2)
     fresh_streams()
+    _fork_workers_of_the_same_server()
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
         if dies:  # Python ignores the signal, and gets an OSError instead
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    from metaopt.cli import main
+    function(*arguments)
 
-    main(arguments)
+
+def _fork_workers_of_the_same_server() -> None:
+    """Have the processes that this one starts come from its own server, which Python does not find from a fork."""
+    server = forkserver._forkserver
+    assert server._forkserver_address, "this process is no fork of a server"
+    server.ensure_running = lambda: None

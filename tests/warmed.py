@@ -10,3 +10,6 @@ import metaopt.lab.training  # noqa: F401
 from metaopt.registry import registry
 
 registry.names()
+# some need scipy, matplotlib and scikit-learn, which not everybody has who runs a test: they come last
+for name in ("metaopt.testing", "metaopt.lab.comparison", "metaopt.lab.figures", "sklearn.datasets"):
+    __import__(name)
