@@ -1,8 +1,10 @@
 """Trials on Slurm, by submitit: job arrays whose jobs run several trials each."""
 
+import getpass
 import json
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ PER_JOB = 8
 LOOK = 0.2
 # seconds that a process of this machine has to end
 PATIENCE = 30.0
+# seconds between two questions to Slurm
+ASK = 5.0
 
 
 def _run(tasks: list[Task], folder: str) -> None:
@@ -26,6 +30,27 @@ def _run(tasks: list[Task], folder: str) -> None:
         path = Path(folder, f"{task.key}.json")
         path.with_suffix(".part").write_text(result)
         path.with_suffix(".part").replace(path)
+
+
+class Queue:
+    """Which jobs have left Slurm's queue, by `squeue`: `sacct` needs a database that not every cluster has."""
+
+    def __init__(self) -> None:
+        self._asked = time.monotonic()
+        # how many answers in a row were without it
+        self._absent: dict[str, int] = {}
+
+    def left(self, jobs: Collection[str]) -> set[str]:
+        """Return those that two answers in a row were without: a result may come late on a shared disk."""
+        if time.monotonic() - self._asked >= ASK:
+            self._asked = time.monotonic()
+            command = ["squeue", "--noheader", "--array", "--format=%i", f"--user={getpass.getuser()}"]
+            answer = subprocess.run(command, capture_output=True, text=True)
+            # a controller that does not answer has ended nothing
+            if answer.returncode == 0:
+                there = set(answer.stdout.split())
+                self._absent = {job: 0 if job in there else self._absent.get(job, 0) + 1 for job in jobs}
+        return {job for job in jobs if self._absent.get(job, 0) >= 2}
 
 
 class Slurm(Executor):
@@ -48,6 +73,7 @@ class Slurm(Executor):
         self._running: list[tuple[Any, list[Task]]] = []
         # jobs whose results are all here
         self._ending: list[Any] = []
+        self._queue = Queue()
 
     def submit(self, task: Task) -> None:
         # one that an earlier driver left is taken
@@ -56,13 +82,12 @@ class Slurm(Executor):
     def results(self) -> Iterator[tuple[Task, Result | Died]]:
         while self._waiting or self._running:
             self._start()
-            came = False
+            came, ended = False, self._ended()
             for job, tasks in list(self._running):
-                ended = job.done()
                 for task in list(tasks):
-                    outcome = self._outcome(task)
-                    if outcome is None and ended:
-                        outcome = Died(f"job {job.job_id} ended as {job.state}")
+                    outcome: Result | Died | None = self._outcome(task)
+                    if outcome is None and job.job_id in ended:
+                        outcome = Died(f"job {job.job_id} ended without its result; see {job.paths.stderr}")
                     if outcome is not None:
                         tasks.remove(task)
                         came = True
@@ -83,6 +108,13 @@ class Slurm(Executor):
         self._waiting = self._waiting[sum(map(len, packs)) :]
         started = self._submitter.map_array(_run, packs, [str(self._found)] * len(packs))
         self._running += zip(started, map(list, packs), strict=True)
+
+    def _ended(self) -> set[str]:
+        """Return the running jobs that have ended: what they have not written by now does not come."""
+        if self._submitter.cluster != "slurm":
+            return {job.job_id for job, _ in self._running if job.done()}
+        written = {job.job_id for job, _ in self._running if job.paths.result_pickle.exists()}
+        return written | self._queue.left([job.job_id for job, _ in self._running])
 
     def _outcome(self, task: Task) -> Result | None:
         path = self._found / f"{task.key}.json"

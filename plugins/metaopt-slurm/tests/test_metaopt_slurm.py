@@ -10,7 +10,8 @@ from metaopt.testing.executors import results_of
 
 pytest.importorskip("metaopt_slurm", reason="the plugin is not installed", exc_type=ImportError)
 
-from metaopt_slurm import Slurm
+import metaopt_slurm
+from metaopt_slurm import Queue, Slurm
 
 # found by its entry point where it is installed
 registry.load_plugin_module("metaopt_slurm")
@@ -34,3 +35,20 @@ def test_jobs_of_several_trials_give_the_results_of_one_process(tmp_path):
 def test_a_parameter_without_a_value_is_refused(tmp_path):
     with pytest.raises(ProblemError, match="parameters must be NAME=VALUE, separated by commas, got 'gpu'"):
         Slurm("gpu", tmp_path, 1)
+
+
+def test_a_job_has_left_the_queue_when_two_answers_in_a_row_are_without_it(tmp_path, monkeypatch):
+    # the programs of Slurm are not on a machine of tests: this one says what the file beside it says, or fails
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f"#!/bin/sh\ncat {tmp_path}/queue\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(metaopt_slurm, "ASK", 0.0)
+    answers, queue, jobs = tmp_path / "queue", Queue(), ["7_0", "7_1"]
+    seen = []
+    for answer in ("7_0\n7_1\n", "7_1\n", "7_0\n7_1\n", "7_1\n", None, "7_1\n"):
+        answers.unlink(missing_ok=True)
+        if answer is not None:
+            answers.write_text(answer)
+        seen.append(queue.left(jobs))
+    assert seen == [set(), set(), set(), set(), set(), {"7_0"}]
