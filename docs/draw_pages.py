@@ -61,7 +61,7 @@ def main(pages: list[str]) -> None:
             for name in pages:
                 page.goto(address + name)
                 page.wait_for_load_state("networkidle")
-                page.wait_for_timeout(500)  # the tabs fade in
+                page.add_style_tag(content="* { transition: none !important }")  # the tabs fade in
                 height = min(page.evaluate("document.documentElement.scrollHeight"), TALLEST)
                 path = OUT / f"{name.removesuffix('.html').replace('/', '-')}-{theme}.png"
                 page.screenshot(path=path, full_page=True, clip={"x": 0, "y": 0, "width": WIDTH, "height": height})

@@ -97,6 +97,25 @@ def test_the_groups_of_a_plain_optimizer_may_bring_one() -> None:
     assert train(net, opt, 3) == [(1.0, 0.1), (0.75, 0.1), (0.5, 0.1)]
 
 
+def test_the_spec_of_a_wrapped_optimizer_has_the_schedule_that_was_written() -> None:
+    net = model()
+    own = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    own.param_groups[0]["lr"] = warmup(cosine(1e-2), 0.5)
+    opt = metaopt.wrap(own, "lookahead(k=2)", total_steps=8)
+    written = str(opt.spec)
+    assert written.startswith("sgd(lr=warmup(schedule=cosine(start=0.01), steps=0.5), momentum=0.9")
+    train(net, opt, 3)
+    assert str(opt.spec) == written
+    again = metaopt.build(model().parameters(), written, total_steps=8)
+    assert again.schedules_of(again.param_groups[0]) == opt.schedules_of(opt.param_groups[0])
+
+
+def test_it_has_the_optimizer_s_own_rate_if_only_some_groups_have_a_schedule() -> None:
+    groups = metaopt.groups(model(), {BODY: {"lr": linear(1.0, 0.0, steps=4)}})
+    opt = metaopt.wrap(torch.optim.SGD(groups, lr=0.1), "lookahead(k=2)")
+    assert str(opt.spec).startswith("sgd(lr=0.1")
+
+
 def test_the_parts_of_a_partition_may_have_them() -> None:
     net = model()
     spec = "partition({'head.*': sgd(lr=linear(1.0, 0.0)), '*': adamw(lr=cosine(0.1))})"

@@ -40,7 +40,7 @@ BOTTOM: dict[str, set[str]] = {
     "tensor_problem": {"hyperparameters", "problem_class"},
     "registry": {"errors", "hooks"},
     "lr_reporter": set(),
-    "misuse": {"errors", "wrapper"},
+    "misuse": {"errors", "schedule", "wrapper"},
     "torch_internals": set(),
 }
 # what a stack is made of works without pluggy and without any registered part

@@ -102,6 +102,11 @@ def test_a_spec_in_a_table_has_no_backslashes():
     assert shown == r"<p>\|</p><table><tr><td><code>adamw | ema</code></td></tr></table>"
 
 
+def test_an_option_is_not_broken_at_its_hyphens():
+    shown = tables.with_whole_words("<code>--lr-min</code> <code>k</code> <code>metaopt list -x</code>")
+    assert shown == '<code class="word">--lr-min</code> <code>k</code> <code>metaopt list -x</code>'
+
+
 def test_a_chart_draws_what_is_finite():
     drawn = plot.chart({"a": [(0, 1.0), (1, float("nan")), (2, 10.0)]}, x="t", y="v", log=True)
     assert drawn.count('<path class="line') == 1 and "nan" not in drawn
@@ -122,6 +127,46 @@ def test_dead_links_and_what_is_loaded_from_elsewhere_are_found(tmp_path):
         "index.html links to a/b.html#gone, which has no such anchor",
         "index.html links to c.html, which does not exist",
     ]
+
+
+def pages_of_the_repository():
+    """Return the Markdown pages that a reader of the repository may open."""
+    found = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("plugins/*/README.md")]
+    return sorted(path for path in found if "site-packages" not in path.parts)
+
+
+def headings(page):
+    """Return the anchors of a page, as the repository and the site name them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    titles = [re.sub(r"[`*]|\]\([^)]*\)|\[", "", title) for title in re.findall(r"^#+ (.*)$", text, re.M)]
+    plain = [re.sub(r"[^\w\s-]", "", title).strip().lower() for title in titles]
+    return {title.replace(" ", "-") for title in plain} & {re.sub(r"[\s-]+", "-", title) for title in plain}
+
+
+@pytest.mark.parametrize("page", pages_of_the_repository(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_lead_somewhere_in_the_repository_and_on_the_site(page):
+    docs = ROOT / "docs"
+    on_site = {str(path.relative_to(docs)) for path in docs.rglob("*") if path.is_file()}
+    replaced = {"parts/index.md", *pages.generated_without_parts()}
+    if str(page.relative_to(ROOT)).removeprefix("docs/") in replaced:
+        on_site = set()  # the site has another page in its place
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`(?!\])", "", text)):
+        if re.match(r"\w+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{link}: not in the repository"
+        if on_site and docs in page.parents:
+            assert docs in target.parents, f"{link}: not on the site"
+        if anchor:
+            assert anchor in headings(target), f"{link}: no such heading"
+
+
+def test_the_changelog_s_links_lead_to_pages_of_the_site():
+    page = pages.generated_without_parts()["changelog.md"]
+    found = re.findall(r"\[([^]]+\.md)\]\(([^)]+)\)", page)
+    assert found and all(text == link and (ROOT / "docs" / link).exists() for text, link in found)
 
 
 def test_the_architecture_is_drawn_without_a_script():

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import weakref
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,63 @@ def test_every_warning_is_made_in_one_place() -> None:
     root = Path(metaopt.__file__).parent
     files = [*root.rglob("*.py"), *(root.parent / "plugins").rglob("*.py")]
     assert {file.name for file in files if "warnings.warn" in file.read_text(encoding="utf-8")} == {"errors.py"}
+
+
+# ---- a run longer than its schedules
+
+
+def stepped(opt: torch.optim.Optimizer, updates: int) -> None:
+    for _ in range(updates):
+        for p in opt.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        opt.step()
+
+
+@pytest.mark.parametrize(
+    ("spec", "held"),
+    [
+        ("sgd(lr=cosine(1.0))", "lr=0"),
+        ("sgd(lr=warmup(constant(0.5), 0.25))", "lr=0.5"),
+        ("sgd(lr=0.1) | lookahead(k=2, alpha=linear(0.5, 0.25))", "lookahead.alpha=0.25"),
+        ("adamw(lr=0.1, betas=(linear(0.8, 0.9), 0.99))", "betas=(0.9, 0.99)"),
+        ("switch(sgd(lr=0.1), 2, sgd(lr=cosine(0.1), momentum=0.9))", "lr=0"),
+    ],
+)
+def test_a_run_that_goes_on_past_total_steps_says_once_that_schedules_keep_their_last_values(
+    spec: str, held: str
+) -> None:
+    opt = metaopt.build(metaopt.groups(net(), no_decay="1d"), spec, total_steps=4)
+    stepped(opt, 4)
+    with pytest.warns(metaopt.MetaoptWarning, match="this was update 5 of a run of total_steps=4") as told:
+        stepped(opt, 3)
+    assert len(told) == 1
+    assert f"keep their last values from now on ({held})" in str(told[0].message)
+    here("opt.step()", told)
+    assert all(math.isfinite(group["lr"]) for group in opt.param_groups)
+
+
+def test_a_schedule_of_a_group_counts_too() -> None:
+    opt = metaopt.build(metaopt.groups(net(), {"0.*": {"lr": metaopt.cosine(0.1)}}), "sgd(lr=0.1)", total_steps=2)
+    with pytest.warns(metaopt.MetaoptWarning, match="update 3 of a run of total_steps=2"):
+        stepped(opt, 3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "total_steps"),
+    [("sgd(lr=0.1)", 2), ("sgd(lr=cosine(0.1, steps=2))", 2), ("sgd(lr=cosine(0.1, steps=2))", None)],
+)
+def test_nothing_is_said_of_a_run_whose_schedules_do_not_end_with_it(spec: str, total_steps: int | None) -> None:
+    stepped(metaopt.build(net().parameters(), spec, total_steps=total_steps), 4)
+
+
+def test_a_run_that_is_extended_says_nothing_before_its_new_end() -> None:
+    opt = metaopt.build(net().parameters(), "sgd(lr=cosine(0.1))", total_steps=3)
+    stepped(opt, 3)
+    longer = metaopt.build(net().parameters(), "sgd(lr=cosine(0.1))", total_steps=6)
+    longer.load_state_dict(opt.state_dict(), extend=True)
+    stepped(longer, 3)
+    with pytest.warns(metaopt.MetaoptWarning, match="update 7 of a run of total_steps=6"):
+        stepped(longer, 1)
 
 
 # ---- the base is stepped by itself

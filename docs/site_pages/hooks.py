@@ -29,8 +29,10 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Hand the generated pages to MkDocs."""
+    """Hand the generated pages to MkDocs, in place of those that a reader of the repository finds there."""
     for path, text in GENERATED.items():
+        if (there := files.get_file_from_path(path)) is not None:
+            files.remove(there)
         files.append(File.generated(config, path, content=text))
     return files
 
@@ -43,8 +45,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Show specs in tables as they are written."""
-    return tables.with_pipes(html)
+    """Show specs in tables as they are written, and options on one line."""
+    return tables.with_whole_words(tables.with_pipes(html))
 
 
 def on_post_build(config: Any) -> None:

@@ -34,7 +34,8 @@ def navigation_of_parts() -> list[Any]:
 
 
 def _changelog() -> str:
-    return (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("docs/", "")
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    return re.sub(r"\[docs/([^]]*)\]\(docs/", r"[\1](", text)
 
 
 def _examples() -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace as changed
+from typing import Any
 
 import torch
 
@@ -26,11 +27,7 @@ class Description:
         if self.wrapped:
             name = registry.name_of(type(stack.base))
             base = Part("optimizer", name or type(stack.base).__name__, type(stack.base), registered=name is not None)
-            group = stack.param_groups[0]
-            given = {k: group[k] for k in base.hyperparameters if k in group and k not in RUN_FLAGS}
-            given.update(
-                {k: stack.defaults[k] for k in given if not _same(stack.param_groups, k) and k in stack.defaults}
-            )
+            given = _given_to_base(base, stack)
             before = sum(wrapper.runs_before_base() for wrapper in stack.wrappers)
             ordered = sorted(parts, key=lambda p: not p.build_wrapper().runs_before_base())
             parts = [*ordered[:before], changed(base, arguments=given), *ordered[before:]]
@@ -42,6 +39,20 @@ class Description:
 
     def __repr__(self) -> str:
         return repr(self.pipeline)
+
+
+def _given_to_base(base: Part, stack: Stack) -> dict[str, Any]:
+    """Return what a wrapped optimizer was made with: what its groups share, schedules as schedules, or its defaults."""
+    groups = stack.param_groups
+    given = {k: groups[0][k] for k in base.hyperparameters if k in groups[0] and k not in RUN_FLAGS}
+    shared = _shared_schedules(groups, stack)
+    scheduled = {key for group in groups for key in stack.schedules_of(group)}
+    for key in given:
+        if key in shared:
+            given[key] = shared[key]
+        elif (key in scheduled or not _same(groups, key)) and key in stack.defaults:
+            given[key] = stack.defaults[key]
+    return given
 
 
 def _same(groups: list[ParamGroup], key: str) -> bool:

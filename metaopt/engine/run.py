@@ -1,5 +1,6 @@
 """A run: a base with its groups and state, and what is remembered between two updates."""
 
+import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
@@ -26,6 +27,7 @@ from metaopt.group_entries import (
 )
 from metaopt.metrics import Metrics, rank
 from metaopt.misuse.left_out import LeftOut
+from metaopt.misuse.past_end import last_update, warn_of_past_end
 from metaopt.misuse.second_clip import SecondClip
 from metaopt.misuse.sixteen_bits import StillWatch, still_watch
 from metaopt.schedule import Schedule
@@ -61,6 +63,9 @@ class Run:
         self.metrics = metrics
         self.scheduled: list[ScheduledValues] = []
         self.has_schedules = False
+        # the count at which schedules that run to the end of the run are over; infinite once that was warned of
+        self._last_update = math.inf
+        self._warned_of_end = False
         # by group (see OWN_SCHEDULES): schedules by key, None for a constant beside a schedule of the stack
         self.own_schedules: list[dict[str, Schedule | None]] = []
         # what the base's constructor made of parameters that it has not updated yet
@@ -183,7 +188,14 @@ class Run:
         return {key: schedule for key, schedule in every.items() if schedule is not None}
 
     def write_schedules(self) -> None:
-        """Set every scheduled value for the update that comes next, which may be the first one of another base."""
+        """After an update, set every scheduled value for the next one, which may be the first one of another base."""
+        self._set_scheduled_values()
+        if self.updates > self._last_update:  # last, because a warning may be made an error
+            self._last_update, self._warned_of_end = math.inf, True
+            schedules = [scheduled.schedules for scheduled in self.scheduled]
+            warn_of_past_end(schedules, self.param_groups, self.updates, self.structure.total_steps)
+
+    def _set_scheduled_values(self) -> None:
         if self.stages is not None:
             self.stages.follow(self)
         for scheduled, group in zip(self.scheduled, self.param_groups, strict=True):
@@ -195,7 +207,9 @@ class Run:
         self.scheduled = [ScheduledValues(self.schedules_of(group), run) for group in self.param_groups]
         self.has_schedules = self.stages is not None or any(scheduled.schedules for scheduled in self.scheduled)
         self._adopted = self.param_groups, len(self.param_groups)
-        self.write_schedules()
+        if not self._warned_of_end:
+            self._last_update = last_update([scheduled.schedules for scheduled in self.scheduled], run)
+        self._set_scheduled_values()
 
     def change_lr(self, group: ParamGroup, change: Callable[[float], float]) -> None:
         """Replace a group's learning rate; a schedule goes on by the same factor. A rate of 0 stays."""
@@ -226,7 +240,7 @@ class Run:
             raise StepError(f"updates must be an integer from 0 up, got {updates!r:.60}")
         for group in self.param_groups:
             group[UPDATES] = index(updates)
-        self.write_schedules()
+        self._set_scheduled_values()
 
     def lr_set_by_client(self, position: int) -> bool:
         """Return whether user code changed a group's learning rate since a schedule wrote it or the run was made."""
