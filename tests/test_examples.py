@@ -1,12 +1,11 @@
 """Every example runs, and Rosenbrock ends where it should."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import page_runner
 import pytest
+import warm
 
 pytestmark = pytest.mark.slow
 
@@ -24,16 +23,7 @@ LOOKED_AT = {
 
 
 def run(name, folder, *arguments):
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES[name]), *arguments],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return warm.printed(page_runner.run_program, str(EXAMPLES[name]), *arguments, folder=folder)
 
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - LOOKED_AT))

@@ -6,7 +6,8 @@ import shlex
 
 import page_runner
 import pytest
-from documents import ROOT, blocks, python
+from documents import ROOT, blocks
+from warm import printed
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CLIENTS = (ROOT / "docs" / "guides" / "clients.md").read_text(encoding="utf-8")
@@ -40,9 +41,7 @@ def test_what_the_set_up_installs_exists(line):
 
 @pytest.mark.slow
 def test_the_readme_does_what_it_says(tmp_path):
-    shown = python(
-        str(ROOT / "tests" / "page_runner.py"), str(ROOT / "README.md"), folder=tmp_path, path=[ROOT, tmp_path]
-    )
+    shown = printed(page_runner.follow, str(ROOT / "README.md"), folder=tmp_path)
     assert "no difference of any size could be shown" in shown and "1 finding" in shown
     assert (tmp_path / "runs" / "xor").is_dir()
 
@@ -60,7 +59,8 @@ def test_the_plugin_works_from_one_file(tmp_path):
         "x.sum().backward(); opt.step(); print(x.tolist())"
     )
     # one step of 0.1, pulled half way back
-    values = json.loads(python("-c", use, folder=tmp_path, path=[tmp_path]))
+    (tmp_path / "use.py").write_text(use, encoding="utf-8")
+    values = json.loads(printed(page_runner.run_program, "use.py", folder=tmp_path, path=[tmp_path]))
     assert values == pytest.approx([0.95, 0.95])
 
 
