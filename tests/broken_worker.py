@@ -2,10 +2,9 @@
 
 import contextlib
 import io
-import json
-import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import broken_parts
 import pytest
@@ -41,19 +40,19 @@ def tests(folder: str) -> tuple[int, str]:
     return int(status), printed.getvalue()
 
 
-if __name__ == "__main__":
+def put_to_the_checks(folder: str) -> dict[str, Any]:
+    """Return what each of the ways said of the broken parts, and of sound ones."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     registry.load_plugin_module("broken_parts")
     sound = {name: prove(cases(name)[0]) for name in ("sound_pull", "sound_descent")}
     found = {name: outcome(cases(name)[0], CHECKS[check]) for name, (check, _) in broken_parts.CAUGHT.items()}
-    told = {
+    return {
         "sound": {name: [r.reason for r in results if r.bad] for name, results in sound.items()},
         "passed": {name: [r.check for r in results if r.status == "passed"] for name, results in sound.items()},
         "broken": {name: [result.status, result.reason] for name, result in found.items()},
         "presuming": outcome(cases("counts_outside")[0], CHECKS["takes_every_dtype"]).reason,
         "table": command("late_slow", "silent_mover", "remembers", "shared_count"),
         "json": command("remembers", "sound_descent", "--only", "is_pure", "--json"),
-        "suite": tests(sys.argv[1]),
+        "suite": tests(folder),
     }
-    print(json.dumps(told))

@@ -1,12 +1,11 @@
 """`metaopt bench`: a table and a file, rounds that are interleaved, mistakes in one line."""
 
 import json
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
+import warm
 
 from metaopt.cli import main
 from metaopt.lab.shapes import make_tensor_set
@@ -17,18 +16,12 @@ WHOLE = "clip_grad_norm(1.0) | adamw | lookahead(k=5)"
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path):
     arguments = ["bench", WHOLE, "adamw | ema", "--shapes", "tiny", "--rounds", "2", "--threads", "1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "metaopt", *arguments, "--json", "found.json"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stderr == ""
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    status, out, errors = warm.run([*arguments, "--json", "found.json"], tmp_path)
+    assert (status, errors) == (0, "")
+    rows = [line for line in out.splitlines() if line.startswith("| ")]
     text = WHOLE.replace("|", "\\|")  # as a cell of Markdown
     assert rows[2].startswith(f"| {text} | ") and len(rows) == 4
-    assert "fewer than 20 rounds" in done.stdout
+    assert "fewer than 20 rounds" in out
     found = json.loads((tmp_path / "found.json").read_text())
     assert list(tmp_path.iterdir()) == [tmp_path / "found.json"]
     assert found["format"] == 1 and found["machine"]["dtype"] == "float32" and found["machine"]["threads"] == 1

@@ -1,21 +1,20 @@
 """Deliberately broken parts: each is caught by the check meant for it, with a message that says what is wrong."""
 
 import json
-from pathlib import Path
 
 import broken_parts
+import broken_worker
 import pytest
-from documents import python
+import warm
 
 from metaopt.testing import CHECKS
 
-HERE = Path(__file__).parent
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("suite"))
-    return json.loads(python(str(HERE / "broken_worker.py"), folder, folder=HERE, path=[HERE]).splitlines()[-1])
+    return warm.called(broken_worker.put_to_the_checks, str(tmp_path_factory.mktemp("suite")))
 
 
 @pytest.mark.parametrize("name", broken_parts.CAUGHT)

@@ -10,16 +10,13 @@ import types
 
 import pytest
 import torch
+import warm
 
 import metaopt
 from metaopt.cli import fitted, main, progress_of
 from metaopt.cli.list import _as_lines
 from metaopt.optimizers.torch_optim import RULES
 from metaopt.registry import BrokenPlugin, Entry, Registry, registry
-
-
-def run(*arguments: str, cwd: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "metaopt", *arguments], capture_output=True, text=True, cwd=cwd)
 
 
 def called(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -322,19 +319,20 @@ def test_a_plugin_module_of_the_current_folder_is_listed(tmp_path):
         "class Pull(Wrapper):\n    '''Pulls.'''\n"
         "@hookimpl\ndef metaopt_wrappers():\n    return {'pull_here': Pull}\n"
     )
-    done = run("list", "wrappers", "--plugin", "pull_here", cwd=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert "pull_here" in done.stdout
+    status, out, errors = warm.run(["list", "wrappers", "--plugin", "pull_here"], tmp_path)
+    assert status == 0, errors
+    assert "pull_here" in out
 
 
 def test_a_plugin_that_raises_on_import_is_one_line(tmp_path):
     (tmp_path / "broken_here.py").write_text("raise RuntimeError('first line\\nsecond line')\n")
-    done = run("list", "--plugin", "broken_here", cwd=str(tmp_path))
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert "RuntimeError" in done.stderr
+    status, _, errors = warm.run(["list", "--plugin", "broken_here"], tmp_path)
+    assert status == 2
+    assert len(errors.splitlines()) == 1
+    assert "RuntimeError" in errors
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_causes_no_traceback():
     reading, writing = os.pipe()
     os.close(reading)

@@ -1,11 +1,10 @@
 """`metaopt.explain`: what is done to which parameters, and what looks like a mistake."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+import warm
 
 import metaopt
 from metaopt.errors import CheckpointError
@@ -233,10 +232,10 @@ def test_a_file_without_an_optimizer_is_an_error(tmp_path):
         explain_checkpoint(tmp_path / "c.pt")
 
 
-def test_the_command_explains_a_spec_with_the_state_it_will_keep():
-    command = [sys.executable, "-m", "metaopt", "explain", "adamw | lookahead", "--steps", "101", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    told = json.loads(done.stdout)
+def test_the_command_explains_a_spec_with_the_state_it_will_keep(tmp_path):
+    status, out, _ = warm.run(["explain", "adamw | lookahead", "--steps", "101", "--json"], tmp_path)
+    assert status == 0
+    told = json.loads(out)
     assert {finding["code"] for finding in told["findings"]} == {"default-rate", "ends-inside-cycle"}
     assert told["rows"][0]["state_bytes"] > 3 * 256 * 4
 

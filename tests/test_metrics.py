@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from clients.ranks import meet
 
 import metaopt
@@ -209,7 +210,12 @@ def test_what_cannot_be_logged_to_is_refused():
 
 
 def test_only_rank_0_writes(tmp_path):
-    torch.multiprocessing.spawn(_two_ranks, args=(str(tmp_path),), nprocs=2)
+    ranks = [warm.context().Process(target=_two_ranks, args=(rank, str(tmp_path))) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
     assert sorted(path.name for path in tmp_path.glob("wrote-*")) == ["wrote-0"]
 
 

@@ -1,11 +1,8 @@
 """`python -m benchmarks`: a table, a file, whole processes timed, mistakes in one line."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from documents import ROOT
 
 from benchmarks.__main__ import main
 from benchmarks.start_up import help_imports_torch, process_seconds, seconds_after
@@ -26,15 +23,14 @@ def test_processes_are_timed_and_an_import_of_torch_is_found_out():
     assert help_imports_torch(["list", "wrappers"])
 
 
-def test_the_command_prints_a_table_and_writes_json(tmp_path):
+def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     arguments = ["--shapes", "tiny", "--rounds", "2", "--threads", "1", "--json", str(tmp_path / "found.json")]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stderr == ""
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    rows = [line for line in printed.out.splitlines() if line.startswith("| ")]
     assert any(row.startswith("| torch-fused | clip_grad_norm_(1), AdamW(fused=True)") for row in rows)
-    assert "fewer than 20 rounds" in done.stdout
+    assert "fewer than 20 rounds" in printed.out
     found = json.loads((tmp_path / "found.json").read_text())
     assert list(tmp_path.iterdir()) == [tmp_path / "found.json"]
     assert found["format"] == 1 and found["dtype"] == "float32" and found["machine"]["threads"] == 1
