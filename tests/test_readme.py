@@ -24,14 +24,6 @@ def test_two_commands_do_all_the_set_up():
     assert all("-c constraints.txt" in line for line in SET_UP)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "plugins/README.md"])
-def test_what_a_page_outside_of_the_site_links_to_exists(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    targets = re.findall(r"\]\(([^)#]+)\)", text)
-    assert targets
-    assert [t for t in targets if not (t.startswith("https://") or ((ROOT / page).parent / t).exists())] == []
-
-
 @pytest.mark.parametrize("line", SET_UP)
 def test_what_the_set_up_installs_exists(line):
     for word in shlex.split(line):

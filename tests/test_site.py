@@ -131,8 +131,10 @@ def test_dead_links_and_what_is_loaded_from_elsewhere_are_found(tmp_path):
 
 def pages_of_the_repository():
     """Return the Markdown pages that a reader of the repository may open."""
-    found = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("plugins/*/README.md")]
-    return sorted(path for path in found if "site-packages" not in path.parts)
+    folders = ["plugins", "plugins/*", "kernels"]
+    return sorted(
+        [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(f for g in folders for f in ROOT.glob(f"{g}/README.md"))]
+    )
 
 
 def headings(page):
