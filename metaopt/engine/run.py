@@ -189,17 +189,20 @@ class Run:
 
     def write_schedules(self) -> None:
         """After an update, set every scheduled value for the next one, which may be the first one of another base."""
-        self._set_scheduled_values()
-        if self.updates > self._last_update:  # last, because a warning may be made an error
+        updates = self._set_scheduled_values()
+        if updates > self._last_update:  # last, because a warning may be made an error
             self._last_update, self._warned_of_end = math.inf, True
             schedules = [scheduled.schedules for scheduled in self.scheduled]
-            warn_of_past_end(schedules, self.param_groups, self.updates, self.structure.total_steps)
+            warn_of_past_end(schedules, self.param_groups, updates, self.structure.total_steps)
 
-    def _set_scheduled_values(self) -> None:
+    def _set_scheduled_values(self) -> int:
+        """Set the values for the next update, and return how many were made."""
         if self.stages is not None:
             self.stages.follow(self)
+        updates = 0
         for scheduled, group in zip(self.scheduled, self.param_groups, strict=True):
-            scheduled.write(group)
+            updates = scheduled.write(group)
+        return updates
 
     def begin_schedules(self) -> None:
         """Follow the schedules of all groups from the present count on."""
