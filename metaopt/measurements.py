@@ -59,8 +59,12 @@ class Tally:
 
 
 def kept(tag: str, value: Value) -> Value:
+    """Return a number as it is kept until it is logged. Raises LogError if it is not one number."""
     if not isinstance(value, torch.Tensor):
-        return float(value)
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise LogError(f"{tag} must be a number, got {value!r:.60}") from None
     if value.numel() != 1 or value.is_complex():
         raise LogError(
             f"{tag} is measured as one real number, not as a tensor of shape {tuple(value.shape)} and {value.dtype}: "

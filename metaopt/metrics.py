@@ -76,12 +76,13 @@ class Metrics:
 
         Several of one update are averaged; or they are norms of parts, and "norm" makes the norm of the whole of them.
         """
-        self._now.setdefault(tag, Parts(reduce)).values.append(kept(tag, value))
+        number = kept(tag, value)
+        self._now.setdefault(tag, Parts(reduce)).values.append(number)
 
     def record(self, tag: str, value: Value) -> None:
         """Keep one number as `measure` does; it counts also for a step that is gathered into a later update."""
-        self._recorded.add(tag)
         self.measure(tag, value)
+        self._recorded.add(tag)
 
     def measure_tensors(self, tag: str, names: Sequence[str], values: torch.Tensor, most: int | None = None) -> None:
         """Keep one number for each of many tensors, logged as `<tag>/<name>`: the last ones before a point are written.

@@ -41,6 +41,26 @@ def test_the_style_of_wrapping_classes_is_refused_with_the_line_to_write() -> No
         metaopt.wrap(torch.optim.SGD, "lookahead")
 
 
+def test_arguments_in_another_order_and_a_method_that_is_not_called_are_answered_with_what_to_write() -> None:
+    model = torch.nn.Linear(2, 1)
+    with pytest.raises(metaopt.SpecError, match=r"got Linear.*: build\(model, spec\) takes the model first"):
+        metaopt.build("adamw(lr=1e-3)", model)
+    with pytest.raises(metaopt.ParameterError, match=r"got method: call it, parameters\(\)"):
+        metaopt.build(model.parameters, "adamw(lr=1e-3)")
+
+
+@pytest.mark.parametrize("value", ["low", None, [1.0], torch.ones(2)])
+def test_a_recorded_value_that_is_not_a_number_is_refused_and_leaves_no_trace(value: object) -> None:
+    model = torch.nn.Linear(2, 1)
+    opt = metaopt.build(model, "sgd(lr=0.1)")
+    for names in ({"loss": value}, {"val/loss": value}):
+        with pytest.raises(metaopt.LogError, match=r"loss .*number, (got|not)"):
+            opt.record(names)
+    model(torch.ones(1, 2)).sum().backward()
+    opt.step()
+    assert not [tag for tag in opt.metrics() if tag.endswith("/loss")]
+
+
 def test_a_wrapper_without_a_hook_is_warned_of_by_the_name_that_was_meant() -> None:
     class AfterStep(Wrapper):
         """Does nothing."""

@@ -198,7 +198,11 @@ def as_groups(model_or_params: Any) -> list[Group]:
     if isinstance(model_or_params, torch.Tensor):
         raise ParameterError("one tensor was given as the parameters: give a list, [tensor], or the module")
     if not isinstance(model_or_params, Iterable):
-        raise ParameterError(f"expected a module or an iterable of parameters, got {type(model_or_params).__name__}")
+        name = getattr(model_or_params, "__name__", "")
+        fix = f": call it, {name}()" if callable(model_or_params) and name else ""
+        raise ParameterError(
+            f"expected a module or an iterable of parameters, got {type(model_or_params).__name__}{fix}"
+        )
     items = list(model_or_params)
     if not items:
         raise ParameterError("the parameter list is empty: was the generator model.parameters() used up before?")

@@ -233,6 +233,10 @@ def as_pipeline(parts: Any) -> Pipeline:
             f"{type(parts).__name__} is an optimizer that exists already: metaopt.wrap(optimizer, parts) puts parts "
             f"around it, build() takes its class"
         )
+    if isinstance(parts, torch.nn.Module):
+        raise SpecError(
+            f"the spec must be text or parts, got {type(parts).__name__}: build(model, spec) takes the model first"
+        )
     shown = " ".join(repr(parts).split())
     raise SpecError(f"expected text, metaopt's parts, a Wrapper or an optimizer class, got {shown:.80}")
 
