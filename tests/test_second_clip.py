@@ -54,6 +54,11 @@ def norm(size: float) -> Any:
 # ---- clients
 
 
+def places(seen: Any) -> set[str]:
+    """Return the files that metaopt's warnings point at."""
+    return {warning.filename for warning in seen if issubclass(warning.category, metaopt.MetaoptWarning)}
+
+
 class Rows(nn.Module):
     """A model as the Hugging Face Trainer wants one."""
 
@@ -77,8 +82,9 @@ def test_the_trainer_s_default_clip_is_named(given: dict[str, float], tmp_path: 
     data = [{"x": torch.ones(2), "labels": torch.ones(1)} for _ in range(8)]
     clip = given.get("max_grad_norm", 1.0)
     told = pytest.warns(metaopt.MetaoptWarning, match=AGAIN.format(f"{clip:g}")) if clip else contextlib.nullcontext()
-    with told:
+    with told as seen:
         Trainer(net, arguments, train_dataset=data, optimizers=(opt, None)).train()
+    assert not clip or places(seen) == {__file__}
 
 
 class Program(lightning.LightningModule):
@@ -109,8 +115,9 @@ def test_lightning_s_clips_are_named(how: str | None, tmp_path: Path) -> None:
     )
     said = "clipped to a norm of 2 " if how == "norm" else "clipped to values of 2 "
     told = contextlib.nullcontext() if how is None else pytest.warns(metaopt.MetaoptWarning, match=said)
-    with told:
+    with told as seen:
         trainer.fit(Program(), torch.utils.data.DataLoader(torch.arange(4), batch_size=None))
+    assert how is None or places(seen) == {__file__}
 
 
 def test_accelerate_s_clip_is_named() -> None:
