@@ -17,7 +17,7 @@ from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.checkpoint import loading
 from metaopt.engine.checkpoint.report import Choice, LoadReport, changed_choice
 from metaopt.engine.exchange import exchange_of
-from metaopt.engine.run import Run
+from metaopt.engine.run import Run, Stages
 from metaopt.engine.step import record, step
 from metaopt.engine.structure import Structure, fights, validate
 from metaopt.errors import HyperparameterError, LogError, ParameterError, StepError, did_you_mean
@@ -75,7 +75,7 @@ class Stack(torch.optim.Optimizer):
         fused_by_default: bool = False,
         left_out: LeftOut | None = None,
         model: torch.nn.Module | None = None,
-        stages: Any = None,
+        stages: Stages | None = None,
         replicas: Replicas | None = None,
     ) -> None:
         self.description = description
@@ -315,7 +315,7 @@ class Stack(torch.optim.Optimizer):
         replicas of different models or settings.
         """
         self._run.adopt_groups()
-        return self._run.exchange is not None and bool(self._run.exchange.join())
+        return self._run.exchange is not None and self._run.exchange.join()
 
     @property
     def takes_means(self) -> bool:

@@ -58,7 +58,7 @@ STEPPED = [
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What really makes an update, in order."""
     found: list[str] = []
-    kernel, joint = fused.FusedLists.step, fused.Waiting.make
+    kernel, joint = fused.FusedLists.step, fused.PostponedStep.make
 
     def step(self: Any, *arguments: Any) -> None:
         found.append("kernel")
@@ -69,7 +69,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         joint(self)
 
     monkeypatch.setattr(fused.FusedLists, "step", step)
-    monkeypatch.setattr(fused.Waiting, "make", make)
+    monkeypatch.setattr(fused.PostponedStep, "make", make)
     return found
 
 

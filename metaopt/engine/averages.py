@@ -14,7 +14,7 @@ from metaopt.errors import ParameterError, StepError, did_you_mean
 from metaopt.module_buffers import KeptBuffers
 from metaopt.torch_internals import Versions, keep_versions, reshard_fsdp_modules
 
-# elements exchanged at a time, so that the temporary tensor stays small
+# elements swapped at a time, so that the temporary tensor stays small
 BLOCK = 1 << 20
 # a parameter, the part of it that this process holds, its average, and whether the average is kept in the state
 Shown = tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]
@@ -64,7 +64,7 @@ def before_gradients(run: Run) -> None:
     """At `zero_grad()`: restore the weights after a checkpoint that was taken inside `averaged()` was loaded.
 
     If it is called before the forward pass, as in torch's own examples, the first gradient is that of the weights. If
-    it is called between forward and backward, the exchange must not look like a change of the weights to autograd.
+    it is called between forward and backward, the swap must not look like a change of the weights to autograd.
     """
     if run.param_groups[0].get(AVERAGE_SHOWN) and not run.inside_averaged:
         with keep_versions(tuple(local(p) for group in run.param_groups for p in group["params"])):
@@ -79,8 +79,8 @@ def restore_weights(run: Run) -> None:
         return
     for p, weights in _set_aside(run, label):
         local(p).copy_(local(weights))
-    for shown in _exchanged(run, label):
-        exchange(shown[1], shown[2])
+    for shown in _swapped(run, label):
+        swap(shown[1], shown[2])
     _forget_weights(run, label)
     _mark(run, "")
 
@@ -89,14 +89,14 @@ def restore_weights(run: Run) -> None:
 def show(run: Run, label: str) -> None:
     """Put an average into the parameters' place, for all of them or for none.
 
-    An average that is kept in the state is exchanged with the weights. If it is computed, or of another dtype, the
+    An average that is kept in the state is swapped with the weights. If it is computed, or of another dtype, the
     weights are set aside beside it.
     """
     done: list[Shown] = []
     try:
         for p, weights, average, kept in _averages(run, label):
             if kept:
-                exchange(weights, average)
+                swap(weights, average)
             else:
                 run.state[p][f"{label}.fast"] = p.detach().clone()
                 weights.copy_(average)
@@ -104,7 +104,7 @@ def show(run: Run, label: str) -> None:
     except BaseException:
         for p, weights, average, kept in reversed(done):
             if kept:
-                exchange(weights, average)
+                swap(weights, average)
             else:
                 weights.copy_(local(run.state[p][f"{label}.fast"]))
         _forget_weights(run, label)
@@ -118,7 +118,7 @@ def show(run: Run, label: str) -> None:
 def copied_with_averages(
     run: Run, model: torch.nn.Module, label: str | None, out: torch.nn.Module | None
 ) -> torch.nn.Module:
-    """Return a copy of a model that holds an average, or write that into `out`, an earlier copy; nothing is exchanged.
+    """Return a copy of a model that holds an average, or write that into `out`, an earlier copy; nothing is swapped.
 
     Parameters that have no average have their weights.
     """
@@ -208,8 +208,8 @@ def _forget_weights(run: Run, label: str) -> None:
                 del run.state[p]
 
 
-def _exchanged(run: Run, label: str) -> Iterator[Shown]:
-    """Yield the parameters that were exchanged with a kept average."""
+def _swapped(run: Run, label: str) -> Iterator[Shown]:
+    """Yield the parameters that were swapped with a kept average."""
     for shown in _averages(run, label):
         if f"{label}.fast" not in run.state.get(shown[0], {}):
             yield shown
@@ -243,8 +243,8 @@ def _is_kept(view: GroupView, p: torch.Tensor, average: torch.Tensor) -> bool:
     )
 
 
-def exchange(a: torch.Tensor, b: torch.Tensor) -> None:
-    """Exchange the contents of two tensors of one shape and dtype, a block at a time."""
+def swap(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Swap the contents of two tensors of one shape and dtype, a block at a time."""
     rows = max(1, BLOCK // max(1, a[0].numel())) if a.dim() and a.shape[0] else 1
     pairs = zip(torch.split(a, rows), torch.split(b, rows), strict=True) if a.dim() else [(a, b)]
     for x, y in pairs:

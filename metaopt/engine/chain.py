@@ -66,7 +66,7 @@ class KeyedSlot:
 
 
 @dataclass(frozen=True)
-class SlotLayout:
+class WrapperSlots:
     """What follows from the place of a wrapper in its chain, worked out once."""
 
     state_keys: tuple[str, ...]  # of the tensors that it keeps for every parameter
@@ -118,10 +118,10 @@ class Chain:
             f"{w.label}.{name}": (w, scalar) for w in self.ordered for name, scalar in w.scalars.items()
         }
         self.resets = tuple(w for w in self.ordered if w.resets_base_state())
-        self._layouts = {id(wrapper): self._layout(wrapper) for wrapper in self.ordered}
+        self._wrapper_slots = {id(wrapper): self._slots_of_wrapper(wrapper) for wrapper in self.ordered}
         self.leading_on_update = _first_leading_on_update(self.written_behind)
         self.needs_weights_before = any(
-            self.layout(w).uses_previous
+            self.slots_of(w).uses_previous
             or "after_updates" in w.implemented_hooks()
             or ("on_update" in w.implemented_hooks() and w not in self.leading_on_update)
             for w in self.written_behind
@@ -156,14 +156,14 @@ class Chain:
         """Return whether the base has begun a parameter: it keeps something that is not a placeholder."""
         return not param_state.get(PLACEHOLDER) and any(map(self.is_base_key, param_state))
 
-    def layout(self, wrapper: Wrapper) -> SlotLayout:
+    def slots_of(self, wrapper: Wrapper) -> WrapperSlots:
         """Return what follows from the place of a wrapper."""
-        return self._layouts[id(wrapper)]
+        return self._wrapper_slots[id(wrapper)]
 
-    def _layout(self, wrapper: Wrapper) -> SlotLayout:
+    def _slots_of_wrapper(self, wrapper: Wrapper) -> WrapperSlots:
         inner = {id(other) for other in self.ordered[: self.ordered.index(wrapper)]}
         kinds = {slot.kind for slot in wrapper.active_slots().values()}
-        return SlotLayout(
+        return WrapperSlots(
             state_keys=tuple(keyed.key for keyed in self.slots if keyed.wrapper is wrapper),
             uses_previous="previous" in kinds,
             keeps_moments="moments" in kinds,

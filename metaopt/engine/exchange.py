@@ -16,8 +16,8 @@ from metaopt.distributed.shards import holders_of_other_shards, local
 from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.param_state import add_state_of, remove_placeholders, slot_dtype
 from metaopt.engine.run import STEPS, TEMPLATE, Run
-from metaopt.engine.structure import Placed
-from metaopt.engine.update import Members, Update
+from metaopt.engine.structure import PlacedWrapper
+from metaopt.engine.update import Params, Update
 from metaopt.engine.views import GroupView, Rows, is_trained, row_ranges, views_of
 from metaopt.errors import HyperparameterError, StepError
 from metaopt.wrapper import Wrapper
@@ -98,12 +98,12 @@ class Exchange:
         """Make the exchanges that are due at a step that makes no update here; alone there are none."""
         if self.run.replicas.size == 1:
             return
-        update.initial = {}  # no update begins these parameters
+        update.pending_state = {}  # no update begins these parameters
         self.count_step()
         for placed in self.run.structure.exchanges:
             self.act(update, placed)
 
-    def act(self, update: Update, placed: Placed) -> None:
+    def act(self, update: Update, placed: PlacedWrapper) -> None:
         """Make what is due of one wrapper: send ways, and step along the means that have come."""
         if self._round is None:
             return
@@ -129,7 +129,7 @@ class Exchange:
                 each *= int(group[f"{wrapper.label}.{wrapper.spans_steps}"])
         return each
 
-    def _k(self, placed: Placed) -> int:
+    def _k(self, placed: PlacedWrapper) -> int:
         key = f"{placed.wrapper.label}.{placed.wrapper.acts_every}"
         values = {int(group[key]) for group in self._groups(placed)}
         if len(values) > 1:
@@ -139,17 +139,17 @@ class Exchange:
             )
         return values.pop()
 
-    def _groups(self, placed: Placed) -> list[ParamGroup]:
+    def _groups(self, placed: PlacedWrapper) -> list[ParamGroup]:
         groups = self.run.param_groups
         return groups if placed.chain is None else placed.chain.groups_in(groups)
 
     @staticmethod
-    def _place(placed: Placed, number: int) -> tuple[str, str, int]:
+    def _place(placed: PlacedWrapper, number: int) -> tuple[str, str, int]:
         return "" if placed.chain is None else placed.chain.name, placed.wrapper.label, number
 
     # ---- what
 
-    def _members(self, placed: Placed) -> list[tuple[ParamGroup, Members]]:
+    def _members(self, placed: PlacedWrapper) -> list[tuple[ParamGroup, Params]]:
         """Return the parameters that are exchanged, with their state: the same on all replicas.
 
         A parameter that has no gradient here may have had one elsewhere.
@@ -166,7 +166,7 @@ class Exchange:
             found.append((group, members))
         return found
 
-    def _buckets(self, placed: Placed, number: int) -> list[Bucket]:
+    def _buckets(self, placed: PlacedWrapper, number: int) -> list[Bucket]:
         """Return the parts of one fragment in buckets, which depend only on groups and shapes."""
         wrapper, slot = placed.wrapper, placed.wrapper.slots[str(placed.wrapper.anchor_across)]
         members = [(group, p) for group, params in self._members(placed) for p in params]
@@ -174,7 +174,7 @@ class Exchange:
         filling: dict[Any, tuple[Bucket, int]] = {}
         for group, p in _fragment(members, number, int(vars(wrapper)["fragments"])):
             dtype = _wide(slot_dtype(slot, vars(wrapper), p))
-            whole = self.run.structure.chain_of(group).layout(wrapper).keeps_moments
+            whole = self.run.structure.chain_of(group).slots_of(wrapper).keeps_moments
             most = BUCKET // dtype.itemsize
             for rows, size in [(None, local(p).numel())] if whole else row_ranges(local(p), most):
                 kind = dtype, p.device
@@ -186,14 +186,14 @@ class Exchange:
                 filling[kind] = bucket, filled + size
         return buckets
 
-    def _sent(self, update: Update, placed: Placed, number: int) -> Iterator[Bucket]:
+    def _sent(self, update: Update, placed: PlacedWrapper, number: int) -> Iterator[Bucket]:
         """Begin the collectives of a fragment, and yield its buckets."""
         for bucket in self._buckets(placed, number):
             flat = _flat(update, placed.wrapper, bucket.parts)
             bucket.sum = self.run.replicas.begin_sum(flat)
             yield bucket
 
-    def _sent_in_turn(self, update: Update, placed: Placed, number: int) -> Iterator[Bucket]:
+    def _sent_in_turn(self, update: Update, placed: PlacedWrapper, number: int) -> Iterator[Bucket]:
         """Yield the buckets of a fragment, each when the next one is on its way already: two are in memory at most."""
         before: Bucket | None = None
         for bucket in self._sent(update, placed, number):
@@ -205,7 +205,7 @@ class Exchange:
 
     # ---- what comes back
 
-    def _receive(self, update: Update, placed: Placed, number: int) -> None:
+    def _receive(self, update: Update, placed: PlacedWrapper, number: int) -> None:
         sent = self._under_way.pop(self._place(placed, number), None)
         # after a load they are in the state
         for bucket in self._buckets(placed, number) if sent is None else sent:
@@ -215,12 +215,12 @@ class Exchange:
                 kept.zero_()
             self._step(update, placed, bucket.parts, means)
 
-    def _pending(self, placed: Placed, parts: list[Part]) -> list[torch.Tensor]:
+    def _pending(self, placed: PlacedWrapper, parts: list[Part]) -> list[torch.Tensor]:
         key = f"{placed.wrapper.label}.pending"
         kept = [(local(self.run.state[part.parameter][key]), part.rows) for part in parts]
         return [tensor if rows is None else tensor[rows[0] : rows[1]] for tensor, rows in kept]
 
-    def _step(self, update: Update, placed: Placed, parts: list[Part], means: list[torch.Tensor]) -> None:
+    def _step(self, update: Update, placed: PlacedWrapper, parts: list[Part], means: list[torch.Tensor]) -> None:
         """Let the wrapper make its outer step along means that have come."""
         wrapper = placed.wrapper
         for view, positions in _views(update, wrapper, parts):
@@ -301,7 +301,7 @@ class Exchange:
         for placed in self.run.structure.exchanges:
             for group, members in self._members(placed):
                 for p in members:
-                    keys = run.structure.chain_of(group).layout(placed.wrapper).state_keys
+                    keys = run.structure.chain_of(group).slots_of(placed.wrapper).state_keys
                     sent += [local(run.state[p][key]) for key in keys]
                     # the innermost wrapper has made the last outer step
                     covered.setdefault(p, local(run.state[p][f"{placed.wrapper.label}.{placed.wrapper.anchor_across}"]))

@@ -1,8 +1,8 @@
 """torch's fused updates, called directly: the lists that torch.optim gathers anew in every step are kept.
 
 Only for torch's own Adam, AdamW and SGD on a processor, from the second update of a parameter on. Everything else, and
-whatever has changed since the update before, goes through the base's own `step()`. With the optional library the update
-waits for rules of elements behind it, and makes one pass over memory together with them.
+whatever has changed since the update before, goes through the base's own `step()`. With the optional library the step
+is postponed, so that rules of elements behind it join its pass over memory.
 """
 
 from array import array
@@ -41,7 +41,7 @@ class FusedLists:
         self._is_settled = False
         # the counts of all members, of which `state[p]["step"]` are views
         self._counts: torch.Tensor | None = None
-        # by what a waiting update is to do: its program for the library, None if it does not fit
+        # by what a postponed step is to do: its program for the library, None if it does not fit
         self.programs: dict[Any, Compiled | None] = {}
         # by list: the addresses at which its tensors were last found right for the library
         self._checked: dict[Any, array[int]] = {}
@@ -55,17 +55,17 @@ class FusedLists:
 
     def are_valid(self, chain: Chain, group: ParamGroup, members: Tensors) -> bool:
         """Return whether a group with these members has the state that the lists hold."""
-        if _keys(chain, group) != self.keys or not same(members, self._members):
+        if _keys(chain, group) != self.keys or not are_identical(members, self._members):
             return False
         if not self.keys:
             return True
-        if not same(list(map(chain.base.state.get, members)), self._states):
+        if not are_identical(list(map(chain.base.state.get, members)), self._states):
             return False
         try:
             held = [list(map(itemgetter(key), self._states)) for key in self.keys]
         except KeyError:
             return False
-        self._is_settled = all(map(same, held, self.kept))
+        self._is_settled = all(map(are_identical, held, self.kept))
         return self._is_settled
 
     def are_uniform(self, dtype: torch.dtype) -> bool:
@@ -134,21 +134,21 @@ def lists_for(
     lists = known.get(id(group))
     if lists is None or not lists.are_valid(chain, group, members):
         known.pop(id(group), None)
-        lists = _gathered(chain, group, members)
+        lists = _lists_of_state(chain, group, members)
         if lists is None or not lists.are_uniform(dtype):
             return None
         known[id(group)] = lists
     return lists
 
 
-class Waiting:
-    """An update of a group that the base has yet to make, with the rules of elements behind it.
+class PostponedStep:
+    """The fused step of a group, put off so that rules of elements behind the base join its pass over memory.
 
-    It waits until somebody looks at the weights or at the state, at the latest until the step ends.
+    It is made when somebody looks at the weights or at the state, at the latest when the update ends.
     """
 
     def __init__(self, lists: FusedLists, group: ParamGroup, members: Tensors, gradients: Tensors, scale: Any) -> None:
-        self.members = members
+        self.params = members
         self.gradients, self.scale = gradients, scale
         self._lists, self._group = lists, group
         self._items: list[Item] = []
@@ -162,14 +162,14 @@ class Waiting:
         """Return whether the library can make the update: it computes torch's numbers, and all lists are right."""
         lists = self._lists
         native = kernels()
-        if native is None or not native.knows(self.members[0].dtype, lists.kernel):
+        if native is None or not native.knows(self.params[0].dtype, lists.kernel):
             return False
         # gradients are new tensors at every update: seen by `lists_for`
-        named = [("param", self.members), ("grad", self.gradients), *zip(lists.keys, lists.kept, strict=True)]
+        named = [("param", self.params), ("grad", self.gradients), *zip(lists.keys, lists.kept, strict=True)]
         return all(self._place(key, tensors) is not None for key, tensors in named)
 
     def add(self, graph: Graph, tensors: Mapping[str, tuple[Any, Tensors]], numbers: Mapping[str, Any]) -> bool:
-        """Let a rule act behind what waits already; `tensors` by name, with a key. Return False if it cannot."""
+        """Let a rule act behind those that have joined; `tensors` by name, with a key. Return False if it cannot."""
         lists = [(name, self._place(key, each)) for name, (key, each) in tensors.items()]
         if any(place is None for _, place in lists):
             return False
@@ -185,7 +185,7 @@ class Waiting:
         compiled, lists, group = self._compiled(), self._lists, self._group
         assert compiled is not None
         kernels().run(
-            self.members[0].dtype,
+            self.params[0].dtype,
             compiled.program,
             array("Q", b"".join(self._addresses)),
             lists.sizes,
@@ -213,24 +213,24 @@ class Waiting:
         if key not in known:
             try:
                 compiled = Compiled(key[0], GRAD + 1 if self._state else 0, self._items, scaled=self.scale is not None)
-                fits = kernels().knows(self.members[0].dtype, *compiled.needs)
+                fits = kernels().knows(self.params[0].dtype, *compiled.needs)
                 known[key] = compiled if fits else None
             except Unfit:
                 known[key] = None
         return known[key]
 
 
-def waiting_update(
+def postponed_step(
     lists: FusedLists, group: ParamGroup, members: Tensors, gradients: Tensors, scale: Any
-) -> Waiting | None:
-    """Return an update that waits for rules behind it; None: it has to be made by torch, and now.
+) -> PostponedStep | None:
+    """Return a step that rules behind it may join; None: torch has to make it, and now.
 
     A profiler and whatever else watches torch's calls is to see them.
     """
     if torch.autograd.profiler._is_profiler_enabled or torch._C._len_torch_dispatch_stack():
         return None
-    waiting = Waiting(lists, group, members, gradients, scale)
-    return waiting if waiting.begin() else None
+    postponed = PostponedStep(lists, group, members, gradients, scale)
+    return postponed if postponed.begin() else None
 
 
 def _settings(group: ParamGroup, kernel: str) -> tuple[float, ...]:
@@ -282,7 +282,7 @@ def _fills_its_memory(tensor: torch.Tensor) -> bool:
     return True
 
 
-def _gathered(chain: Chain, group: ParamGroup, members: Tensors) -> FusedLists | None:
+def _lists_of_state(chain: Chain, group: ParamGroup, members: Tensors) -> FusedLists | None:
     keys = _keys(chain, group)
     states = [chain.base.state.get(p) or {} for p in members] if keys else []
     if any(state.get(PLACEHOLDER) or any(state.get(key) is None for key in keys) for state in states):
@@ -295,7 +295,7 @@ def _keys(chain: Chain, group: ParamGroup) -> tuple[str, ...]:
     return chain.fused_state if chain.fused_state and group.get("momentum", True) else ()
 
 
-def same(found: Sequence[Any], kept: Sequence[Any]) -> bool:
+def are_identical(found: Sequence[Any], kept: Sequence[Any]) -> bool:
     """Return whether two lists hold the same objects."""
     return len(found) == len(kept) and all(map(is_, found, kept))
 

@@ -42,7 +42,7 @@ def slot_device(slot: Slot, values: dict[str, Any], parameter: torch.Tensor) -> 
     return parameter.device if named is None else torch.device(named)
 
 
-def placed(value: torch.Tensor, slot: Slot, values: dict[str, Any], parameter: torch.Tensor) -> torch.Tensor:
+def copy_for_slot(value: torch.Tensor, slot: Slot, values: dict[str, Any], parameter: torch.Tensor) -> torch.Tensor:
     """Return a copy of a tensor in the dtype and on the device of its slot; pinned if on another device."""
     dtype, device = slot_dtype(slot, values, parameter), slot_device(slot, values, parameter)
     if device.type == "cpu" and parameter.device.type != "cpu":
@@ -56,8 +56,8 @@ def _initial(slot: Slot, values: dict[str, Any], p: torch.Tensor) -> torch.Tenso
         return torch.full((), slot.initial, dtype=slot_dtype(slot, values, p), device=p.device)
     if slot.kind == "zeros":
         zeros = torch.zeros_like(p, dtype=slot_dtype(slot, values, p), requires_grad=False)
-        return zeros if slot.device is None else placed(zeros, slot, values, p)
-    return placed(p, slot, values, p)
+        return zeros if slot.device is None else copy_for_slot(zeros, slot, values, p)
+    return copy_for_slot(p, slot, values, p)
 
 
 def _missing(chain: Chain, p: torch.Tensor, param_state: ParamState) -> ParamState:
@@ -67,14 +67,14 @@ def _missing(chain: Chain, p: torch.Tensor, param_state: ParamState) -> ParamSta
     }
 
 
-def of_wrappers(chain: Chain, param_state: ParamState) -> ParamState:
+def without_placeholders(chain: Chain, param_state: ParamState) -> ParamState:
     """Return a parameter's state without what only stands for entries of the base; the mark itself becomes 0."""
     if not param_state.get(PLACEHOLDER):
         return param_state
     return {**{k: v for k, v in param_state.items() if not chain.is_base_key(k)}, PLACEHOLDER: 0.0}
 
 
-def lacks_state(run: Run, chain: Chain, p: torch.Tensor) -> bool:
+def is_incomplete(run: Run, chain: Chain, p: torch.Tensor) -> bool:
     """Return whether something is missing in a parameter's state, which its next update has to add."""
     if p in run.constructor_state:
         return True
@@ -95,12 +95,12 @@ def find_incomplete(run: Run) -> None:
             p
             for group in run.param_groups
             for p in group["params"]
-            if (known is None or id(p) in known) and lacks_state(run, run.structure.chain_of(group), p)
+            if (known is None or id(p) in known) and is_incomplete(run, run.structure.chain_of(group), p)
         ]
     run.state_size = len(run.state)
 
 
-def collect_initial(update: Update) -> None:
+def collect_pending_state(update: Update) -> None:
     """Copy, before the base's update, what wrappers must keep of parameters whose state lacks it; change no state.
 
     For parameters that the base has not begun, that includes what wrappers have stored for them already.
@@ -117,16 +117,16 @@ def collect_initial(update: Update) -> None:
         if among is None:
             run.validate_members(group)
         for p in group["params"]:
-            if p.grad is None or (among is not None and id(p) not in among) or p in update.initial:
+            if p.grad is None or (among is not None and id(p) not in among) or p in update.pending_state:
                 continue
-            param_state = of_wrappers(chain, run.state.get(p) or {})
+            param_state = without_placeholders(chain, run.state.get(p) or {})
             if group[TEMPLATE]:
                 param_state = {key: value for key, value in param_state.items() if key in chain.early_keys}
             missing = _missing(chain, p, param_state)
             if not any(map(chain.is_base_key, param_state)):
-                update.initial[p] = {**param_state, **missing}
+                update.pending_state[p] = {**param_state, **missing}
             elif missing or _lacks_moments(chain, param_state):
-                update.initial[p] = missing
+                update.pending_state[p] = missing
 
 
 def add_early_state(update: Update) -> None:
@@ -161,16 +161,16 @@ def add_state_of(run: Run, chain: Chain, wrapper: Wrapper, params: list[torch.Te
             run.incomplete = None
 
 
-def park(update: Update) -> None:
-    """Take wrappers' entries out of `state[p]` where the base has none, so that the base makes its own there."""
+def set_wrapper_state_aside(update: Update) -> None:
+    """Take wrappers' entries out of `state[p]` where the base has none: the base itself makes its state there, next."""
     run = update.run
-    for p, (chain, group) in _places(run, update.initial).items():
+    for p, (chain, group) in _chain_and_group_of(run, update.pending_state).items():
         param_state = run.state.get(p)
         if param_state and chain.has_base_state(param_state):
             continue
         begun_before = run.state.pop(p, None)
         if begun_before:
-            update.parked[p] = begun_before
+            update.state_set_aside[p] = begun_before
         made = run.constructor_state.pop(p, None)
         if made is None and chain.name in run.constructor_chains:
             made = chain.constructor_state(group, p)
@@ -178,11 +178,11 @@ def park(update: Update) -> None:
             run.state[p] = made
 
 
-def store(update: Update) -> None:
+def store_pending_state(update: Update) -> None:
     """Put wrappers' state into `state[p]`, after the base has made its own, with zeros for each of its moments."""
-    for p, (chain, _) in _places(update.run, update.initial).items():
-        _store(update.run, chain, p, update.initial[p])
-    update.initial = {}
+    for p, (chain, _) in _chain_and_group_of(update.run, update.pending_state).items():
+        _store(update.run, chain, p, update.pending_state[p])
+    update.pending_state = {}
 
 
 def _store(run: Run, chain: Chain, p: torch.Tensor, values: ParamState) -> None:
@@ -198,7 +198,9 @@ def _store(run: Run, chain: Chain, p: torch.Tensor, values: ParamState) -> None:
         _store_moments(chain, p, param_state, key)
 
 
-def _places(run: Run, params: dict[torch.Tensor, ParamState]) -> dict[torch.Tensor, tuple[Chain, ParamGroup]]:
+def _chain_and_group_of(
+    run: Run, params: dict[torch.Tensor, ParamState]
+) -> dict[torch.Tensor, tuple[Chain, ParamGroup]]:
     """Return chain and group of each of some parameters."""
     return {
         p: (run.structure.chain_of(group), group)
@@ -208,15 +210,15 @@ def _places(run: Run, params: dict[torch.Tensor, ParamState]) -> dict[torch.Tens
     }
 
 
-def restore(update: Update) -> None:
+def restore_wrapper_state(update: Update) -> None:
     """After a failed update: put the wrappers' entries back. The base's state and the weights are not undone."""
     run = update.run
-    for p, (chain, _) in _places(run, update.initial).items():
+    for p, (chain, _) in _chain_and_group_of(run, update.pending_state).items():
         # the base may have moved the parameter: the copy from before the step stays in force
-        if run.state.get(p) or _has_moved(chain, p, update.initial[p]):
-            _store(run, chain, p, update.initial[p])
-        elif p in update.parked:
-            run.state[p] = update.parked[p]
+        if run.state.get(p) or _has_moved(chain, p, update.pending_state[p]):
+            _store(run, chain, p, update.pending_state[p])
+        elif p in update.state_set_aside:
+            run.state[p] = update.state_set_aside[p]
 
 
 def _has_moved(chain: Chain, p: torch.Tensor, copies: ParamState) -> bool:

@@ -5,7 +5,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from operator import index
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from metaopt.distributed.replicas import Replicas
 from metaopt.engine.chain import MOST_NUMBERS, Chain, ParamGroup, ParamState, number_of
 from metaopt.engine.fused import FusedLists
-from metaopt.engine.structure import Structure, validate_group
+from metaopt.engine.structure import PlacedWrapper, Structure, validate_group
 from metaopt.errors import HyperparameterError, StepError
 from metaopt.group_entries import (
     NO_DECAY,
@@ -54,6 +54,40 @@ STEPS = "metaopt.steps"
 FORMAT_KEY, FORMAT = "metaopt.format", 2
 
 
+class Stages(Protocol):
+    """What changes the base in the middle of a run; made above the engine, which cannot make a base."""
+
+    def follow(self, run: "Run") -> None:
+        """Change the base if the run has come to the next stage."""
+
+    def prepare_load(self, run: "Run", state_dict: Any) -> Callable[[], None]:
+        """Have the base of a checkpoint before it is loaded; return what undoes that."""
+
+
+class ReplicaExchange(Protocol):
+    """What a run calls of its exchange with other replicas (`engine.exchange`); `update` is the update in progress."""
+
+    met: bool
+
+    def join(self) -> bool:
+        """Agree with the other replicas, once, on the weights; return whether they changed here."""
+
+    def count_step(self) -> None:
+        """Count a call of `step()`."""
+
+    def act(self, update: Any, placed: PlacedWrapper) -> None:
+        """Make what is due of one wrapper."""
+
+    def take_part(self, update: Any) -> None:
+        """Make what is due of all wrappers, in a step that makes no update here."""
+
+    def settle(self) -> None:
+        """Put what is on its way into the state."""
+
+    def forget(self) -> None:
+        """Drop what is on its way."""
+
+
 class Run:
     """The base, its groups and state, and the engine's memory of them. Made with every stack, and anew in a copy."""
 
@@ -85,12 +119,12 @@ class Run:
         # parameters of the model that no group holds, while they may begin to train
         self.left_out: LeftOut | None = None
         # what changes the base in the middle of the run, if anything does
-        self.stages: Any = None
+        self.stages: Stages | None = None
         # a clip before the stack's own, looked for in the first updates
         self.second_clip: SecondClip | None = None
-        # the processes that train copies of the model, and what is exchanged with them, if anything is
+        # the processes that train copies of the model, and what is exchanged with them, if wrappers take means
         self.replicas = Replicas()
-        self.exchange: Any = None
+        self.exchange: ReplicaExchange | None = None
         # what has 16 bits, and whether it moves: looked at once
         self.still_watch: StillWatch | None = None
         self._watched_16_bits = False

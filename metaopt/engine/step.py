@@ -8,10 +8,10 @@ import torch
 
 from metaopt.engine import averages, param_state
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, has_fused_kernel
-from metaopt.engine.fused import LARGE, FusedLists, fits_kernel, lists_for, waiting_update
+from metaopt.engine.fused import LARGE, FusedLists, fits_kernel, lists_for, postponed_step
 from metaopt.engine.run import AVERAGE_SHOWN, TEMPLATE, UPDATES, Run
-from metaopt.engine.structure import Placed
-from metaopt.engine.update import Evaluation, Members, Update, blocks_of
+from metaopt.engine.structure import PlacedWrapper
+from metaopt.engine.update import Evaluation, Params, Update, blocks_of
 from metaopt.engine.views import GroupsView, GroupView, block_views_of, gradient_norm, groups_of, trained, views_of
 from metaopt.errors import StepError
 from metaopt.group import Group
@@ -31,7 +31,7 @@ def step(run: Run, closure: Closure | None, keywords: dict[str, Any]) -> Any:
     try:
         returned = step_bases(evaluation.update, evaluation.closure_for_base(), keywords)
     except BaseException as error:
-        replaced = bool(evaluation.update.replaced)
+        replaced = bool(evaluation.update.with_replaced_grads)
         abandon(evaluation.update)
         if replaced and isinstance(error, RuntimeError) and "does not require grad" in str(error):
             label = run.structure.on_gradients[0].wrapper.label
@@ -73,7 +73,9 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
         return _skip(evaluation, "took the weights of the other replicas")
     if closure is not None or ((structure.needs_closure or structure.around) and not run.flushing):
         try:
-            evaluation.evaluate(lambda wrapper, inner: wrapper.around(inner, GroupsView(update, Placed(wrapper, None))))
+            evaluation.evaluate(
+                lambda wrapper, inner: wrapper.around(inner, GroupsView(update, PlacedWrapper(wrapper, None)))
+            )
             if closure is not None and structure.loss_observers:
                 _observe_loss(update, evaluation.with_gradients)
         except BaseException:
@@ -82,18 +84,18 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
     try:
         if run.second_clip is not None:
             run.second_clip = run.second_clip.look(run.base.param_groups)
-        if not any(update.gather(group)[0] for group in run.base.param_groups) and not run.flushing:
+        if not any(update.params_and_grads(group)[0] for group in run.base.param_groups) and not run.flushing:
             return _skip(evaluation, "no gradients")
         if structure.keeps_early_state:
             param_state.add_early_state(update)
-        param_state.collect_initial(update)
+        param_state.collect_pending_state(update)
         if structure.on_gradients or structure.gradient_observers or update.is_logged:
             filter_gradients(update)
             if update.skip_reason is not None:
-                update.take_back()
+                update.clean_up()
                 return _skip(evaluation, update.skip_reason)
-            if update.replaced:  # some had no gradient before
-                param_state.collect_initial(update)
+            if update.with_replaced_grads:  # some had no gradient before
+                param_state.collect_pending_state(update)
         _prepare_base(update)
     except BaseException:
         abandon(update)
@@ -107,23 +109,23 @@ def _skip(evaluation: Evaluation, reason: str) -> Evaluation:
     run.skipped = reason
     if run.exchange is not None and evaluation.update is not None:
         run.exchange.take_part(evaluation.update)
-    if evaluation.update is not None and evaluation.update.gathers:
+    if evaluation.update is not None and evaluation.update.accumulates:
         _measure_loss(run, evaluation.loss)
         run.metrics.gather_step()
     else:
-        run.metrics.drop_update(gathered=evaluation.update is not None and bool(evaluation.update.replaced))
+        run.metrics.drop_update(gathered=evaluation.update is not None and bool(evaluation.update.with_replaced_grads))
     evaluation.update = None
     return evaluation
 
 
 def abandon(update: Update) -> None:
     """Leave an update that failed: wrappers' entries and counters return, nothing measured counts."""
-    for group, key, before in reversed(update.counters):
+    for group, key, before in reversed(update.counters_before):
         group[key] = before
     update.run.metrics.drop_update()
-    param_state.restore(update)
+    param_state.restore_wrapper_state(update)
     update.run.invalidate()
-    update.take_back()
+    update.clean_up()
 
 
 # ---- before the base
@@ -133,7 +135,7 @@ def filter_gradients(update: Update) -> None:
     """Let the wrappers on gradients act, once per evaluation of the loss, until one of them skips the update."""
     run = update.run
     update.skip_reason = None
-    update.scale.clear()
+    update.pending_scale.clear()
     _coalesce(update)
     if update.is_logged and not run.has_zero_shard:
         run.metrics.measure("train/grad_norm", gradient_norm(update, run.structure.chains, run.param_groups))
@@ -141,15 +143,15 @@ def filter_gradients(update: Update) -> None:
         _observe_gradients(update, gathered=False)
     for placed in run.structure.on_gradients:
         groups = groups_of(update, placed)
-        if placed.chain is not None and not any(update.gather(group)[0] for group in groups):
+        if placed.chain is not None and not any(update.params_and_grads(group)[0] for group in groups):
             continue
-        if run.flushing and not placed.wrapper.spans_steps and not any(map(update.members_of, groups)):
+        if run.flushing and not placed.wrapper.spans_steps and not any(map(update.params_of, groups)):
             continue
         view = GroupsView(update, placed, groups)
         placed.wrapper.on_gradients(view)
         view.write_back()
         if update.skip_reason is not None:
-            update.gathers = placed.wrapper.spans_steps
+            update.accumulates = placed.wrapper.spans_steps
             return
         if placed.wrapper.spans_steps and run.structure.gradient_observers:
             _observe_gradients(update, gathered=True)
@@ -158,7 +160,7 @@ def filter_gradients(update: Update) -> None:
 def _coalesce(update: Update) -> None:
     """Add up the rows that a sparse gradient holds twice: an embedding leaves a row that it looked up twice as two."""
     for group in update.run.base.param_groups:
-        members, gradients = update.gather(group)
+        members, gradients = update.params_and_grads(group)
         if any(map(attrgetter("is_sparse"), gradients)):
             for p, gradient in zip(members, gradients, strict=True):
                 if gradient.is_sparse and not gradient.is_coalesced():
@@ -170,23 +172,23 @@ def _prepare_base(update: Update) -> None:
     run, structure = update.run, update.run.structure
     if run.base.param_groups[0][TEMPLATE]:
         param_state.remove_placeholders(run, keep_early=True)
-    if update.initial or run.incomplete is None:
+    if update.pending_state or run.incomplete is None:
         _leave_unfit_kernels(run)
         # a wrapper may have taken gradients away since
-        update.initial = {p: values for p, values in update.initial.items() if p.grad is not None}
-        param_state.park(update)
+        update.pending_state = {p: values for p, values in update.pending_state.items() if p.grad is not None}
+        param_state.set_wrapper_state_aside(update)
     for placed in structure.before_update:
         for group in _due(update, placed, counted=False):
-            _call(placed.wrapper.before_update, views_of(update, group, placed.wrapper, update.members_of(group)))
+            _call(placed.wrapper.before_update, views_of(update, group, placed.wrapper, update.params_of(group)))
     if structure.needs_weights_before or structure.changes_updates:
         # a base may take gradients away inside its step: which parameters it updates is known only now
-        update.members = {id(group): update.members_of(group) for group in run.param_groups}
+        update.params_by_group = {id(group): update.params_of(group) for group in run.param_groups}
         for group in run.param_groups:
             if structure.chain_of(group).needs_weights_before:
-                update.keep_weights(update.members_of(group))
+                update.keep_weights(update.params_of(group))
     if structure.observers and update.is_logged:
-        update.keep_observed()
-    for chain in list(update.scale):
+        update.keep_weights_for_observers()
+    for chain in list(update.pending_scale):
         _leave_kernel_for_gradients(update, chain)
         update.fold_scale(chain)
 
@@ -206,9 +208,9 @@ def _leave_kernel_for_gradients(update: Update, chain: Chain) -> None:
     """Turn the fused kernel off for groups whose gradients now are not what it can read; see `warn_of_kernel`."""
     for group in chain.groups_in(update.run.param_groups):
         chosen = chain.fused_by_default or (group["params"] and group["params"][0].is_cpu)
-        if chosen and group.get("fused") and not fits_kernel(*update.gather(group)):
+        if chosen and group.get("fused") and not fits_kernel(*update.params_and_grads(group)):
             if not chain.fused_by_default:
-                if any(map(attrgetter("is_sparse"), update.gather(group)[1])):
+                if any(map(attrgetter("is_sparse"), update.params_and_grads(group)[1])):
                     continue  # torch refuses them itself
                 warn_of_kernel(chain.base)
             group["fused"] = None
@@ -234,8 +236,8 @@ def step_bases(update: Update, closure: tuple[Closure, ...], keywords: dict[str,
             if keywords or not _step_directly(update, chain):
                 returned = _step_whole(update, chain, closure, keywords)
             change_updates(update, chain)
-        if update.waiting and not structure.acts_behind:
-            update.make_waiting()
+        if update.postponed and not structure.acts_behind:
+            update.make_postponed()
     return returned
 
 
@@ -246,7 +248,7 @@ def _step_whole(update: Update, chain: Chain, closure: tuple[Closure, ...], keyw
     if not late:
         return chain.step(*closure, **keywords)
     for group in chain.groups_in(update.run.param_groups):
-        _step_on(chain, group, update.members_of(group), late)
+        _step_on(chain, group, update.params_of(group), late)
     return None
 
 
@@ -256,7 +258,7 @@ def _step_directly(update: Update, chain: Chain) -> bool:
         return False
     found = []
     for group in chain.groups_in(update.run.param_groups):
-        members, gradients = update.gather(group)
+        members, gradients = update.params_and_grads(group)
         lists = lists_for(update.run.fused_lists, chain, group, members, gradients)
         if lists is not None:
             found.append((lists, group, members, gradients))
@@ -264,20 +266,20 @@ def _step_directly(update: Update, chain: Chain) -> bool:
             return False
     scale = vars(chain.base).get("grad_scale")
     # what comes right after a first update, or looks at the update itself, reads the weights at once
-    may_wait = kernels() is not None and not (update.initial or update.run.incomplete is None)
+    may_postpone = kernels() is not None and not (update.pending_state or update.run.incomplete is None)
     for lists, group, members, gradients in found:
-        waiting = None
-        if may_wait and not chain.needs_weights_before and _gains_by_waiting(chain, group, lists, scale):
-            waiting = waiting_update(lists, group, members, gradients, scale)
-        if waiting is None:
+        postponed = None
+        if may_postpone and not chain.needs_weights_before and _gains_by_postponing(chain, group, lists, scale):
+            postponed = postponed_step(lists, group, members, gradients, scale)
+        if postponed is None:
             lists.step(group, members, gradients, scale)
         else:
-            update.waiting[id(group)] = waiting
+            update.postponed[id(group)] = postponed
     return True
 
 
-def _gains_by_waiting(chain: Chain, group: ParamGroup, lists: FusedLists, scale: Any) -> bool:
-    """Return whether the library saves a pass: for a small update without a rule, torch's kernel is called sooner."""
+def _gains_by_postponing(chain: Chain, group: ParamGroup, lists: FusedLists, scale: Any) -> bool:
+    """Return whether the library saves a pass over memory; a small update alone is faster by torch's kernel."""
     if scale is not None and lists.elements > LARGE:
         return True
     return any(wrapper.has_rules and _is_due(wrapper, group, counted=False) for wrapper in chain.written_behind)
@@ -306,7 +308,7 @@ def _late_momentum(update: Update, chain: Chain) -> set[int]:
     return late
 
 
-def _step_on(chain: Chain, group: ParamGroup, members: Members, late: set[int]) -> None:
+def _step_on(chain: Chain, group: ParamGroup, members: Params, late: set[int]) -> None:
     """Step the base over some parameters of a group, those that begin their momentum late apart from the others."""
     for part in ([p for p in members if id(p) not in late], [p for p in members if id(p) in late]):
         if part:
@@ -318,7 +320,7 @@ def _step_in_blocks(update: Update, chain: Chain, group: ParamGroup) -> None:
 
     A block stays in the cache, and only its weights are kept twice.
     """
-    members, gradients = update.gather(group)
+    members, gradients = update.params_and_grads(group)
     lists = lists_for(update.run.fused_lists, chain, group, members, gradients)
     if lists is None:
         _leave_kernel_for_gradients(update, chain)
@@ -336,20 +338,20 @@ def _step_in_blocks(update: Update, chain: Chain, group: ParamGroup) -> None:
         begin = part.stop
         if lists is not None and block[0].element_size() >= 4:
             # the kernel moves copies: what it adds to the weights is known before they move
-            change = update.change_from_weights(block)
-            lists.step(group, change, gradients[part], vars(chain.base).get("grad_scale"), part)
-            update.propose(block, change)
+            copies = update.copies_to_move(block)
+            lists.step(group, copies, gradients[part], vars(chain.base).get("grad_scale"), part)
+            update.take_change_of_copies(block, copies)
         else:
             update.keep_block(block)
             _step_on(chain, group, block, late)
         _change(update, group, wrappers, block)
-        update.drop_weights(block)
+        update.forget_change(block)
 
 
 def keep_due_weights(update: Update, chain: Chain) -> None:
     for group in chain.groups_in(update.run.param_groups):
         if any(_is_due(wrapper, group, counted=False) for wrapper in chain.leading_on_update):
-            update.keep_weights(update.members_of(group))
+            update.keep_weights(update.params_of(group))
 
 
 def change_updates(update: Update, chain: Chain) -> None:
@@ -357,16 +359,16 @@ def change_updates(update: Update, chain: Chain) -> None:
     for group in chain.groups_in(update.run.param_groups) if chain.leading_on_update else ():
         wrappers = [w for w in chain.leading_on_update if _is_due(w, group, counted=False)]
         if wrappers:
-            _change(update, group, wrappers, update.members_of(group))
+            _change(update, group, wrappers, update.params_of(group))
             if not chain.needs_weights_before:
-                update.drop_weights(update.members_of(group))
+                update.forget_change(update.params_of(group))
 
 
-def _change(update: Update, group: ParamGroup, wrappers: list[Wrapper], members: Members) -> None:
+def _change(update: Update, group: ParamGroup, wrappers: list[Wrapper], members: Params) -> None:
     """Let wrappers change what is added to some parameters, in written order, and add it."""
-    update.rewind_weights(members)
+    update.return_to_weights_before(members)
     for wrapper in wrappers:
-        _call(wrapper.on_update, block_views_of(update, group, wrapper, members, updates=update.count))
+        _call(wrapper.on_update, block_views_of(update, group, wrapper, members, updates=update.updates_before))
     update.apply_change(members)
 
 
@@ -382,8 +384,8 @@ def finish(update: Update, loss: Any) -> None:
         # the base has made its update: it counts, whatever fails from here on
         for group in run.base.param_groups:
             group[UPDATES] += 1
-        if update.initial or run.incomplete is None:
-            param_state.store(update)
+        if update.pending_state or run.incomplete is None:
+            param_state.store_pending_state(update)
             param_state.find_incomplete(run)
             run.watch_16_bits()
         run.state_size = len(run.base.state)
@@ -391,7 +393,7 @@ def finish(update: Update, loss: Any) -> None:
             run.exchange.count_step()
         for placed in run.structure.acts_behind:
             _act_behind(update, placed)
-        update.make_waiting()
+        update.make_postponed()
         if run.still_watch is not None:
             run.still_watch = run.still_watch.look(run.base.state, run.updates)
         if run.structure.observers:
@@ -399,10 +401,10 @@ def finish(update: Update, loss: Any) -> None:
         _measure(update, loss)
     except BaseException:
         run.metrics.drop_update()
-        update.make_waiting()
+        update.make_postponed()
         raise
     finally:
-        update.take_back()
+        update.clean_up()
         if run.has_schedules:
             run.write_schedules()
     run.metrics.end_update(run.updates)
@@ -416,17 +418,17 @@ def _observe(update: Update) -> None:
     for placed in run.structure.observers:
         ahead = placed.wrapper.looks_ahead() and run.metrics.wanted(run.updates + 1)
         groups = groups_of(update, placed)
-        if (update.is_logged or ahead) and any(map(update.members_of, groups)):
+        if (update.is_logged or ahead) and any(map(update.params_of, groups)):
             view = GroupsView(update, placed, groups)
             placed.wrapper.observe(view)
             view.write_back()
-    update.observing = False
+    update.change_for_observers = None
 
 
 def _observe_gradients(update: Update, *, gathered: bool) -> None:
     for placed in update.run.structure.gradient_observers:
         groups = groups_of(update, placed)
-        if any(update.gather(group)[0] for group in groups):
+        if any(update.params_and_grads(group)[0] for group in groups):
             placed.wrapper.observe_gradients(GroupsView(update, placed, groups), gathered=gathered)
 
 
@@ -435,7 +437,7 @@ def _observe_loss(update: Update, closure: Closure) -> None:
         placed.wrapper.observe_loss(closure, GroupsView(update, placed))
 
 
-def _act_behind(update: Update, placed: Placed) -> None:
+def _act_behind(update: Update, placed: PlacedWrapper) -> None:
     wrapper, hooks = placed.wrapper, placed.wrapper.implemented_hooks()
     if update.run.exchange is not None and wrapper.takes_means:
         update.run.exchange.act(update, placed)
@@ -444,44 +446,44 @@ def _act_behind(update: Update, placed: Placed) -> None:
     if not due:
         return
     if hooks & {"on_update", "after_updates"} or not wrapper.has_rules:
-        update.make_waiting()
+        update.make_postponed()
     if "on_update" in hooks:
         for group in due:
             if wrapper not in update.run.structure.chain_of(group).leading_on_update:
                 _change_later(update, group, wrapper)
     # a base of a partition may have had no gradient
-    if "after_updates" in hooks and any(update.members_of(group) for group in due):
+    if "after_updates" in hooks and any(update.params_of(group) for group in due):
         view = GroupsView(update, placed, due)
         wrapper.after_updates(view)
         view.write_back()
         for group in due:
-            _follow(update, group, wrapper, update.apply_changed(update.members_of(group)))
+            _follow(update, group, wrapper, update.apply_written_change(update.params_of(group)))
     if "after_update" in hooks:
         for group in due:
             members = trained(update, group, wrapper)
-            cut = views_of if id(group) in update.waiting else block_views_of
+            cut = views_of if id(group) in update.postponed else block_views_of
             _call(wrapper.after_update, cut(update, group, wrapper, members))
 
 
 def _change_later(update: Update, group: ParamGroup, wrapper: Wrapper) -> None:
     """Let a wrapper change the update after others have moved the weights: their moves are part of it."""
-    members = update.members_of(group)
+    members = update.params_of(group)
     try:
         _change(update, group, [wrapper], members)
     except BaseException:
         # the update counts already: it must not be taken back from the weights
-        update.apply_change([p for p in members if p in update.rewound])
+        update.apply_change([p for p in members if p in update.unapplied])
         raise
     _follow(update, group, wrapper, members)
 
 
-def _follow(update: Update, group: ParamGroup, wrapper: Wrapper, members: Members) -> None:
+def _follow(update: Update, group: ParamGroup, wrapper: Wrapper, members: Params) -> None:
     """Let anchors nearer the base follow the weights that a wrapper has moved."""
     for view in views_of(update, group, wrapper, members):
         view.move_inner_anchors()
 
 
-def _due(update: Update, placed: Placed, *, counted: bool) -> list[ParamGroup]:
+def _due(update: Update, placed: PlacedWrapper, *, counted: bool) -> list[ParamGroup]:
     return [group for group in groups_of(update, placed) if _is_due(placed.wrapper, group, counted=counted)]
 
 

@@ -19,8 +19,8 @@ LABEL = re.compile(r"[a-z_][a-z0-9_]*")
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A wrapper and the chain that it belongs to; None: it acts around all chains."""
+class PlacedWrapper:
+    """A wrapper and the chain that it acts on; None: it acts around all chains."""
 
     wrapper: Wrapper
     chain: Chain | None
@@ -45,8 +45,8 @@ class Structure:
         self.chains: tuple[Chain, ...] = base.chains if isinstance(base, MultiBase) else (single,)
         self.multi_base = base if isinstance(base, MultiBase) else None
         self._by_name = {chain.name: chain for chain in self.chains if chain.name}
-        outer = [Placed(wrapper, None) for wrapper in self.wrappers]
-        inner = [Placed(wrapper, chain) for chain in self.chains for wrapper in chain.wrappers]
+        outer = [PlacedWrapper(wrapper, None) for wrapper in self.wrappers]
+        inner = [PlacedWrapper(wrapper, chain) for chain in self.chains for wrapper in chain.wrappers]
         self.around = tuple(w for w in self.wrappers if "around" in w.implemented_hooks())
         self.on_gradients = _with_hook("on_gradients", (*outer, *inner))
         self.before_update = _with_hook("before_update", (*outer, *inner))
@@ -72,7 +72,7 @@ class Structure:
         """Return the schedules that drive a group's entries, by key."""
         return {**self.chain_of(group).schedules, **self.schedules} if self._by_name else self.schedules
 
-    def chains_of(self, placed: Placed) -> tuple[Chain, ...]:
+    def chains_of(self, placed: PlacedWrapper) -> tuple[Chain, ...]:
         """Return the chains that a wrapper acts on."""
         return self.chains if placed.chain is None else (placed.chain,)
 
@@ -112,11 +112,11 @@ def fights(
     return found
 
 
-def _with_hook(name: str, placed: Sequence[Placed]) -> tuple[Placed, ...]:
+def _with_hook(name: str, placed: Sequence[PlacedWrapper]) -> tuple[PlacedWrapper, ...]:
     return tuple(p for p in placed if name in p.wrapper.implemented_hooks())
 
 
-def _looking_with(hook: str, placed: Sequence[Placed]) -> tuple[Placed, ...]:
+def _looking_with(hook: str, placed: Sequence[PlacedWrapper]) -> tuple[PlacedWrapper, ...]:
     return tuple(p for p in placed if hook in p.wrapper.implemented_hooks() and p.wrapper.looks_with(hook))
 
 
@@ -175,7 +175,7 @@ def _validate_evaluation(chain: Chain, wrapper: Wrapper) -> None:
             f"{wrapper.label} {what}, and {type(chain.base).__name__} evaluates the loss several times within one "
             f"update: the two do not go together"
         )
-    if chain.needs_closure and (hooks & {"on_update", "after_updates"} or chain.layout(wrapper).uses_previous):
+    if chain.needs_closure and (hooks & {"on_update", "after_updates"} or chain.slots_of(wrapper).uses_previous):
         raise SpecError(
             f"{wrapper.label} works on one update and its gradient, and {type(chain.base).__name__} makes an update of "
             f"several gradients: the two do not go together"
@@ -188,7 +188,7 @@ def _validate_evaluation(chain: Chain, wrapper: Wrapper) -> None:
 def _validate_places(chain: Chain, wrapper: Wrapper) -> None:
     """Refuse a wrapper that is written before the base and works on its update."""
     hooks = wrapper.implemented_hooks()
-    if wrapper.runs_before_base() and (hooks & {"on_update", "after_updates"} or chain.layout(wrapper).uses_previous):
+    if wrapper.runs_before_base() and (hooks & {"on_update", "after_updates"} or chain.slots_of(wrapper).uses_previous):
         raise SpecError(
             f"{wrapper.label} acts before the base ({', '.join(sorted(hooks & BEFORE_BASE))}) and on its update: "
             f"make two wrappers of it, one on each side of the base"
@@ -225,7 +225,7 @@ def _validate_moments(chain: Chain) -> None:
     """Refuse a second wrapper of one class that acts on the base's moments: only the innermost may."""
     inner: dict[type, Wrapper] = {}
     for wrapper in (*chain.wrappers, *(w for w in chain.ordered if w not in chain.wrappers)):
-        needs_moments = chain.layout(wrapper).keeps_moments or wrapper.resets_base_state()
+        needs_moments = chain.slots_of(wrapper).keeps_moments or wrapper.resets_base_state()
         if needs_moments and chain.needs_closure:
             raise SpecError(
                 f"{wrapper.label} acts on the base's moments, but the state of {type(chain.base).__name__} "

@@ -11,7 +11,7 @@ import torch
 
 from metaopt.distributed.shards import dense, local
 from metaopt.engine.chain import Chain, ParamGroup, ParamState
-from metaopt.engine.fused import Waiting
+from metaopt.engine.fused import PostponedStep
 from metaopt.engine.run import UPDATES, Run
 from metaopt.errors import StepError
 from metaopt.wrapper import Closure, Wrapper
@@ -24,7 +24,7 @@ CPU_BLOCK = 1 << 19
 # larger blocks on accelerators: few launches, bounded temporary memory
 DEVICE_BLOCK = 1 << 25
 
-Members = list[torch.Tensor]
+Params = list[torch.Tensor]
 
 
 class Update:
@@ -34,135 +34,145 @@ class Update:
     """
 
     __slots__ = (
-        "applied",
-        "before",
+        "_params_and_grads",
+        "accumulates",
+        "applied_versions",
+        "block_memory",
         "change",
-        "change_buffers",
-        "count",
-        "counters",
-        "draws",
-        "gathered",
-        "gathers",
-        "initial",
+        "change_for_observers",
+        "change_memory",
+        "counters_before",
+        "grads_to_divide",
         "is_logged",
-        "members",
-        "names",
-        "observed",
-        "observing",
-        "parked",
-        "replaced",
-        "rewound",
+        "param_names",
+        "params_by_group",
+        "pending_scale",
+        "pending_state",
+        "postponed",
+        "random_draws",
         "run",
-        "scale",
         "skip_reason",
+        "state_set_aside",
         "step_weight",
-        "storage",
-        "undivided",
-        "waiting",
+        "unapplied",
+        "updates_before",
+        "weights_before",
+        "weights_for_observers",
+        "with_replaced_grads",
     )  # fmt: skip
 
     def __init__(self, run: Run, *, is_logged: bool = False) -> None:
         self.run = run
         self.is_logged = is_logged
-        self.count: int = run.param_groups[0][UPDATES]  # of the updates before this one
-        # why a wrapper wants no update
+        self.updates_before: int = run.param_groups[0][UPDATES]
+        # why a wrapper wants no update, and whether it keeps these gradients for a later one
         self.skip_reason: str | None = None
+        self.accumulates = False
         # by group and key: counters before this update changed them
-        self.counters: list[tuple[ParamGroup, str, Any]] = []
-        # the step is kept for a later update
-        self.gathers = False
-        # by chain: the factor that gradients still wait for
-        self.scale: dict[Chain, torch.Tensor | float] = {}
-        # wrappers' state of parameters at their first update, until the base has begun them
-        self.initial: dict[torch.Tensor, ParamState] = {}
-        # wrappers' entries taken out of `state[p]` while the base begins
-        self.parked: dict[torch.Tensor, ParamState] = {}
-        # by group: the parameters that have a gradient, and these gradients, until somebody changes them
-        self.gathered: dict[int, tuple[Members, list[torch.Tensor]]] = {}
-        # by group: the parameters that the base updates
-        self.members: dict[int, Members] = {}
-        # parameters whose gradient a wrapper has replaced until the end of the step
-        self.replaced: Members = []
-        # local weights from right before the base's update, and what is added to them
-        self.before: dict[torch.Tensor, torch.Tensor] = {}
-        self.change: dict[torch.Tensor, torch.Tensor] = {}
-        # memory for the change of a block, and what it is cut from
-        self.change_buffers: dict[torch.Tensor, torch.Tensor] = {}
-        self.storage: dict[object, torch.Tensor] = {}
-        # parameters that hold the weights from before, and whose change is yet to be added
-        self.rewound: set[torch.Tensor] = set()
-        # copies of the weights from before for parts that only look, which later become the change of the weights
-        self.observed: dict[torch.Tensor, torch.Tensor] = {}
-        self.observing = False
-        # versions of change and weights when the weights were last set to their sum
-        self.applied: dict[torch.Tensor, tuple[int, int]] = {}
-        # by group: what the base has yet to do to it, with the rules of wrappers behind it
-        self.waiting: dict[int, Waiting] = {}
-        self.undivided: dict[int, Waiting] = {}
-        # how often a wrapper has drawn random numbers for a parameter
-        self.draws: dict[object, int] = {}
-        self.names: dict[torch.Tensor, str] | None = None
+        self.counters_before: list[tuple[ParamGroup, str, Any]] = []
+        # how much the gradients of this step count beside those of others of one update
         self.step_weight: float | torch.Tensor = 1.0
+
+        # ---- parameters and gradients
+        # by group: the parameters that have a gradient, and these gradients, until somebody changes them
+        self._params_and_grads: dict[int, tuple[Params, list[torch.Tensor]]] = {}
+        # by group: the parameters that the base updates, written down right before it does
+        self.params_by_group: dict[int, Params] = {}
+        # parameters whose gradient a wrapper has replaced: they lose it at the end of the step
+        self.with_replaced_grads: Params = []
+        # by chain: the factor by which its gradients are yet to be multiplied
+        self.pending_scale: dict[Chain, torch.Tensor | float] = {}
+
+        # ---- state
+        # wrappers' state of parameters at their first update: stored when the base has made its own
+        self.pending_state: dict[torch.Tensor, ParamState] = {}
+        # wrappers' entries taken out of `state[p]` meanwhile, because a base makes its own only if that is empty
+        self.state_set_aside: dict[torch.Tensor, ParamState] = {}
+
+        # ---- the weights before, and what is added to them (`group.update`): local tensors
+        self.weights_before: dict[torch.Tensor, torch.Tensor] = {}
+        self.change: dict[torch.Tensor, torch.Tensor] = {}
+        # parameters that hold the weights from before now: their change is yet to be added
+        self.unapplied: set[torch.Tensor] = set()
+        # of the others: versions of change and weights when the weights were last set to their sum
+        self.applied_versions: dict[torch.Tensor, tuple[int, int]] = {}
+        # memory for the change of a block, and by role and dtype what such memory is cut from
+        self.change_memory: dict[torch.Tensor, torch.Tensor] = {}
+        self.block_memory: dict[object, torch.Tensor] = {}
+        # for parts that only look: the weights before, which become the whole change behind all others; None until then
+        self.weights_for_observers: dict[torch.Tensor, torch.Tensor] = {}
+        self.change_for_observers: dict[torch.Tensor, torch.Tensor] | None = None
+
+        # ---- fused steps that were put off
+        # by group: the base's step with the rules of wrappers behind it, until somebody looks at what it changes
+        self.postponed: dict[int, PostponedStep] = {}
+        # by group: a step that was made without dividing the gradients themselves by the scale
+        self.grads_to_divide: dict[int, PostponedStep] = {}
+
+        # ---- random numbers
+        # by wrapper and parameter: how often numbers were drawn
+        self.random_draws: dict[object, int] = {}
+        self.param_names: dict[torch.Tensor, str] | None = None
 
     def state_of(self, p: torch.Tensor) -> ParamState:
         """Return what wrappers may see of a parameter's state, including what is yet to be stored."""
         param_state: ParamState = self.run.state.get(p, {})
-        initial = self.initial.get(p)
+        initial = self.pending_state.get(p)
         return param_state if initial is None else {**param_state, **initial}
 
-    def members_of(self, group: ParamGroup) -> Members:
+    def params_of(self, group: ParamGroup) -> Params:
         """Return the parameters of a group that the base updates; until it does, those with a gradient."""
-        if self.observing:
-            return [p for p in group["params"] if p in self.observed]
-        members = self.members.get(id(group))
-        return self.gather(group)[0] if members is None else members
+        if self.change_for_observers is not None:
+            return [p for p in group["params"] if p in self.change_for_observers]
+        params = self.params_by_group.get(id(group))
+        return self.params_and_grads(group)[0] if params is None else params
 
-    def gather(self, group: ParamGroup) -> tuple[Members, list[torch.Tensor]]:
+    def params_and_grads(self, group: ParamGroup) -> tuple[Params, list[torch.Tensor]]:
         """Return the parameters of a group that have a gradient, and these gradients: looked up once in an update."""
-        found = self.gathered.get(id(group))
+        found = self._params_and_grads.get(id(group))
         if found is None:
-            members, gradients = group["params"], [p.grad for p in group["params"]]
+            params, gradients = group["params"], [p.grad for p in group["params"]]
             if not all(map(is_not, gradients, repeat(None))):
-                members = [p for p, g in zip(members, gradients, strict=True) if g is not None]
+                params = [p for p, g in zip(params, gradients, strict=True) if g is not None]
                 gradients = [g for g in gradients if g is not None]
-            found = self.gathered[id(group)] = members, gradients
+            found = self._params_and_grads[id(group)] = params, gradients
         return found
 
     def gradients_changed(self) -> None:
         """Look the gradients up again when they are next needed: some were made, replaced or taken away."""
-        self.gathered.clear()
+        self._params_and_grads.clear()
 
-    def make_waiting(self) -> None:
-        """Make the updates that wait: somebody looks at weights, gradients or state."""
-        if self.waiting:
-            waiting, self.waiting = self.waiting, {}
-            for key, each in waiting.items():
+    def make_postponed(self) -> None:
+        """Make the steps that were put off: somebody looks at weights, gradients or state."""
+        if self.postponed:
+            postponed, self.postponed = self.postponed, {}
+            for key, each in postponed.items():
                 each.make()
                 if each.scale is not None:
-                    self.undivided[key] = each
+                    self.grads_to_divide[key] = each
 
     def divide_gradients(self, group: ParamGroup) -> None:
         """Divide gradients by what the base has divided them by only for itself."""
-        waiting = self.undivided.pop(id(group), None)
-        if waiting is not None:
-            torch._foreach_div_(waiting.gradients, waiting.scale)
+        made = self.grads_to_divide.pop(id(group), None)
+        if made is not None:
+            torch._foreach_div_(made.gradients, made.scale)
 
-    # ---- the factor that gradients wait for
+    # ---- the factor by which gradients are yet to be multiplied
 
     def add_scale(self, chain: Chain, factor: torch.Tensor | float) -> None:
         """Have the gradients of a chain multiplied by a factor before anyone uses them; the number 1 costs nothing."""
         if isinstance(factor, torch.Tensor) or factor != 1.0:
-            waiting = self.scale.get(chain)
-            self.scale[chain] = factor if waiting is None else _as_tensor(waiting) * factor
+            pending = self.pending_scale.get(chain)
+            self.pending_scale[chain] = factor if pending is None else _as_tensor(pending) * factor
 
     def apply_scale(self, chain: Chain) -> None:
-        """Multiply a chain's gradients by the factor that they wait for, once."""
-        factor = self.scale.pop(chain, None)
+        """Multiply a chain's gradients by its pending factor, once."""
+        factor = self.pending_scale.pop(chain, None)
         if factor is None:
             return
         gradients: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
         for group in chain.groups_in(self.run.param_groups):
-            for p, gradient in zip(*self.gather(group), strict=True):
+            for p, gradient in zip(*self.params_and_grads(group), strict=True):
                 gradients.setdefault((p.device, gradient.dtype), []).append(dense(local(gradient)))
         for (device, dtype), tensors in gradients.items():
             torch._foreach_mul_(tensors, _as_tensor(factor, dtype).to(device))
@@ -172,7 +182,7 @@ class Update:
 
         Decided at each update: a loaded checkpoint or a client may have changed how a group runs.
         """
-        if chain not in self.scale:
+        if chain not in self.pending_scale:
             return
         groups = chain.groups_in(self.run.param_groups)
         foldable = (
@@ -185,119 +195,119 @@ class Update:
             self.apply_scale(chain)
             return
         # the kernel divides by it in its own pass
-        chain.base.grad_scale = _as_tensor(self.scale.pop(chain)).reciprocal().to(torch.float32)  # type: ignore[attr-defined]
+        chain.base.grad_scale = _as_tensor(self.pending_scale.pop(chain)).reciprocal().to(torch.float32)  # type: ignore[attr-defined]
 
     # ---- the change of the weights
 
-    def keep_weights(self, members: Members) -> None:
+    def keep_weights(self, params: Params) -> None:
         """Copy the weights of some parameters, right before the base moves them."""
-        for p in members:
-            self.before[p] = local(p).clone()
+        for p in params:
+            self.weights_before[p] = local(p).clone()
 
-    def keep_observed(self) -> None:
+    def keep_weights_for_observers(self) -> None:
         """Copy the weights of all parameters that are updated, for parts that only look."""
         for group in self.run.param_groups:
-            for p in self.members_of(group):
-                self.observed[p] = local(p).clone()
+            for p in self.params_of(group):
+                self.weights_for_observers[p] = local(p).clone()
 
     def begin_observing(self) -> None:
-        """Let parts that only look see all that was added to the weights."""
-        self.observing = True
-        for p, before in self.observed.items():
-            weights = local(p)
+        """Let parts that only look see all that was added to the weights; the copies of these are overwritten."""
+        self.change_for_observers = {}
+        for p in list(self.weights_for_observers):
+            before, weights = self.weights_for_observers.pop(p), local(p)
             wide = torch.promote_types(weights.dtype, torch.float32)
             out = before if wide == weights.dtype else torch.empty_like(weights, dtype=wide)
-            self.observed[p] = torch.sub(weights.to(wide), before, out=out)
+            self.change_for_observers[p] = torch.sub(weights.to(wide), before, out=out)
 
-    def keep_block(self, members: Members) -> None:
+    def keep_block(self, params: Params) -> None:
         """Copy the weights of a block of parameters into memory that the next block uses again.
 
         Fresh memory would cost a processor more time than the arithmetic: the system clears every page of it.
         """
-        for part in _alike(members):
+        for part in _by_dtype_and_device(params):
             weights = [local(p) for p in part]
-            before, change = (self._buffers(role, weights) for role in ("before", "change"))
+            before, change = (self._cut_memory(role, weights) for role in ("before", "change"))
             torch._foreach_copy_(before, weights)
-            self.before.update(zip(part, before, strict=True))
-            self.change_buffers.update(zip(part, change, strict=True))
+            self.weights_before.update(zip(part, before, strict=True))
+            self.change_memory.update(zip(part, change, strict=True))
 
-    def change_from_weights(self, members: Members) -> list[torch.Tensor]:
-        """Return copies of the weights of a block, which the base is to move in their place; see `propose`."""
-        copies = self._buffers("change", members)
-        torch._foreach_copy_(copies, members)
+    def copies_to_move(self, params: Params) -> list[torch.Tensor]:
+        """Return copies of the weights of a block, which the base is to move in their place."""
+        copies = self._cut_memory("change", params)
+        torch._foreach_copy_(copies, params)
         return copies
 
-    def propose(self, members: Members, copies: list[torch.Tensor]) -> None:
+    def take_change_of_copies(self, params: Params, copies: list[torch.Tensor]) -> None:
         """Take what the base has added to copies of the weights as the change; the weights themselves stand still."""
-        torch._foreach_sub_(copies, members)
-        self.before.update(zip(members, members, strict=True))
-        self.change.update(zip(members, copies, strict=True))
-        self.rewound.update(members)
+        torch._foreach_sub_(copies, params)
+        self.weights_before.update(zip(params, params, strict=True))
+        self.change.update(zip(params, copies, strict=True))
+        self.unapplied.update(params)
 
-    def _buffers(self, role: str, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _cut_memory(self, role: str, weights: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return tensors of the weights' shapes in memory of this update; those of a change are at least float32."""
         dtype = weights[0].dtype if role == "before" else torch.promote_types(weights[0].dtype, torch.float32)
         key, sizes = (role, weights[0].dtype, weights[0].device), [w.numel() for w in weights]
-        storage = self.storage.get(key)
-        if storage is None or storage.numel() < sum(sizes):
-            storage = self.storage[key] = torch.empty(sum(sizes), dtype=dtype, device=weights[0].device)
-        pieces = torch.split(storage[: sum(sizes)], sizes)
+        memory = self.block_memory.get(key)
+        if memory is None or memory.numel() < sum(sizes):
+            memory = self.block_memory[key] = torch.empty(sum(sizes), dtype=dtype, device=weights[0].device)
+        pieces = torch.split(memory[: sum(sizes)], sizes)
         return [piece.view(w.shape) for piece, w in zip(pieces, weights, strict=True)]
 
     def change_of(self, p: torch.Tensor) -> torch.Tensor:
         """Return what was added to a parameter so far, at least float32; `apply_change` counts changes of it."""
-        if p in self.rewound:
+        if p in self.unapplied:
             return self.change[p]
         weights, change = local(p), self.change.get(p)
-        if change is None or self.applied.get(p, (0, -1))[1] != weights._version:
-            before, buffer = self.before[p], self.change_buffers.pop(p, None)
+        if change is None or self.applied_versions.get(p, (0, -1))[1] != weights._version:
+            before, memory = self.weights_before[p], self.change_memory.pop(p, None)
             wide = torch.promote_types(weights.dtype, torch.float32)
-            if buffer is None:
-                buffer = torch.empty_like(weights, dtype=wide)
-            change = self.change[p] = torch.sub(weights.to(wide), before, out=buffer)
-            self.applied[p] = change._version, weights._version
+            if memory is None:
+                memory = torch.empty_like(weights, dtype=wide)
+            change = self.change[p] = torch.sub(weights.to(wide), before, out=memory)
+            self.applied_versions[p] = change._version, weights._version
         return change
 
-    def rewind_weights(self, members: Members) -> None:
+    def return_to_weights_before(self, params: Params) -> None:
         """Give the parameters their weights from before the update; `change` holds what is to be added."""
-        for p in members:
-            if p not in self.rewound:
+        for p in params:
+            if p not in self.unapplied:
                 self.change_of(p)
-                local(p).copy_(self.before[p])
-                self.rewound.add(p)
+                local(p).copy_(self.weights_before[p])
+                self.unapplied.add(p)
 
-    def apply_change(self, members: Members) -> None:
+    def apply_change(self, params: Params) -> None:
         """Set the parameters to the weights before plus the change, rounded once."""
-        if members:
-            torch._foreach_add_([local(p) for p in members], [self.change[p] for p in members])
-        for p in members:
+        if params:
+            torch._foreach_add_([local(p) for p in params], [self.change[p] for p in params])
+        for p in params:
             weights, change = local(p), self.change[p]
-            self.rewound.discard(p)
-            self.applied[p] = change._version, weights._version
+            self.unapplied.discard(p)
+            self.applied_versions[p] = change._version, weights._version
 
-    def apply_changed(self, members: Members) -> Members:
+    def apply_written_change(self, params: Params) -> Params:
         """Set those parameters to the weights before plus the change whose change a wrapper has written to."""
-        written = [p for p in members if p in self.change and self.change[p]._version != self.applied[p][0]]
+        written = [p for p in params if p in self.change and self.change[p]._version != self.applied_versions[p][0]]
         for p in written:
-            local(p).copy_(self.before[p])
+            local(p).copy_(self.weights_before[p])
         self.apply_change(written)
         return written
 
-    def drop_weights(self, members: Members) -> None:
+    def forget_change(self, params: Params) -> None:
         """Forget the weights before and the change of some parameters."""
-        for p in members:
-            self.before.pop(p, None)
-            self.change_buffers.pop(p, None)
+        for p in params:
+            self.weights_before.pop(p, None)
+            self.change_memory.pop(p, None)
             self.change.pop(p, None)
-            self.applied.pop(p, None)
+            self.applied_versions.pop(p, None)
 
     # ---- the end
 
-    def take_back(self) -> None:
+    def clean_up(self) -> None:
         """Remove gradients that wrappers put in, and the base's `grad_scale`, whether or not the update was made."""
         for chain in self.run.structure.chains:
             chain.base.__dict__.pop("grad_scale", None)
-        for p in self.replaced:
+        for p in self.with_replaced_grads:
             p.grad = None
 
 
@@ -356,7 +366,7 @@ class Evaluation:
         assert self.update is not None
         loss = self.with_gradients()
         self._filter_gradients(self.update)
-        for chain in list(self.update.scale):
+        for chain in list(self.update.pending_scale):
             self.update.apply_scale(chain)
         return loss
 
@@ -380,25 +390,25 @@ def _as_tensor(factor: torch.Tensor | float, dtype: torch.dtype = torch.float32)
     return factor if isinstance(factor, torch.Tensor) else torch.tensor(factor, dtype=wide)
 
 
-def _alike(members: Members) -> list[Members]:
+def _by_dtype_and_device(params: Params) -> list[Params]:
     """Return the parameters in lists of one dtype and device each."""
-    lists: dict[tuple[torch.dtype, torch.device], Members] = {}
-    for p in members:
+    lists: dict[tuple[torch.dtype, torch.device], Params] = {}
+    for p in params:
         lists.setdefault((p.dtype, p.device), []).append(p)
     return list(lists.values())
 
 
-def block_size(members: Members) -> int:
+def block_size(params: Params) -> int:
     """Return how many elements to work on at a time: what a processor's cache holds, or costs little device memory."""
-    return CPU_BLOCK if members and members[0].device.type == "cpu" else DEVICE_BLOCK
+    return CPU_BLOCK if params and params[0].device.type == "cpu" else DEVICE_BLOCK
 
 
-def blocks_of(members: Members, most: int | None = None) -> list[Members]:
+def blocks_of(params: Params, most: int | None = None) -> list[Params]:
     """Return the parameters in blocks of at most so many elements together; a larger one is a block of its own."""
-    most = most or block_size(members)
-    blocks: list[Members] = []
+    most = most or block_size(params)
+    blocks: list[Params] = []
     filled = math.inf
-    for p in members:
+    for p in params:
         size = local(p).numel()
         if filled + size > most:
             blocks.append([])

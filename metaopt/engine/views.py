@@ -23,9 +23,9 @@ from metaopt.distributed.shards import (
     total_norm,
 )
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState, is_moment
-from metaopt.engine.fused import Waiting, same
-from metaopt.engine.structure import Placed
-from metaopt.engine.update import Members, Update, block_size
+from metaopt.engine.fused import PostponedStep, are_identical
+from metaopt.engine.structure import PlacedWrapper
+from metaopt.engine.update import Params, Update, block_size
 from metaopt.errors import HyperparameterError, StepError
 from metaopt.group import Group, Groups, Reduce
 from metaopt.module_buffers import buffers_kept
@@ -49,7 +49,7 @@ class GroupView(Group):
         update: Update,
         group: ParamGroup,
         wrapper: Wrapper,
-        parameters: Members,
+        parameters: Params,
         rows: list[Rows] | None = None,
         index: list[int] | None = None,
         updates: int | None = None,
@@ -70,8 +70,8 @@ class GroupView(Group):
 
     @property
     def params(self) -> list[torch.Tensor]:
-        if self._update.waiting:
-            self._update.make_waiting()
+        if self._update.postponed:
+            self._update.make_postponed()
         if self._params is None:
             self._params = self._cut(all_local(self.parameters))
         return self._params
@@ -83,8 +83,8 @@ class GroupView(Group):
         values = {
             n: numbers[n] if n in numbers else self.base_lr if n == "lr" else getattr(self, n) for n in rule.numbers
         }
-        waiting = self._update.waiting.get(id(self._group))
-        if waiting is not None and self._joins(waiting, rule, values):
+        postponed = self._update.postponed.get(id(self._group))
+        if postponed is not None and self._joins(postponed, rule, values):
             return
         # rows of a tensor do not have its sums
         whole = graph.sums or (self.params[0].device.type != "cpu" and not self.keeps_elsewhere)
@@ -94,10 +94,10 @@ class GroupView(Group):
                 block.move_inner_anchors()
             block.write_back()
 
-    def _joins(self, waiting: Waiting, rule: Rule, numbers: Mapping[str, Any]) -> bool:
-        """Return whether a rule joins an update that waits for the same parameters, in its pass over memory."""
+    def _joins(self, postponed: PostponedStep, rule: Rule, numbers: Mapping[str, Any]) -> bool:
+        """Return whether a rule joins a postponed step of the same parameters, in its pass over memory."""
         wrapper, state = self._wrapper, self._update.run.state
-        if self._rows is not None or not same(self.parameters, waiting.members) or self.keeps_elsewhere:
+        if self._rows is not None or not are_identical(self.parameters, postponed.params) or self.keeps_elsewhere:
             return False
         if any(isinstance(number, torch.Tensor) for number in numbers.values()):
             return False
@@ -105,14 +105,14 @@ class GroupView(Group):
         for name in rule.tensors:
             slot = wrapper.slots.get(name)
             if name == "param":
-                tensors[name] = name, waiting.members
+                tensors[name] = name, postponed.params
             elif slot is not None and slot.kind in ("anchor", "start", "zeros"):
                 key = f"{wrapper.label}.{name}"
                 tensors[name] = key, [state[p][key] for p in self.parameters]
             else:
                 return False
-        anchors = self._chain.layout(wrapper).inner_anchor_keys if "param" in rule.graph.outputs else ()
-        return not anchors and waiting.add(rule.graph, tensors, numbers)
+        anchors = self._chain.slots_of(wrapper).inner_anchor_keys if "param" in rule.graph.outputs else ()
+        return not anchors and postponed.add(rule.graph, tensors, numbers)
 
     def _named(self, name: str) -> list[torch.Tensor]:
         tensors: list[torch.Tensor] = getattr(self, {"param": "params", "grad": "grads"}.get(name, name))
@@ -165,7 +165,7 @@ class GroupView(Group):
         slot = wrapper.slots.get(name)
         if slot is None:
             raise AttributeError(_unknown(wrapper, name, Groups, f"it belongs to all groups at once: groups.{name}"))
-        self._update.make_waiting()
+        self._update.make_postponed()
         if slot.kind == "previous":
             return self._previous(name)
         if slot.kind == "moments":
@@ -173,7 +173,7 @@ class GroupView(Group):
             self._begin_moments(key, moments)
             return {m: self._kept(f"{key}.{m}", slot) for m in moments}
         if slot.copies is not None:
-            keys = [k for k in self._chain.layout(wrapper).state_keys if k.startswith(f"{key}.")]
+            keys = [k for k in self._chain.slots_of(wrapper).state_keys if k.startswith(f"{key}.")]
             return [self._kept(k, slot) for k in keys]
         return self._kept(key, slot)
 
@@ -183,21 +183,21 @@ class GroupView(Group):
         In `on_update` they are stored later; and a checkpoint may have brought the base's moments alone.
         """
         for p in self.parameters:
-            param_state, initial = self._update.run.state[p], self._update.initial.get(p)
+            param_state, initial = self._update.run.state[p], self._update.pending_state.get(p)
             kept = param_state if initial is None else initial
             for m in moments:
                 if f"{key}.{m}" not in param_state:
                     kept.setdefault(f"{key}.{m}", torch.zeros_like(param_state[m]))
 
     def _previous(self, name: str) -> list[torch.Tensor]:
-        before = self._update.before
+        before = self._update.weights_before
         if any(p not in before for p in self.parameters):
             raise StepError(f"{self._wrapper.label}.{name} exists only during an update, behind the base")
         return self._cut([before[p] for p in self.parameters])
 
     def _kept(self, key: str, slot: Slot) -> list[torch.Tensor]:
         update = self._update
-        if update.initial:
+        if update.pending_state:
             tensors = all_local([update.state_of(p)[key] for p in self.parameters])
         else:
             state = update.run.state
@@ -225,7 +225,7 @@ class GroupView(Group):
 
     def own_state(self, p: torch.Tensor) -> list[Any]:
         """Return the wrapper's entries in a parameter's state."""
-        self._update.make_waiting()
+        self._update.make_postponed()
         label = self._wrapper.label
         return [value for key, value in self._update.run.state[p].items() if str(key).startswith(f"{label}.")]
 
@@ -248,7 +248,7 @@ class GroupView(Group):
 
     @property
     def grads(self) -> list[torch.Tensor]:
-        self._update.make_waiting()
+        self._update.make_postponed()
         self._update.divide_gradients(self._group)
         self._update.apply_scale(self._chain)
         sparse = any(p.grad is not None and p.grad.is_sparse for p in self.parameters)
@@ -265,16 +265,16 @@ class GroupView(Group):
     @property
     def update(self) -> list[torch.Tensor]:
         update = self._update
-        if update.observing:
-            return self._cut([update.observed[p] for p in self.parameters])
-        if any(p not in update.before for p in self.parameters):
+        if update.change_for_observers is not None:
+            return self._cut([update.change_for_observers[p] for p in self.parameters])
+        if any(p not in update.weights_before for p in self.parameters):
             raise StepError(f"{self._wrapper.label}: group.update exists only in on_update and in after_updates")
         return self._cut([update.change_of(p) for p in self.parameters])
 
     @property
     def param_names(self) -> list[str]:
-        self._update.names = self._update.names or self._update.run.names()
-        return [self._update.names[p] for p in self.parameters]
+        self._update.param_names = self._update.param_names or self._update.run.names()
+        return [self._update.param_names[p] for p in self.parameters]
 
     @property
     def numels(self) -> list[int]:
@@ -295,7 +295,7 @@ class GroupView(Group):
 
     @property
     def base_moments(self) -> dict[str, list[torch.Tensor]]:
-        self._update.make_waiting()
+        self._update.make_postponed()
         state, first = self._update.run.state, self.parameters[0]
         keys = [k for k in _base_keys(self._chain, state[first]) if is_moment(state[first][k], k, first)]
         return {key: [local(state[p][key]) for p in self.parameters] for key in keys}
@@ -306,7 +306,7 @@ class GroupView(Group):
             if not is_trained(parameter):
                 continue
             parameter.grad = like_parameter(parameter, gradient)
-            self._update.replaced.append(parameter)
+            self._update.with_replaced_grads.append(parameter)
         self._update.gradients_changed()
 
     def clear_grads(self) -> None:
@@ -334,7 +334,7 @@ class GroupView(Group):
     def move_inner_anchors(self) -> None:
         """Set the anchors between the base and the wrapper to the weights."""
         state = self._update.run.state
-        for key in self._chain.layout(self._wrapper).inner_anchor_keys:
+        for key in self._chain.slots_of(self._wrapper).inner_anchor_keys:
             # an anchor that has yet to be taken will be taken from the weights of that moment
             having = [i for i, p in enumerate(self.parameters) if key in state[p]]
             for i in having:
@@ -346,7 +346,7 @@ class GroupView(Group):
                     self._update.run.copies_under_way = True
 
     def reset_base_state(self) -> None:
-        self._update.make_waiting()
+        self._update.make_postponed()
         self._update.run.forget_base_state(self.parameters, self._chain)
 
     # ---- numbers
@@ -372,12 +372,12 @@ class GroupView(Group):
 
     def _noise(self, i: int, values: torch.Tensor, distribution: str) -> torch.Tensor:
         update, wrapper, parameter = self._update, self._wrapper, self.parameters[i]
-        update.names = update.names or update.run.names()
+        update.param_names = update.param_names or update.run.names()
         rows = None if self._rows is None else self._rows[i]
         place = wrapper.label, id(parameter), rows
-        draw = update.draws[place] = update.draws.get(place, 0) + 1
+        draw = update.random_draws[place] = update.random_draws.get(place, 0) + 1
         seed = self._group.get(f"{wrapper.label}.seed", 0)
-        key = f"{seed}/{wrapper.label}/{update.count}/{update.names[parameter]}/{draw}"
+        key = f"{seed}/{wrapper.label}/{update.updates_before}/{update.param_names[parameter]}/{draw}"
         if rows is None or values.shape != self.params[i].shape:
             return random_like(values, parameter, key, distribution)
         # a block of rows gets its rows of the noise of the whole tensor
@@ -427,7 +427,7 @@ class GroupView(Group):
 class GroupsView(Groups):
     """All groups that a wrapper acts on, with the parameters that have a gradient in this update."""
 
-    def __init__(self, update: Update, placed: Placed, groups: list[ParamGroup] | None = None) -> None:
+    def __init__(self, update: Update, placed: PlacedWrapper, groups: list[ParamGroup] | None = None) -> None:
         self._update = update
         self._wrapper = placed.wrapper
         self._chains = update.run.structure.chains_of(placed)
@@ -437,11 +437,11 @@ class GroupsView(Groups):
 
     def __iter__(self) -> Iterator[GroupView]:
         for group in self._groups:
-            yield from self._given(views_of(self._update, group, self._wrapper, self._update.members_of(group)))
+            yield from self._given(views_of(self._update, group, self._wrapper, self._update.params_of(group)))
 
     def groups_with_state(self) -> Iterator[GroupView]:
         for group in self._groups:
-            keys = self._update.run.structure.chain_of(group).layout(self._wrapper).state_keys
+            keys = self._update.run.structure.chain_of(group).slots_of(self._wrapper).state_keys
             having = [p for p in group["params"] if all(key in self._update.state_of(p) for key in keys)]
             yield from self._given(views_of(self._update, group, self._wrapper, having))
 
@@ -519,7 +519,7 @@ class GroupsView(Groups):
             raise AttributeError(f"{self._wrapper.label} declares no counter called {name!r}")
         key = f"{self._wrapper.label}.{name}"
         for group in self._groups:
-            self._update.counters.append((group, key, group[key]))
+            self._update.counters_before.append((group, key, group[key]))
             group[key] = value
 
     def change_lr(self, change: Callable[[float], float]) -> None:
@@ -569,21 +569,21 @@ class GroupsView(Groups):
 # ---- making views
 
 
-def groups_of(update: Update, placed: Placed) -> list[ParamGroup]:
+def groups_of(update: Update, placed: PlacedWrapper) -> list[ParamGroup]:
     """Return the groups that a wrapper acts on."""
     groups = update.run.param_groups
     return groups if placed.chain is None else placed.chain.groups_in(groups)
 
 
 def views_of(
-    update: Update, group: ParamGroup, wrapper: Wrapper, parameters: Members, updates: int | None = None
+    update: Update, group: ParamGroup, wrapper: Wrapper, parameters: Params, updates: int | None = None
 ) -> list[GroupView]:
     """Split parameters by device, dtype and the moments that the base keeps of them; no view is empty."""
     if not parameters:
         return []
     kinds: list[Any] = [(p.dtype, p.device) for p in parameters]
     chain = update.run.structure.chain_of(group)
-    if chain.layout(wrapper).keeps_moments or wrapper.observes:
+    if chain.slots_of(wrapper).keeps_moments or wrapper.observes:
         moments = [tuple(_base_keys(chain, update.run.state[p])) for p in parameters]
         kinds = list(zip(kinds, moments, strict=True))
     if len(set(kinds)) == 1:
@@ -595,28 +595,28 @@ def views_of(
 
 
 def block_views_of(
-    update: Update, group: ParamGroup, wrapper: Wrapper, parameters: Members, updates: int | None = None
+    update: Update, group: ParamGroup, wrapper: Wrapper, parameters: Params, updates: int | None = None
 ) -> list[GroupView]:
     """Split parameters as `views_of` does; for an elementwise wrapper, further into blocks that fit into a cache.
 
     An accelerator gets all at once, one launch for everything, if nothing has to be fetched from elsewhere first.
     """
     views = views_of(update, group, wrapper, parameters, updates)
-    if not wrapper.elementwise or update.run.structure.chain_of(group).layout(wrapper).keeps_moments:
+    if not wrapper.elementwise or update.run.structure.chain_of(group).slots_of(wrapper).keeps_moments:
         return views
     cut = [v.params[0].device.type == "cpu" or v.keeps_elsewhere for v in views]
     return [block for v, is_cut in zip(views, cut, strict=True) for block in (v.blocks() if is_cut else [v])]
 
 
-def updated(update: Update, group: ParamGroup, wrapper: Wrapper) -> Members:
+def updated(update: Update, group: ParamGroup, wrapper: Wrapper) -> Params:
     """Return the group's parameters that have been updated: those that have the wrapper's state, if it has any.
 
     For a wrapper that uses the previous weights, those of this update: of the others there are none.
     """
     run = update.run
-    layout = run.structure.chain_of(group).layout(wrapper)
-    if layout.uses_previous and update.before:
-        members = update.members_of(group)
+    layout = run.structure.chain_of(group).slots_of(wrapper)
+    if layout.uses_previous and update.weights_before:
+        members = update.params_of(group)
         return [p for p in members if all(key in run.state[p] for key in layout.state_keys)]
     state = run.state
     if not layout.state_keys:
@@ -631,7 +631,7 @@ def updated(update: Update, group: ParamGroup, wrapper: Wrapper) -> Members:
     return found
 
 
-def trained(update: Update, group: ParamGroup, wrapper: Wrapper) -> Members:
+def trained(update: Update, group: ParamGroup, wrapper: Wrapper) -> Params:
     """Return what `after_update` acts on: the updated parameters, without the frozen ones if it moves weights."""
     found = updated(update, group, wrapper)
     return found if wrapper.acts_on_frozen else [p for p in found if is_trained(p)]
@@ -646,13 +646,13 @@ def gradient_norm(
     update: Update, chains: Sequence[Chain], groups: list[ParamGroup], norm_type: float = 2.0
 ) -> torch.Tensor:
     """Return the norm over the gradients of some groups, over devices and shards; pending factors count."""
-    factor = update.scale.get(chains[0])
-    if any(update.scale.get(chain) is not factor for chain in chains):
+    factor = update.pending_scale.get(chains[0])
+    if any(update.pending_scale.get(chain) is not factor for chain in chains):
         # chains with different pending factors: these cannot be taken out of the norm
         for chain in chains:
             update.apply_scale(chain)
         factor = None
-    gradients = [g for group in groups for g in update.gather(group)[1]]
+    gradients = [g for group in groups for g in update.params_and_grads(group)[1]]
     if any(map(attrgetter("is_sparse"), gradients)):
         gradients = list(map(dense, gradients))
     total = total_norm(gradients, norm_type)

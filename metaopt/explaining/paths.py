@@ -90,7 +90,7 @@ def _parts_that_join(chain: Chain) -> tuple[list[Wrapper], str]:
     """Return the parts behind the base that can join its pass over memory, and why those behind them cannot."""
     acting = [w for w in chain.written_behind if w.implemented_hooks() & BEHIND]
     if chain.needs_weights_before:
-        reader = next(w for w in acting if chain.layout(w).uses_previous or w.implemented_hooks() & CHANGING)
+        reader = next(w for w in acting if chain.slots_of(w).uses_previous or w.implemented_hooks() & CHANGING)
         return [], f"{reader.label} compares the weights before the update and after it"
     joined: list[Wrapper] = []
     for wrapper in acting:
@@ -116,7 +116,7 @@ def _joins(chain: Chain, wrapper: Wrapper, rule: Rule) -> bool:
     kinds = {getattr(wrapper.slots.get(name), "kind", None) for name in rule.tensors if name != "param"}
     if not kinds <= {"anchor", "start", "zeros"}:
         return False
-    return "param" not in rule.graph.outputs or not chain.layout(wrapper).inner_anchor_keys
+    return "param" not in rule.graph.outputs or not chain.slots_of(wrapper).inner_anchor_keys
 
 
 def _keeps_elsewhere(wrapper: Wrapper) -> bool:

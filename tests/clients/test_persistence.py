@@ -224,16 +224,16 @@ def test_an_average_that_cannot_be_shown_whole_is_not_shown_at_all(monkeypatch: 
     model, opt = made("adamw(lr=0.01) | lookahead(k=5)")
     train(model, opt, range(3))
     fast, state = weights(model), copy.deepcopy(opt.state_dict())
-    exchanged = []
+    swapped = []
 
     def out_of_memory_at_the_third(a: torch.Tensor, b: torch.Tensor) -> None:
-        exchanged.append(a)
-        if len(exchanged) == 3:
+        swapped.append(a)
+        if len(swapped) == 3:
             raise MemoryError
-        exchange(a, b)
+        swap(a, b)
 
-    exchange = metaopt.engine.averages.exchange
-    monkeypatch.setattr(metaopt.engine.averages, "exchange", out_of_memory_at_the_third)
+    swap = metaopt.engine.averages.swap
+    monkeypatch.setattr(metaopt.engine.averages, "swap", out_of_memory_at_the_third)
     with pytest.raises(MemoryError), opt.averaged():
         raise AssertionError("the context is not entered")
     assert_same(weights(model), fast)

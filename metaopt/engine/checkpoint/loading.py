@@ -14,7 +14,7 @@ from metaopt.engine.checkpoint.matching import Matched, matched
 from metaopt.engine.checkpoint.precedence import belongs, count_of, counts_of_bases, merged_groups
 from metaopt.engine.checkpoint.report import Choice, LoadReport
 from metaopt.engine.checkpoint.validation import state_after_step, validate_fit, validate_form
-from metaopt.engine.param_state import placed, remove_placeholders
+from metaopt.engine.param_state import copy_for_slot, remove_placeholders
 from metaopt.engine.run import TEMPLATE, UPDATES, Run
 from metaopt.errors import StepError, did_you_mean
 from metaopt.scheduled_values import LR_FACTOR
@@ -116,7 +116,7 @@ def _restore_wrapper_state(run: Run, groups: list[ParamGroup], saved: dict[Any, 
             keyed = slots.get(key)
             if keyed is not None and p.is_floating_point():
                 # torch would round a float32 tensor of a 16-bit parameter
-                run.state[p][key] = placed(value, keyed.slot, vars(keyed.wrapper), p)
+                run.state[p][key] = copy_for_slot(value, keyed.slot, vars(keyed.wrapper), p)
             else:
                 run.state[p][key] = value.detach().to(device=p.device, copy=True)
 
