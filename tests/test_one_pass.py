@@ -10,7 +10,7 @@ from small_runs import small_model
 
 import metaopt
 from metaopt import Group, Wrapper, anchor, elementwise
-from metaopt.engine import fused
+from metaopt.engine.fused import postponed
 from metaopt.programs import kernels
 
 if kernels() is None:
@@ -31,16 +31,16 @@ Built = tuple[list[torch.nn.Parameter], Any]
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[fused.PostponedStep]:
+def made(monkeypatch: pytest.MonkeyPatch) -> list[postponed.PostponedStep]:
     """Return a list of the updates that the library makes."""
-    found: list[fused.PostponedStep] = []
-    own = fused.PostponedStep.make
+    found: list[postponed.PostponedStep] = []
+    own = postponed.PostponedStep.make
 
-    def make(self: fused.PostponedStep) -> None:
+    def make(self: postponed.PostponedStep) -> None:
         found.append(self)
         own(self)
 
-    monkeypatch.setattr(fused.PostponedStep, "make", make)
+    monkeypatch.setattr(postponed.PostponedStep, "make", make)
     return found
 
 
@@ -75,11 +75,11 @@ def assert_same(found: Built, expected: Built) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("spec", SPECS)
 def test_the_library_computes_the_same_bits(
-    spec: str, dtype: torch.dtype, made: list[fused.PostponedStep], monkeypatch: pytest.MonkeyPatch
+    spec: str, dtype: torch.dtype, made: list[postponed.PostponedStep], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = trained(spec, dtype)
     assert made or "|" not in spec
-    monkeypatch.setattr(fused, "kernels", lambda: None)
+    monkeypatch.setattr(postponed, "kernels", lambda: None)
     made.clear()
     expected = trained(spec, dtype)
     assert not made
@@ -133,18 +133,18 @@ def test_a_rule_of_an_author_has_the_same_bits(
     part: type[Wrapper], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     joined: list[bool] = []
-    own = fused.PostponedStep.add
+    own = postponed.PostponedStep.add
 
-    def add(self: fused.PostponedStep, *args: Any) -> bool:
+    def add(self: postponed.PostponedStep, *args: Any) -> bool:
         joined.append(own(self, *args))
         return joined[-1]
 
-    monkeypatch.setattr(fused.PostponedStep, "add", add)
+    monkeypatch.setattr(postponed.PostponedStep, "add", add)
     # a mean over nothing is nan, which equals nothing
     shapes = [shape for shape in SHAPES if shape != (0,)]
     found = trained(metaopt.adamw(lr=0.01) | part(), dtype, shapes=shapes)
     assert set(joined) == {part in (Chooses, Returns)}
-    monkeypatch.setattr(fused, "kernels", lambda: None)
+    monkeypatch.setattr(postponed, "kernels", lambda: None)
     assert_same(found, trained(metaopt.adamw(lr=0.01) | part(), dtype, shapes=shapes))
 
 
@@ -186,11 +186,11 @@ def test_whatever_changes_between_two_updates_is_seen(
 ) -> None:
     spec = "clip_grad_norm(1.0) | adamw(lr=0.01) | lookahead(k=2) | ema(0.9)"
     found = trained(spec, torch.float32, change=change)
-    monkeypatch.setattr(fused, "kernels", lambda: None)
+    monkeypatch.setattr(postponed, "kernels", lambda: None)
     assert_same(found, trained(spec, torch.float32, change=change))
 
 
-def test_a_sparse_gradient_and_16_bits_take_torch_s_path(made: list[fused.PostponedStep]) -> None:
+def test_a_sparse_gradient_and_16_bits_take_torch_s_path(made: list[postponed.PostponedStep]) -> None:
     trained("sgd(lr=0.1) | ema", torch.float32, steps=5, change=sparse)
     assert len(made) == 3  # neither the first update nor the sparse one
     made.clear()
@@ -198,7 +198,7 @@ def test_a_sparse_gradient_and_16_bits_take_torch_s_path(made: list[fused.Postpo
     assert not made
 
 
-def test_versions_count_the_updates_of_the_library(made: list[fused.PostponedStep]) -> None:
+def test_versions_count_the_updates_of_the_library(made: list[postponed.PostponedStep]) -> None:
     def versions(built: Built) -> list[int]:
         return [t._version for p in built[0] for t in (p, *built[1].state[p].values())]
 
@@ -222,7 +222,7 @@ def test_a_graph_that_needs_the_old_weights_is_refused() -> None:
         loss.backward()
 
 
-def test_a_profiler_sees_torch_s_kernel(made: list[fused.PostponedStep]) -> None:
+def test_a_profiler_sees_torch_s_kernel(made: list[postponed.PostponedStep]) -> None:
     _, opt = trained("adamw | lookahead(k=1)", torch.float32, steps=3)
     made.clear()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -231,7 +231,7 @@ def test_a_profiler_sees_torch_s_kernel(made: list[fused.PostponedStep]) -> None
     assert any("_fused_adamw_" in event.name for event in profile.events())
 
 
-def test_a_wrapper_behind_the_base_reads_the_gradients_that_the_base_used(made: list[fused.PostponedStep]) -> None:
+def test_a_wrapper_behind_the_base_reads_the_gradients_that_the_base_used(made: list[postponed.PostponedStep]) -> None:
     seen: list[torch.Tensor] = []
 
     class Reader(metaopt.Wrapper):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import metaopt
-from metaopt.engine import fused
+from metaopt.engine.fused.lists import FusedLists
+from metaopt.engine.fused.postponed import PostponedStep
 from metaopt.explaining import paths as explained
 from metaopt.programs import kernels
 
@@ -58,7 +59,7 @@ STEPPED = [
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What really makes an update, in order."""
     found: list[str] = []
-    kernel, joint = fused.FusedLists.step, fused.PostponedStep.make
+    kernel, joint = FusedLists.step, PostponedStep.make
 
     def step(self: Any, *arguments: Any) -> None:
         found.append("kernel")
@@ -68,8 +69,8 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append(f"pass of {len(self._items)}")
         joint(self)
 
-    monkeypatch.setattr(fused.FusedLists, "step", step)
-    monkeypatch.setattr(fused.PostponedStep, "make", make)
+    monkeypatch.setattr(FusedLists, "step", step)
+    monkeypatch.setattr(PostponedStep, "make", make)
     return found
 
 

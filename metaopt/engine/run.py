@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from metaopt.distributed.replicas import Replicas
 from metaopt.engine.chain import MOST_NUMBERS, Chain, ParamGroup, ParamState, number_of
-from metaopt.engine.fused import FusedLists
+from metaopt.engine.fused.lists import FusedLists
 from metaopt.engine.structure import PlacedWrapper, Structure, validate_group
 from metaopt.errors import HyperparameterError, StepError
 from metaopt.group_entries import (

@@ -8,7 +8,8 @@ import torch
 
 from metaopt.engine import averages, param_state
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, has_fused_kernel
-from metaopt.engine.fused import LARGE, FusedLists, fits_kernel, lists_for, postponed_step
+from metaopt.engine.fused.lists import LARGE, FusedLists, fits_kernel, lists_for
+from metaopt.engine.fused.postponed import postponed_step
 from metaopt.engine.run import AVERAGE_SHOWN, TEMPLATE, UPDATES, Run
 from metaopt.engine.structure import PlacedWrapper
 from metaopt.engine.update import Evaluation, Params, Update, blocks_of

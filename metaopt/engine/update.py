@@ -11,7 +11,7 @@ import torch
 
 from metaopt.distributed.shards import dense, local
 from metaopt.engine.chain import Chain, ParamGroup, ParamState
-from metaopt.engine.fused import PostponedStep
+from metaopt.engine.fused.postponed import PostponedStep
 from metaopt.engine.run import UPDATES, Run
 from metaopt.errors import StepError
 from metaopt.wrapper import Closure, Wrapper

@@ -23,7 +23,8 @@ from metaopt.distributed.shards import (
     total_norm,
 )
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState, is_moment
-from metaopt.engine.fused import PostponedStep, are_identical
+from metaopt.engine.fused.lists import are_identical
+from metaopt.engine.fused.postponed import PostponedStep
 from metaopt.engine.structure import PlacedWrapper
 from metaopt.engine.update import Params, Update, block_size
 from metaopt.errors import HyperparameterError, StepError

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 
 from metaopt.engine.chain import Chain, ParamGroup
-from metaopt.engine.fused import CAREFUL, LARGE, is_uniform
+from metaopt.engine.fused.lists import CAREFUL, LARGE, is_uniform
 from metaopt.programs import kernels, library
 from metaopt.rules import Rule
 from metaopt.stack import Stack

@@ -1,12 +1,11 @@
-"""torch's fused updates, called directly: the lists that torch.optim gathers anew in every step are kept.
+"""torch's fused kernels, called directly: the lists that `torch.optim` gathers anew in every step are kept by group.
 
-Only for torch's own Adam, AdamW and SGD on a processor, from the second update of a parameter on. Everything else, and
-whatever has changed since the update before, goes through the base's own `step()`. With the optional library the step
-is postponed, so that rules of elements behind it join its pass over memory.
+They serve torch's own Adam, AdamW and SGD on a processor, from the second update of a parameter on; `lists_for`
+decides. Everything else, and whatever has changed since the update before, goes through the base's own `step()`.
 """
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -15,8 +14,7 @@ import torch
 
 from metaopt.distributed.shards import PLAIN
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState
-from metaopt.programs import GRAD, Compiled, Item, Unfit, kernels, library
-from metaopt.rules import Graph
+from metaopt.programs import Compiled
 
 # settings under which torch does more than call the kernel
 CAREFUL = ("amsgrad", "capturable", "differentiable")
@@ -25,7 +23,7 @@ CAREFUL = ("amsgrad", "capturable", "differentiable")
 LARGE = 1 << 16
 
 Tensors = list[torch.Tensor]
-# all members of a group
+# all parameters of a group that have a gradient
 ALL = slice(None)
 
 
@@ -139,110 +137,6 @@ def lists_for(
             return None
         known[id(group)] = lists
     return lists
-
-
-class PostponedStep:
-    """The fused step of a group, put off so that rules of elements behind the base join its pass over memory.
-
-    It is made when somebody looks at the weights or at the state, at the latest when the update ends.
-    """
-
-    def __init__(self, lists: FusedLists, group: ParamGroup, members: Tensors, gradients: Tensors, scale: Any) -> None:
-        self.params = members
-        self.gradients, self.scale = gradients, scale
-        self._lists, self._group = lists, group
-        self._items: list[Item] = []
-        self._numbers: list[Mapping[str, Any]] = []
-        self._tensors: list[Tensors] = []
-        self._addresses: list[array[int]] = []
-        self._places: dict[Any, int] = {}
-        self._state = len(lists.keys) - ("step" in lists.keys)
-
-    def begin(self) -> bool:
-        """Return whether the library can make the update: it computes torch's numbers, and all lists are right."""
-        lists = self._lists
-        native = kernels()
-        if native is None or not native.knows(self.params[0].dtype, lists.kernel):
-            return False
-        # gradients are new tensors at every update: seen by `lists_for`
-        named = [("param", self.params), ("grad", self.gradients), *zip(lists.keys, lists.kept, strict=True)]
-        return all(self._place(key, tensors) is not None for key, tensors in named)
-
-    def add(self, graph: Graph, tensors: Mapping[str, tuple[Any, Tensors]], numbers: Mapping[str, Any]) -> bool:
-        """Let a rule act behind those that have joined; `tensors` by name, with a key. Return False if it cannot."""
-        lists = [(name, self._place(key, each)) for name, (key, each) in tensors.items()]
-        if any(place is None for _, place in lists):
-            return False
-        self._items.append(Item(graph, tuple((name, place) for name, place in lists if place is not None)))
-        self._numbers.append(numbers)
-        if self._compiled() is None:
-            del self._items[-1], self._numbers[-1]
-            return False
-        return True
-
-    def make(self) -> None:
-        """Make the update."""
-        compiled, lists, group = self._compiled(), self._lists, self._group
-        assert compiled is not None
-        kernels().run(
-            self.params[0].dtype,
-            compiled.program,
-            array("Q", b"".join(self._addresses)),
-            lists.sizes,
-            compiled.numbers(self._numbers),
-            base=lists.kernel,
-            settings=_settings(group, lists.kernel),
-            count=self._addresses[self._places["step"]] if "step" in lists.keys else None,
-            divisor=self.scale,
-        )
-        torch.autograd.graph.increment_version([t for i, each in enumerate(self._tensors) if i != GRAD for t in each])
-
-    def _place(self, key: Any, tensors: Tensors) -> int | None:
-        if key not in self._places:
-            found = self._lists.addresses(key, tensors)
-            if found is None:
-                return None
-            self._places[key] = len(self._tensors)
-            self._tensors.append(tensors)
-            self._addresses.append(found)
-        return self._places[key]
-
-    def _compiled(self) -> Compiled | None:
-        key = self._lists.kernel, self._state, self.scale is None, tuple(self._items)
-        known = self._lists.programs
-        if key not in known:
-            try:
-                compiled = Compiled(key[0], GRAD + 1 if self._state else 0, self._items, scaled=self.scale is not None)
-                fits = kernels().knows(self.params[0].dtype, *compiled.needs)
-                known[key] = compiled if fits else None
-            except Unfit:
-                known[key] = None
-        return known[key]
-
-
-def postponed_step(
-    lists: FusedLists, group: ParamGroup, members: Tensors, gradients: Tensors, scale: Any
-) -> PostponedStep | None:
-    """Return a step that rules behind it may join; None: torch has to make it, and now.
-
-    A profiler and whatever else watches torch's calls is to see them.
-    """
-    if torch.autograd.profiler._is_profiler_enabled or torch._C._len_torch_dispatch_stack():
-        return None
-    postponed = PostponedStep(lists, group, members, gradients, scale)
-    return postponed if postponed.begin() else None
-
-
-def _settings(group: ParamGroup, kernel: str) -> tuple[float, ...]:
-    rest = group["weight_decay"], group["maximize"]
-    if kernel == "adam":
-        numbers = library.adam_settings(
-            group["lr"], group["betas"], group["eps"], *rest, group["decoupled_weight_decay"]
-        )
-    else:
-        numbers = library.sgd_settings(group["lr"], group["momentum"], group["dampening"], group["nesterov"], *rest)
-    found: tuple[float, ...] = numbers
-    return found
 
 
 def is_uniform(tensors: Tensors, dtype: torch.dtype) -> bool:

@@ -1,0 +1,1 @@
+"""torch's fused updates, called directly, without the base's `step()`."""
