@@ -12,11 +12,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from metaopt.compiled_step import CompiledStep
 from metaopt.distributed.replicas import Replicas
-from metaopt.engine import averages, param_state
+from metaopt.engine import averages
 from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.checkpoint import loading
 from metaopt.engine.checkpoint.report import Choice, LoadReport, changed_choice
 from metaopt.engine.exchange import exchange_of
+from metaopt.engine.param_state.first_update import take_constructor_state
+from metaopt.engine.param_state.placeholders import with_placeholders
+from metaopt.engine.param_state.reset import reset, validate_reset
 from metaopt.engine.run import Run, Stages
 from metaopt.engine.step import record, step
 from metaopt.engine.structure import Structure, fights, validate
@@ -93,7 +96,7 @@ class Stack(torch.optim.Optimizer):
         share_hooks(base, self)
         self._watch_base()
         self._patch_step_function()
-        param_state.take_constructor_state(self._run)
+        take_constructor_state(self._run)
         self._run.complete_groups()
         for placed in structure.observers:
             placed.wrapper.validate_names(list(self._run.names().values()))
@@ -379,7 +382,9 @@ class Stack(torch.optim.Optimizer):
         schedules begin at 0) or a wrapper's label. What is forgotten starts at the next update as in a new run.
         Raises StepError.
         """
-        loading.reset(self._run, names)
+        validate_reset(self._run, names)
+        averages.restore_weights(self._run)
+        reset(self._run, names)
         self._run.begin_schedules()
         self._run.invalidate()
 
@@ -426,7 +431,7 @@ class Stack(torch.optim.Optimizer):
         # through the base: some write more than torch does
         with only_class_hooks(base):
             state_dict = base.state_dict()
-        state_dict = param_state.with_placeholders(self._run, state_dict)
+        state_dict = with_placeholders(self._run, state_dict)
         for post_hook in user_hooks(self._optimizer_state_dict_post_hooks, base):
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict

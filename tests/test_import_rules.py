@@ -57,7 +57,7 @@ ENGINE = (
     "structure",
     "run",
     "update",
-    "param_state",
+    *("param_state.slot_values", "param_state.placeholders", "param_state.first_update", "param_state.reset"),
     "views",
     "averages",
     "exchange",

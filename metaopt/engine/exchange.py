@@ -14,7 +14,9 @@ import torch
 from metaopt.distributed.replicas import BUCKET, Sum
 from metaopt.distributed.shards import holders_of_other_shards, local
 from metaopt.engine.chain import Chain, ParamGroup
-from metaopt.engine.param_state import add_state_of, remove_placeholders, slot_dtype
+from metaopt.engine.param_state.first_update import add_state_of
+from metaopt.engine.param_state.placeholders import remove_placeholders
+from metaopt.engine.param_state.slot_values import slot_dtype
 from metaopt.engine.run import STEPS, TEMPLATE, Run
 from metaopt.engine.structure import PlacedWrapper
 from metaopt.engine.update import Params, Update

@@ -3,7 +3,7 @@
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from operator import index
 from typing import Any, Protocol
 
@@ -190,14 +190,6 @@ class Run:
             for device in {p.device for group in self.param_groups for p in group["params"] if p.device.type != "cpu"}:
                 torch.accelerator.synchronize(device)
             self.copies_under_way = False
-
-    def forget_base_state(self, params: Sequence[torch.Tensor], chain: Chain) -> None:
-        """Drop the base's state of some parameters: its next update of them is like a first one."""
-        for p in params:
-            param_state = self.state[p]
-            for key in [key for key in param_state if chain.is_base_key(key)]:
-                del param_state[key]
-        self.invalidate()
 
     def watch_16_bits(self) -> None:
         """After the first update: keep samples of weights and averages of 16 bits, to see whether they move."""

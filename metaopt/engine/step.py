@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from metaopt.engine import averages, param_state
+from metaopt.engine import averages
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, has_fused_kernel
 from metaopt.engine.fused.lists import LARGE, FusedLists, fits_kernel, lists_for
 from metaopt.engine.fused.postponed import postponed_step
+from metaopt.engine.param_state import first_update, placeholders
 from metaopt.engine.run import AVERAGE_SHOWN, TEMPLATE, UPDATES, Run
 from metaopt.engine.structure import PlacedWrapper
 from metaopt.engine.update import Evaluation, Params, Update, blocks_of
@@ -58,8 +59,8 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
     first = run.base.param_groups[0]
     if first[AVERAGE_SHOWN]:
         averages.before_step(run)
-    if not run.base.state and closure is None and param_state.is_template_step(run):
-        param_state.add_placeholders(run)
+    if not run.base.state and closure is None and placeholders.is_template_step(run):
+        placeholders.add_placeholders(run)
         return None
     took_weights = run.exchange is not None and run.exchange.join()
     if run.left_out is not None:
@@ -88,15 +89,15 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
         if not any(update.params_and_grads(group)[0] for group in run.base.param_groups) and not run.flushing:
             return _skip(evaluation, "no gradients")
         if structure.keeps_early_state:
-            param_state.add_early_state(update)
-        param_state.collect_pending_state(update)
+            first_update.add_early_state(update)
+        first_update.collect_pending_state(update)
         if structure.on_gradients or structure.gradient_observers or update.is_logged:
             filter_gradients(update)
             if update.skip_reason is not None:
                 update.clean_up()
                 return _skip(evaluation, update.skip_reason)
             if update.with_replaced_grads:  # some had no gradient before
-                param_state.collect_pending_state(update)
+                first_update.collect_pending_state(update)
         _prepare_base(update)
     except BaseException:
         abandon(update)
@@ -124,7 +125,7 @@ def abandon(update: Update) -> None:
     for group, key, before in reversed(update.counters_before):
         group[key] = before
     update.run.metrics.drop_update()
-    param_state.restore_wrapper_state(update)
+    first_update.restore_wrapper_state(update)
     update.run.invalidate()
     update.clean_up()
 
@@ -172,12 +173,12 @@ def _coalesce(update: Update) -> None:
 def _prepare_base(update: Update) -> None:
     run, structure = update.run, update.run.structure
     if run.base.param_groups[0][TEMPLATE]:
-        param_state.remove_placeholders(run, keep_early=True)
+        placeholders.remove_placeholders(run, keep_early=True)
     if update.pending_state or run.incomplete is None:
         _leave_unfit_kernels(run)
         # a wrapper may have taken gradients away since
         update.pending_state = {p: values for p, values in update.pending_state.items() if p.grad is not None}
-        param_state.set_wrapper_state_aside(update)
+        first_update.set_wrapper_state_aside(update)
     for placed in structure.before_update:
         for group in _due(update, placed, counted=False):
             _call(placed.wrapper.before_update, views_of(update, group, placed.wrapper, update.params_of(group)))
@@ -386,8 +387,8 @@ def finish(update: Update, loss: Any) -> None:
         for group in run.base.param_groups:
             group[UPDATES] += 1
         if update.pending_state or run.incomplete is None:
-            param_state.store_pending_state(update)
-            param_state.find_incomplete(run)
+            first_update.store_pending_state(update)
+            first_update.find_incomplete(run)
             run.watch_16_bits()
         run.state_size = len(run.base.state)
         if run.exchange is not None:

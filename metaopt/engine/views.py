@@ -25,6 +25,7 @@ from metaopt.distributed.shards import (
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState, is_moment
 from metaopt.engine.fused.lists import are_identical
 from metaopt.engine.fused.postponed import PostponedStep
+from metaopt.engine.param_state.reset import forget_base_state
 from metaopt.engine.structure import PlacedWrapper
 from metaopt.engine.update import Params, Update, block_size
 from metaopt.errors import HyperparameterError, StepError
@@ -348,7 +349,7 @@ class GroupView(Group):
 
     def reset_base_state(self) -> None:
         self._update.make_postponed()
-        self._update.run.forget_base_state(self.parameters, self._chain)
+        forget_base_state(self._update.run, self.parameters, self._chain)
 
     # ---- numbers
 

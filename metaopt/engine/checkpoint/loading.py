@@ -1,4 +1,4 @@
-"""Loading a checkpoint, whole or not at all, and forgetting parts of the state on request."""
+"""Loading a checkpoint into a run, whole or not at all. Changes groups and state through the base's own load."""
 
 import copy
 from collections import defaultdict
@@ -8,16 +8,14 @@ from typing import Any
 
 import torch
 
-from metaopt.engine import averages
-from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState
+from metaopt.engine.chain import ParamGroup, ParamState
 from metaopt.engine.checkpoint.matching import Matched, matched
 from metaopt.engine.checkpoint.precedence import belongs, count_of, counts_of_bases, merged_groups
 from metaopt.engine.checkpoint.report import Choice, LoadReport
 from metaopt.engine.checkpoint.validation import state_after_step, validate_fit, validate_form
-from metaopt.engine.param_state import copy_for_slot, remove_placeholders
+from metaopt.engine.param_state.placeholders import remove_placeholders
+from metaopt.engine.param_state.slot_values import copy_for_slot
 from metaopt.engine.run import TEMPLATE, UPDATES, Run
-from metaopt.errors import StepError, did_you_mean
-from metaopt.scheduled_values import LR_FACTOR
 from metaopt.torch_internals import only_class_hooks
 
 
@@ -163,53 +161,3 @@ def _was_cast(saved: Any, loaded: Any) -> bool:
     if isinstance(saved, list | tuple) and isinstance(loaded, list | tuple) and len(saved) == len(loaded):
         return any(_was_cast(*pair) for pair in zip(saved, loaded, strict=True))
     return False
-
-
-# ---- forgetting on request
-
-RESET_NAMES = ("moments", "averages", "counters")
-
-
-def reset(run: Run, names: tuple[str, ...]) -> None:
-    """Forget what `names` say: moments, averages, counters or labels of wrappers; everything without a name.
-
-    What is forgotten starts at the next update as in a new run. Raises StepError for another name, before anything
-    changes.
-    """
-    labels = run.structure.labels()
-    unknown = [name for name in names if name not in RESET_NAMES and name not in labels]
-    if unknown:
-        allowed = (*RESET_NAMES, *labels)
-        raise StepError(
-            f"reset_state({unknown[0]!r}): unknown name.{did_you_mean(unknown[0], allowed)} "
-            f"Choose from: {', '.join(allowed)}"
-        )
-    if run.inside_averaged:
-        raise StepError("reset_state() inside averaged(): leave the context first, the weights are an average now")
-    averages.restore_weights(run)
-    chosen = set(names or RESET_NAMES)
-    for group in run.param_groups:
-        chain = run.structure.chain_of(group)
-        gone = {label for label in chain.labelled if "averages" in chosen or label in chosen}
-        for p in group["params"]:
-            _forget(run, chain, p, gone, moments="moments" in chosen)
-        for key, initial in chain.counters.items():
-            if "counters" in chosen or key.split(".")[0] in gone:
-                group[key] = initial
-        for key, (wrapper, scalar) in chain.scalars.items():
-            if wrapper.label in gone:
-                group[key].fill_(scalar.initial)
-        if "counters" in chosen:
-            group[UPDATES] = 0
-            group.pop(LR_FACTOR, None)
-
-
-def _forget(run: Run, chain: Chain, p: torch.Tensor, labels: set[str], *, moments: bool) -> None:
-    param_state = run.state.get(p, {})
-    of_base = [key for key in param_state if chain.is_base_key(key)]
-    for key in [key for key in param_state if str(key).split(".")[0] in labels] + (of_base if moments else []):
-        del param_state[key]
-    if moments and of_base:
-        param_state[PLACEHOLDER] = 1.0
-    if not param_state.keys() - {PLACEHOLDER}:
-        run.state.pop(p, None)
