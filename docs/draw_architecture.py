@@ -12,7 +12,7 @@ BEGIN, END = "<!-- drawn: begin -->\n", "<!-- drawn: end -->\n"
 # around the engine: what it stands on, and what stands on it
 AROUND = (
     *("errors", "hyperparameters", "deferred", "space", "schedule", "metrics"),
-    *("slots", "group", "wrapper", "stack", "compiled_step"),
+    *("slots", "group", "wrapper", "refusals", "stack", "compiled_step"),
 )
 
 

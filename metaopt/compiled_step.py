@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from metaopt.engine.chain import ParamGroup
-from metaopt.engine.run import Run
+from metaopt.engine.run.run import Run
 from metaopt.engine.step import abandon, begin, change_updates, finish, keep_due_weights
 from metaopt.engine.update import Evaluation, Update
 from metaopt.wrapper import Closure

@@ -20,9 +20,10 @@ from metaopt.engine.exchange import exchange_of
 from metaopt.engine.param_state.first_update import take_constructor_state
 from metaopt.engine.param_state.placeholders import with_placeholders
 from metaopt.engine.param_state.reset import reset, validate_reset
-from metaopt.engine.run import Run, Stages
+from metaopt.engine.run.groups import add_group, adopt_groups, complete_groups, know_members
+from metaopt.engine.run.run import Run, Stages
 from metaopt.engine.step import record, step
-from metaopt.engine.structure import Structure, fights, validate
+from metaopt.engine.structure import Structure, fights
 from metaopt.errors import HyperparameterError, LogError, ParameterError, StepError, did_you_mean
 from metaopt.hyperparameters import plain
 from metaopt.lr_reporter import ReadOnlyLRScheduler
@@ -30,6 +31,7 @@ from metaopt.metrics import Metrics
 from metaopt.misuse.base import warn_of_bare_step, warn_of_fight
 from metaopt.misuse.left_out import LeftOut
 from metaopt.misuse.second_clip import SecondClip
+from metaopt.refusals import validate
 from metaopt.schedule import Schedule
 from metaopt.torch_internals import (
     HOOKS,
@@ -97,7 +99,7 @@ class Stack(torch.optim.Optimizer):
         self._watch_base()
         self._patch_step_function()
         take_constructor_state(self._run)
-        self._run.complete_groups()
+        complete_groups(self._run)
         for placed in structure.observers:
             placed.wrapper.validate_names(list(self._run.names().values()))
         clips = [w.label for chain in structure.chains for w in chain.ordered if w.clips_gradients]
@@ -121,7 +123,7 @@ class Stack(torch.optim.Optimizer):
     @param_groups.setter
     def param_groups(self, groups: list[ParamGroup]) -> None:
         self._run.base.param_groups = groups
-        self._run.adopt_groups()
+        adopt_groups(self._run)
 
     @property
     def state(self) -> defaultdict[torch.Tensor, Any]:
@@ -176,7 +178,7 @@ class Stack(torch.optim.Optimizer):
 
     @updates.setter
     def updates(self, number: int) -> None:
-        self._run.adopt_groups()
+        adopt_groups(self._run)
         self._run.count_from(number)
 
     @property
@@ -317,7 +319,7 @@ class Stack(torch.optim.Optimizer):
         counts; its base begins anew. Does nothing where no part has `across="replicas"`. Raises StepError for
         replicas of different models or settings.
         """
-        self._run.adopt_groups()
+        adopt_groups(self._run)
         return self._run.exchange is not None and self._run.exchange.join()
 
     @property
@@ -350,7 +352,7 @@ class Stack(torch.optim.Optimizer):
         average): of the one that the stack was built over, or of `model`. Raises StepError if the stack keeps no
         average or none of this label.
         """
-        self._run.adopt_groups()
+        adopt_groups(self._run)
         return averages.averages_shown(self._run, label, self._known_model(model))
 
     def averaged_module(
@@ -364,7 +366,7 @@ class Stack(torch.optim.Optimizer):
         that the stack was built over, `label` as for `averaged`. `out`, an earlier copy, is written to instead.
         Raises StepError, ParameterError.
         """
-        self._run.adopt_groups()
+        adopt_groups(self._run)
         known = self._known_model(model)
         if known is None:
             raise StepError("averaged_module(): the stack was not built over a module: give it, averaged_module(model)")
@@ -396,7 +398,7 @@ class Stack(torch.optim.Optimizer):
         """
         if isinstance(factor, bool) or not isinstance(factor, Real) or not 0.0 < float(factor) < float("inf"):
             raise HyperparameterError(f"scale_lr(): the factor must be a number > 0, got {factor!r:.60}")
-        self._run.adopt_groups()
+        adopt_groups(self._run)
         groups = self.param_groups
         chosen = [i for i, own in enumerate(groups) if group is None or own.get("name") == group]
         if not chosen:
@@ -414,12 +416,12 @@ class Stack(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group, as torch does; it may hold wrapper hyperparameters under their labelled keys."""
-        self._run.add_group(param_group)
+        add_group(self._run, param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that matters to the next update, in torch's form; the live state does not change."""
         base = self._run.base
-        self._run.adopt_groups()
+        adopt_groups(self._run)
         self._run.adopt_rates()
         self._run.await_copies()
         # what was recorded before a checkpoint must not be missing in the log after it
@@ -454,7 +456,7 @@ class Stack(torch.optim.Optimizer):
         for parameters that cannot be matched, and for other total steps if schedules depend on them.
         """
         base, choice = self._run.base, changed_choice(self._choice, keep, extend, names)
-        self._run.adopt_groups()
+        adopt_groups(self._run)
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for pre_hook in user_hooks(self._optimizer_load_state_dict_pre_hooks, base):
             state_dict = pre_hook(self, state_dict) or state_dict
@@ -507,7 +509,7 @@ class Stack(torch.optim.Optimizer):
         share_hooks(base, self)
         self._watch_base()
         self._patch_step_function()
-        self._run.know_members()
+        know_members(self._run)
         self._run.begin_schedules()
 
     def _watch_base(self) -> None:

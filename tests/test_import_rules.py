@@ -55,7 +55,7 @@ ENGINE = (
     *("fused.lists", "fused.postponed"),
     "multi_base",
     "structure",
-    "run",
+    *("run.entries", "run.run", "run.groups"),
     "update",
     *("param_state.slot_values", "param_state.placeholders", "param_state.first_update", "param_state.reset"),
     "views",
@@ -68,11 +68,12 @@ ENGINE = (
 TOP = {"lab", "cli", "testing"}
 PACKAGES = {"distributed", "specs", "construction", "explaining", "ejecting", "misuse"}
 MODULES = {f.stem for f in ROOT.glob("*.py")} - {"__init__", "__main__"} | PACKAGES
-BELOW_SPECS = {*BOTTOM, "engine", "stack", "compiled_step"} - {"problem_class", "tensor_problem"}
+BELOW_SPECS = {*BOTTOM, "engine", "refusals", "stack", "compiled_step"} - {"problem_class", "tensor_problem"}
 ALLOWED: dict[str, set[str]] = {
     **BOTTOM,
     "compiled_step": BELOW_ENGINE | {"engine"},
-    "stack": BELOW_ENGINE | {"engine", "compiled_step", "lr_reporter"},
+    "refusals": BELOW_ENGINE | {"engine"},
+    "stack": BELOW_ENGINE | {"engine", "refusals", "compiled_step", "lr_reporter"},
     "ensembling": BELOW_ENGINE | {"engine", "checkpoint_file", "stack"},
     "specs": BELOW_SPECS | {"specs"},
     "explaining": BELOW_SPECS | {"specs", "explaining"},

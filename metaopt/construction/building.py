@@ -10,11 +10,11 @@ from metaopt.construction.making import arrange, make_base, make_partition, sche
 from metaopt.construction.run_description import describe_run
 from metaopt.construction.staging import Stages
 from metaopt.distributed.replicas import Replicas
-from metaopt.engine.structure import validate_labels
 from metaopt.errors import HintWarning, HyperparameterError, SpecError, warn
 from metaopt.hyperparameters import plain
 from metaopt.metrics import Metrics, as_logger
 from metaopt.misuse.no_hook import warn_of_no_hook
+from metaopt.refusals import validate_labels
 from metaopt.registry import registry
 from metaopt.specs.pipeline import as_pipeline
 from metaopt.specs.spaces import refuse_spaces

@@ -8,10 +8,10 @@ import torch
 from metaopt.construction.grouping import Group, same_tensor
 from metaopt.engine.chain import RUN_FLAGS, Chain, has_fused_kernel
 from metaopt.engine.multi_base import MultiBase, Partitioner
-from metaopt.engine.structure import validate_labels
 from metaopt.errors import HyperparameterError, ParameterError, SpecError, did_you_mean
 from metaopt.group_entries import NO_DECAY, TIED, take_value
 from metaopt.misuse.no_hook import warn_of_no_hook
+from metaopt.refusals import validate_labels
 from metaopt.registry import registry
 from metaopt.schedule import Schedule
 from metaopt.specs.pipeline import Part, Pipeline

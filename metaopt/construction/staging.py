@@ -11,10 +11,13 @@ from metaopt.construction.grouping import Group
 from metaopt.construction.making import arrange, make_base, scheduled
 from metaopt.engine.chain import PLACEHOLDER, RUN_FLAGS, Chain, ParamGroup
 from metaopt.engine.multi_base import Sequencer
-from metaopt.engine.run import BUILT_LR, OWN_SCHEDULES, Run
-from metaopt.engine.structure import Structure, validate
+from metaopt.engine.run.entries import BUILT_LR, OWN_SCHEDULES
+from metaopt.engine.run.groups import complete_group
+from metaopt.engine.run.run import Run
+from metaopt.engine.structure import Structure
 from metaopt.errors import HyperparameterError, SpecError
 from metaopt.group_entries import NO_DECAY, OWN_VALUES, is_decay
+from metaopt.refusals import validate
 from metaopt.schedule import Curve, Schedule, as_schedule
 from metaopt.scheduled_values import LR_FACTOR
 from metaopt.specs.pipeline import Part
@@ -176,7 +179,7 @@ class Stages:
         for group in groups:
             if group.get(UNDECAYED):
                 _leave_undecayed(run, group)
-            run.complete_group(group)
+            complete_group(run, group)
         run.invalidate()
 
 

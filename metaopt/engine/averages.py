@@ -7,7 +7,8 @@ from contextlib import contextmanager
 import torch
 
 from metaopt.distributed.shards import is_sharded, local
-from metaopt.engine.run import AVERAGE_SHOWN, TEMPLATE, Run
+from metaopt.engine.run.entries import AVERAGE_SHOWN, TEMPLATE
+from metaopt.engine.run.run import Run
 from metaopt.engine.update import Update
 from metaopt.engine.views import GroupView, updated, views_of
 from metaopt.errors import ParameterError, StepError, did_you_mean

@@ -17,7 +17,8 @@ from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.param_state.first_update import add_state_of
 from metaopt.engine.param_state.placeholders import remove_placeholders
 from metaopt.engine.param_state.slot_values import slot_dtype
-from metaopt.engine.run import STEPS, TEMPLATE, Run
+from metaopt.engine.run.entries import STEPS, TEMPLATE
+from metaopt.engine.run.run import Run
 from metaopt.engine.structure import PlacedWrapper
 from metaopt.engine.update import Params, Update
 from metaopt.engine.views import GroupView, Rows, is_trained, row_ranges, views_of

@@ -11,7 +11,9 @@ from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, has_fused_kerne
 from metaopt.engine.fused.lists import LARGE, FusedLists, fits_kernel, lists_for
 from metaopt.engine.fused.postponed import postponed_step
 from metaopt.engine.param_state import first_update, placeholders
-from metaopt.engine.run import AVERAGE_SHOWN, TEMPLATE, UPDATES, Run
+from metaopt.engine.run.entries import AVERAGE_SHOWN, TEMPLATE, UPDATES
+from metaopt.engine.run.groups import adopt_groups
+from metaopt.engine.run.run import Run
 from metaopt.engine.structure import PlacedWrapper
 from metaopt.engine.update import Evaluation, Params, Update, blocks_of
 from metaopt.engine.views import GroupsView, GroupView, block_views_of, gradient_norm, groups_of, trained, views_of
@@ -55,7 +57,7 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
     """
     run.skipped = None
     structure = run.structure
-    run.adopt_groups()
+    adopt_groups(run)
     first = run.base.param_groups[0]
     if first[AVERAGE_SHOWN]:
         averages.before_step(run)
@@ -505,7 +507,7 @@ def _call(hook: Callable[[Group], None], views: list[GroupView]) -> None:
 
 def record(run: Run, name: str, value: Any) -> None:
     """Let the wrappers that want it see a value that the user records."""
-    run.adopt_groups()
+    adopt_groups(run)
     for placed in run.structure.on_record:
         placed.wrapper.on_record(GroupsView(Update(run), placed), name, value)
 

@@ -12,7 +12,8 @@ import torch
 from metaopt.distributed.shards import dense, local
 from metaopt.engine.chain import Chain, ParamGroup, ParamState
 from metaopt.engine.fused.postponed import PostponedStep
-from metaopt.engine.run import UPDATES, Run
+from metaopt.engine.run.entries import UPDATES
+from metaopt.engine.run.run import Run
 from metaopt.errors import StepError
 from metaopt.wrapper import Closure, Wrapper
 

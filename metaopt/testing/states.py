@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from metaopt.engine.run import STEPS as COUNTED_STEPS
+from metaopt.engine.run.entries import STEPS as COUNTED_STEPS
 from metaopt.stack import Stack
 from metaopt.testing.comparing import tensors
 from metaopt.testing.feeding import STEPS, Halves

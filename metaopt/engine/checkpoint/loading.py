@@ -15,7 +15,9 @@ from metaopt.engine.checkpoint.report import Choice, LoadReport
 from metaopt.engine.checkpoint.validation import state_after_step, validate_fit, validate_form
 from metaopt.engine.param_state.placeholders import remove_placeholders
 from metaopt.engine.param_state.slot_values import copy_for_slot
-from metaopt.engine.run import TEMPLATE, UPDATES, Run
+from metaopt.engine.run.entries import TEMPLATE, UPDATES
+from metaopt.engine.run.groups import place_scalars
+from metaopt.engine.run.run import Run
 from metaopt.torch_internals import only_class_hooks
 
 
@@ -41,7 +43,7 @@ def load(run: Run, state_dict: dict[str, Any], choice: Choice = Choice()) -> Loa
     for p in run.state:  # what the constructor made of these will not be needed
         run.constructor_state.pop(p, None)
     for group in run.param_groups:
-        run.place_scalars(group, run.structure.chain_of(group))
+        place_scalars(run, group, run.structure.chain_of(group))
     if any(str(group[TEMPLATE]).startswith("made") for group in run.param_groups):
         # saved before the base had begun: only what wrappers had summed up by then is real
         remove_placeholders(run, keep_early=True)

@@ -14,7 +14,8 @@ import torch
 from metaopt.engine.chain import RUN_FLAGS, ParamGroup
 from metaopt.engine.checkpoint.matching import Matched
 from metaopt.engine.checkpoint.report import Choice, Difference, LoadReport
-from metaopt.engine.run import AVERAGE_SHOWN, BUILT_LR, FORMAT, FORMAT_KEY, OWN_SCHEDULES, TEMPLATE, UPDATES, Run
+from metaopt.engine.run.entries import AVERAGE_SHOWN, BUILT_LR, FORMAT, FORMAT_KEY, OWN_SCHEDULES, TEMPLATE, UPDATES
+from metaopt.engine.run.run import Run
 from metaopt.errors import CheckpointError, HyperparameterError
 from metaopt.scheduled_values import ScheduledValues
 from metaopt.wrapper import Wrapper

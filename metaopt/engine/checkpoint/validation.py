@@ -8,7 +8,8 @@ import torch
 from metaopt.engine.chain import RUN_FLAGS, Chain, ParamGroup, ParamState
 from metaopt.engine.checkpoint.matching import Matched
 from metaopt.engine.checkpoint.report import Choice
-from metaopt.engine.run import AVERAGE_SHOWN, FORMAT, FORMAT_KEY, UPDATES, Run
+from metaopt.engine.run.entries import AVERAGE_SHOWN, FORMAT, FORMAT_KEY, UPDATES
+from metaopt.engine.run.run import Run
 from metaopt.errors import CheckpointError
 
 # points at which the schedules of two lengths are compared

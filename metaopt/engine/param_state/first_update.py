@@ -10,7 +10,9 @@ from metaopt.distributed.shards import local
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState
 from metaopt.engine.param_state.placeholders import remove_placeholders, without_placeholders
 from metaopt.engine.param_state.slot_values import add_zero_moments, first_value, missing_values
-from metaopt.engine.run import TEMPLATE, Run
+from metaopt.engine.run.entries import TEMPLATE
+from metaopt.engine.run.groups import validate_members
+from metaopt.engine.run.run import Run
 from metaopt.engine.update import Update
 from metaopt.wrapper import Wrapper
 
@@ -56,7 +58,7 @@ def collect_pending_state(update: Update) -> None:
     for group in run.param_groups:
         chain = run.structure.chain_of(group)
         if among is None:
-            run.validate_members(group)
+            validate_members(run, group)
         for p in group["params"]:
             if p.grad is None or (among is not None and id(p) not in among) or p in update.pending_state:
                 continue

@@ -11,7 +11,8 @@ import torch
 
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState
 from metaopt.engine.param_state.slot_values import add_zero_moments, missing_values
-from metaopt.engine.run import TEMPLATE, Run
+from metaopt.engine.run.entries import TEMPLATE
+from metaopt.engine.run.run import Run
 
 
 def without_placeholders(chain: Chain, param_state: ParamState) -> ParamState:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from metaopt.engine.chain import PLACEHOLDER, Chain
-from metaopt.engine.run import UPDATES, Run
+from metaopt.engine.run.entries import UPDATES
+from metaopt.engine.run.run import Run
 from metaopt.errors import StepError, did_you_mean
 from metaopt.scheduled_values import LR_FACTOR
 

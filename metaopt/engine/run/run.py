@@ -3,7 +3,7 @@
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from operator import index
 from typing import Any, Protocol
 
@@ -11,20 +11,11 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metaopt.distributed.replicas import Replicas
-from metaopt.engine.chain import MOST_NUMBERS, Chain, ParamGroup, ParamState, number_of
+from metaopt.engine.chain import ParamGroup, ParamState
 from metaopt.engine.fused.lists import FusedLists
-from metaopt.engine.structure import PlacedWrapper, Structure, validate_group
+from metaopt.engine.run.entries import OWN_SCHEDULES, UPDATES
+from metaopt.engine.structure import PlacedWrapper, Structure
 from metaopt.errors import HyperparameterError, StepError
-from metaopt.group_entries import (
-    NO_DECAY,
-    OWN_VALUES,
-    TIED,
-    lr_scale_of,
-    mark_no_decay,
-    name_like_others,
-    rate_of,
-    with_list,
-)
 from metaopt.metrics import Metrics, rank
 from metaopt.misuse.left_out import LeftOut
 from metaopt.misuse.past_end import last_update, warn_of_past_end
@@ -32,26 +23,7 @@ from metaopt.misuse.second_clip import SecondClip
 from metaopt.misuse.sixteen_bits import StillWatch, still_watch
 from metaopt.schedule import Schedule
 from metaopt.scheduled_values import ScheduledValues
-from metaopt.slots import Scalar
 from metaopt.torch_internals import called_by_zero_redundancy_optimizer
-from metaopt.wrapper import Wrapper
-
-# group entries of the engine: the count of updates is the run's, the same in every group
-UPDATES = "metaopt.updates"
-# the label of the average that the parameters hold now, or "" (a key of old, kept for checkpoints)
-AVERAGE_SHOWN = "metaopt.swapped"
-# "", or the state holds only placeholders (see param_state): "asked" and the group entries that the base adds, if a
-# client wants to see the keys; "made" in a checkpoint from before the base's first update
-TEMPLATE = "metaopt.template"
-# where in `Run.own_schedules` those of this group are; a group that follows the stack's schedules has no such entry
-OWN_SCHEDULES = "metaopt.own_schedules"
-# the rate that a group was built with, None under a schedule: a client that changes the rate later has not asked for
-# another setting
-BUILT_LR = "metaopt.built_lr"
-# how often `step()` was called, if wrappers exchange means over replicas: skipped or not, all replicas make the same
-STEPS = "metaopt.steps"
-# of the entries of a checkpoint; 1 is everything before the entry itself (docs/upgrading.md)
-FORMAT_KEY, FORMAT = "metaopt.format", 2
 
 
 class Stages(Protocol):
@@ -132,8 +104,10 @@ class Run:
         self.model: weakref.ref[torch.nn.Module] | None = None
         # tensors in main memory are being written to from an accelerator
         self.copies_under_way = False
-        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._adopted: tuple[list[ParamGroup], int] = (self.param_groups, 0)
+        # parameters that a group of this run holds or held
+        self.known_params: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        # the list of groups, and how many of them the run knows; see `groups.adopt_groups`
+        self.adopted: tuple[list[ParamGroup], int] = (self.param_groups, 0)
         self.invalidate()
 
     # ---- shared with the base, also if a client replaces them
@@ -235,7 +209,7 @@ class Run:
         run = self.structure.total_steps
         self.scheduled = [ScheduledValues(self.schedules_of(group), run) for group in self.param_groups]
         self.has_schedules = self.stages is not None or any(scheduled.schedules for scheduled in self.scheduled)
-        self._adopted = self.param_groups, len(self.param_groups)
+        self.adopted = self.param_groups, len(self.param_groups)
         if not self._warned_of_end:
             self._last_update = last_update([scheduled.schedules for scheduled in self.scheduled], run)
         self._set_scheduled_values()
@@ -277,148 +251,3 @@ class Run:
         if "lr" in self.schedules_of(group):
             return not self.scheduled[position].are_unchanged(group)
         return self.built_with_lr
-
-    # ---- groups
-
-    def complete_groups(self) -> None:
-        """Validate and complete the groups that the base was built with."""
-        for position, group in enumerate(self.param_groups):
-            # what it holds of the base's may be defaults: what the user gave was read before
-            self.validate_group(group, position, {key for key in group if "." in key})
-            self.complete_group(group)
-        self.know_members()
-        self.begin_schedules()
-
-    def adopt_groups(self) -> None:
-        """Complete the groups that a client has put into `param_groups`, or added through the base's own methods."""
-        groups, (adopted, number) = self.param_groups, self._adopted
-        if groups is adopted and len(groups) == number:
-            return
-        if groups is adopted:
-            self.adopt_rates()
-        new = any(UPDATES not in group for group in groups)
-        count = next((group[UPDATES] for group in groups if UPDATES in group), 0)
-        for position, group in enumerate(groups):
-            if UPDATES in group:
-                continue
-            if self.structure.multi_base is not None:
-                group["metaopt.part"] = self.structure.multi_base.chain_for(group).name
-            shared, defaults = self.structure.schedules_of(group), self.structure.chain_of(group).base.defaults
-            given = {k for k in group if "." in k or (k in shared and group[k] != defaults.get(k))}
-            self.validate_group(group, position, given)
-            group[UPDATES] = count
-            self.complete_group(group)
-        self._part_scalars()
-        self.know_members()
-        if new or len(groups) != len(self.scheduled):
-            self.begin_schedules()
-        self.invalidate()
-        self._adopted = groups, len(groups)
-
-    def add_group(self, param_group: ParamGroup) -> None:
-        """Add a group to the base and complete it; nothing changes if it is refused."""
-        group = with_list(param_group)
-        self.adopt_rates()
-        if self.structure.multi_base is not None:
-            group["metaopt.part"] = self.structure.multi_base.chain_for(group).name
-        mark_no_decay(group)
-        self.validate_group(group, len(self.param_groups), group.keys())
-        name_like_others(group, self.param_groups)
-        before = set(self.state)
-        self.base.add_param_group(group)
-        for p in [p for p in self.state if p not in before]:
-            self.constructor_state[p] = self.state.pop(p)
-        group[UPDATES] = self.updates
-        self.complete_group(group)
-        self.know_members()
-        self.begin_schedules()
-        self.invalidate()
-
-    def validate_members(self, group: ParamGroup) -> None:
-        """Refuse a group whose parameters a client has replaced by another number; names may be out of date."""
-        names, members = group.get("param_names"), group["params"]
-        if names is not None and len(names) != len(members) and not all(p in self._known for p in members):
-            raise StepError(
-                f"a group of {len(names)} parameters ({', '.join(names[:3])}, ...) holds {len(members)} now: a client "
-                f"has put others in their places. DeepSpeed's ZeRO does so: a rank gets a flat share, of which norms, "
-                f"shapes and names are not the model's. Shard with FSDP2 (fully_shard) instead"
-            )
-
-    def know_members(self) -> None:
-        """Remember which parameters the groups hold; see `validate_members`."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                self._known[p] = True
-
-    def validate_group(self, group: ParamGroup, position: int, given: Collection[str]) -> None:
-        """Raise HyperparameterError for a group that cannot join the others; read what the user has `given`."""
-        begun = self.param_groups and UPDATES in self.param_groups[0]
-        others = [other for other in self.param_groups if other is not group]
-        validate_group(self.structure, group, position, given, others, self.updates if begun else None)
-
-    def complete_group(self, group: ParamGroup) -> None:
-        """Give a group the entries that wrappers and engine keep in it, and apply its `lr_scale` once."""
-        chain = self.structure.chain_of(group)
-        group.setdefault(UPDATES, 0)
-        group[FORMAT_KEY] = FORMAT
-        if self.structure.exchanges:
-            group.setdefault(STEPS, next((g[STEPS] for g in self.param_groups if STEPS in g), 0))
-        group.setdefault("metaopt.total_steps", self.structure.total_steps)
-        group.setdefault(AVERAGE_SHOWN, "")
-        group.setdefault(TEMPLATE, "")
-        if OWN_VALUES in group:
-            self.own_schedules.append(group.pop(OWN_VALUES))
-            group[OWN_SCHEDULES] = len(self.own_schedules) - 1
-        scale = lr_scale_of(group)
-        if "metaopt.lr_scale" not in group:
-            group["metaopt.lr_scale"] = scale
-            if scale != 1.0 and "lr" not in self.schedules_of(group):
-                if group.get("lr") is None:
-                    raise HyperparameterError(
-                        f"lr_scale={scale:g}: {type(self.base).__name__} works its learning rate out itself, so that "
-                        f"there is nothing to scale; give it an lr, or leave lr_scale out"
-                    )
-                group["lr"] = group["lr"] * scale
-        group.setdefault(BUILT_LR, None if "lr" in self.schedules_of(group) else rate_of(group))
-        group.pop(NO_DECAY, None)
-        group.pop(TIED, None)
-        # the state of a part without hyperparameters is known as that part's by this entry
-        group["metaopt.labels"] = ",".join(chain.labelled)
-        for key, (wrapper, name) in chain.hyperparameters.items():
-            value = getattr(wrapper, name)
-            group.setdefault(key, 0.0 if isinstance(value, Schedule) else value)
-        for key, initial in chain.counters.items():
-            # a group that comes later joins the others' count
-            group.setdefault(key, next((g[key] for g in self.param_groups if key in g), initial))
-        self.place_scalars(group, chain)
-
-    def place_scalars(self, group: ParamGroup, chain: Chain) -> None:
-        """Give a group the scalars of its wrappers, beside its parameters; those of the whole run are one tensor."""
-        device = group["params"][0].device if group["params"] else torch.device("cpu")
-        wide = any(p.dtype in (torch.float64, torch.complex128) for p in group["params"])
-        dtype = torch.float64 if wide else torch.float32
-        for key, (wrapper, scalar) in chain.scalars.items():
-            shared = None
-            if scalar.per == "run":
-                peers = self.param_groups if wrapper in chain.outer else chain.groups_in(self.param_groups)
-                shared = next((g[key] for g in peers if g is not group and key in g), None)
-            if shared is not None:
-                group[key] = shared
-            elif key in group:
-                group[key] = group[key].to(device=device)
-            else:
-                group[key] = _new_scalar(scalar, wrapper, dtype, device)
-
-    def _part_scalars(self) -> None:
-        """Give each group scalars of its own if a client has split a group: copies of its entries hold one tensor."""
-        held: set[int] = set()
-        for group in self.param_groups:
-            for key, (_, scalar) in self.structure.chain_of(group).scalars.items():
-                if scalar.per != "run" and id(group[key]) in held:
-                    group[key] = group[key].clone()
-                held.add(id(group[key]))
-
-
-def _new_scalar(scalar: Scalar, wrapper: Wrapper, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    size = () if scalar.size is None else (number_of(scalar.size, wrapper, MOST_NUMBERS),)
-    return torch.full(size, scalar.initial, dtype=dtype, device=device)

@@ -1,0 +1,18 @@
+"""The keys of the engine's own entries in a group, which are in every checkpoint."""
+
+# group entries of the engine: the count of updates is the run's, the same in every group
+UPDATES = "metaopt.updates"
+# the label of the average that the parameters hold now, or "" (a key of old, kept for checkpoints)
+AVERAGE_SHOWN = "metaopt.swapped"
+# "", or the state holds only placeholders (see param_state): "asked" and the group entries that the base adds, if a
+# client wants to see the keys; "made" in a checkpoint from before the base's first update
+TEMPLATE = "metaopt.template"
+# where in `Run.own_schedules` those of this group are; a group that follows the stack's schedules has no such entry
+OWN_SCHEDULES = "metaopt.own_schedules"
+# the rate that a group was built with, None under a schedule: a client that changes the rate later has not asked for
+# another setting
+BUILT_LR = "metaopt.built_lr"
+# how often `step()` was called, if wrappers exchange means over replicas: skipped or not, all replicas make the same
+STEPS = "metaopt.steps"
+# of the entries of a checkpoint; 1 is everything before the entry itself (docs/upgrading.md)
+FORMAT_KEY, FORMAT = "metaopt.format", 2
