@@ -13,8 +13,10 @@ import torch
 
 from metaopt.engine.chain import ParamGroup
 from metaopt.engine.run.run import Run
-from metaopt.engine.step import abandon, begin, change_updates, finish, keep_due_weights
-from metaopt.engine.update import Evaluation, Update
+from metaopt.engine.step.evaluation import Evaluation
+from metaopt.engine.step.hooks import call_on_update_of_chain, keep_weights_for_on_update
+from metaopt.engine.step.order import abandon, begin, finish
+from metaopt.engine.update import Update
 from metaopt.wrapper import Closure
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -66,7 +68,7 @@ class CompiledStep:
             run.structure.multi_base.assign_groups()
         for chain in run.structure.chains:
             if chain.leading_on_update and not chain.needs_weights_before:
-                keep_due_weights(evaluation.update, chain)
+                keep_weights_for_on_update(evaluation.update, chain)
         self._replace_rates(run)
         return evaluation.loss, True, bool(evaluation.closure_for_base())
 
@@ -80,7 +82,7 @@ class CompiledStep:
         update, loss = self._end()
         try:
             for chain in update.run.structure.chains:
-                change_updates(update, chain)
+                call_on_update_of_chain(update, chain)
         except BaseException:
             abandon(update)
             raise

@@ -22,7 +22,7 @@ from metaopt.engine.param_state.placeholders import with_placeholders
 from metaopt.engine.param_state.reset import reset, validate_reset
 from metaopt.engine.run.groups import add_group, adopt_groups, complete_groups, know_members
 from metaopt.engine.run.run import Run, Stages
-from metaopt.engine.step import record, step
+from metaopt.engine.step.order import record, step
 from metaopt.engine.structure import Structure, fights
 from metaopt.errors import HyperparameterError, LogError, ParameterError, StepError, did_you_mean
 from metaopt.hyperparameters import plain

@@ -58,12 +58,12 @@ ENGINE = (
     *("run.entries", "run.run", "run.groups"),
     "update",
     *("param_state.slot_values", "param_state.placeholders", "param_state.first_update", "param_state.reset"),
-    "views",
+    *("views.blocks", "views.group_view"),
     "averages",
     "exchange",
     *("checkpoint.report", "checkpoint.matching", "checkpoint.validation", "checkpoint.precedence"),
     "checkpoint.loading",
-    "step",
+    *("step.points", "step.evaluation", "step.hooks", "step.base_step", "step.order"),
 )
 TOP = {"lab", "cli", "testing"}
 PACKAGES = {"distributed", "specs", "construction", "explaining", "ejecting", "misuse"}

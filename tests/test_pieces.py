@@ -5,7 +5,8 @@ import torch
 
 import metaopt
 from benchmarks.targets import wrappers_alone
-from metaopt.engine import update, views
+from metaopt.engine.views import blocks as engine_blocks
+from metaopt.engine.views.group_view import GroupView
 
 SHAPES = ((7, 3), (5,), (4, 2, 2), (), (9, 1))
 SPECS = [text for _, text, _ in wrappers_alone() if text is not None]
@@ -14,16 +15,16 @@ CUT = [spec for spec in SPECS if metaopt.build([torch.zeros(1)], spec).wrappers[
 
 def run(spec: str, monkeypatch: pytest.MonkeyPatch, most: int) -> tuple[list[torch.Tensor], int]:
     """Return the weights after some updates by pieces of at most so many elements, and how many pieces were made."""
-    monkeypatch.setattr(update, "CPU_BLOCK", most)
+    monkeypatch.setattr(engine_blocks, "CPU_BLOCK", most)
     made = 0
-    init = views.GroupView.__init__
+    init = GroupView.__init__
 
-    def counting(self: views.GroupView, *args: object, **kwargs: object) -> None:
+    def counting(self: GroupView, *args: object, **kwargs: object) -> None:
         nonlocal made
         made += 1
         init(self, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(views.GroupView, "__init__", counting)
+    monkeypatch.setattr(GroupView, "__init__", counting)
     generator = torch.Generator().manual_seed(0)
     weights = [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in SHAPES]
     opt = metaopt.build(weights, spec)
@@ -58,7 +59,7 @@ def test_the_index_of_a_block_is_that_of_its_own_tensors(monkeypatch: pytest.Mon
             for block in group.blocks():
                 block.set_params([halves[i] for i in block.index])
 
-    monkeypatch.setattr(update, "CPU_BLOCK", 4)
+    monkeypatch.setattr(engine_blocks, "CPU_BLOCK", 4)
     weights = [torch.nn.Parameter(torch.arange(1.0, n + 1)) for n in (3, 12, 2)]
     opt = metaopt.build(weights, metaopt.specs.pipeline.as_pipeline("sgd(lr=1.0)") | Halve())
     for p in weights:

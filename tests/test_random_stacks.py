@@ -9,7 +9,7 @@ import torch
 from plain_stack import SHOWN, Held, Lane, PlainStack, Rule
 
 import metaopt
-from metaopt.engine import update
+from metaopt.engine.views import blocks as engine_blocks
 
 pytestmark = pytest.mark.slow
 
@@ -220,7 +220,7 @@ class Trial:
 @pytest.mark.parametrize("seed", range(200))
 def test_a_random_stack_follows_the_rules_whatever_happens_to_it(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     trial = Trial(seed)
-    monkeypatch.setattr(update, "CPU_BLOCK", trial.random.choice([1 << 19, 2, 5]))
+    monkeypatch.setattr(engine_blocks, "CPU_BLOCK", trial.random.choice([1 << 19, 2, 5]))
     done = []
     for number in range(12):
         done.append(trial.random.choice(WAYS))

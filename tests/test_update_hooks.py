@@ -10,8 +10,8 @@ import torch
 
 import metaopt
 from metaopt.construction.run_description import _hyperparameters
-from metaopt.engine import update as engine_update
-from metaopt.engine.views import GroupView
+from metaopt.engine.views import blocks as engine_blocks
+from metaopt.engine.views.group_view import GroupView
 
 Params = list[torch.nn.Parameter]
 
@@ -125,7 +125,7 @@ def _no_calls() -> None:
 def test_half_an_update_is_half_the_rate(
     part: Callable[[], metaopt.Wrapper], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_update, "CPU_BLOCK", block)
+    monkeypatch.setattr(engine_blocks, "CPU_BLOCK", block)
     params, plain = weights(), weights()
     train(two_groups(params, part()), params, range(4))
     bare = torch.optim.AdamW([{"params": plain}], lr=0.05, weight_decay=0.01)
@@ -150,7 +150,7 @@ def test_a_part_that_is_due_every_second_time_leaves_the_other_updates() -> None
 
 
 def test_a_late_momentum_of_a_fused_base_begins_also_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_update, "CPU_BLOCK", 24)
+    monkeypatch.setattr(engine_blocks, "CPU_BLOCK", 24)
     params, plain = weights(), weights()
     runs = [
         (params, metaopt.wrap(torch.optim.SGD(params, lr=0.1, momentum=0.9, fused=True), Halve())),
@@ -212,7 +212,7 @@ def test_a_part_that_fails_leaves_the_weights_and_whole_state(compiled: bool) ->
 
 
 def test_a_part_that_fails_between_two_blocks_leaves_groups_and_whole_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_update, "CPU_BLOCK", 12)
+    monkeypatch.setattr(engine_blocks, "CPU_BLOCK", 12)
     params = weights()
     opt = metaopt.wrap(torch.optim.AdamW(params, lr=0.1), Fails(2))
     before = copies(params)
@@ -434,7 +434,7 @@ def test_what_is_changed_of_blocks_of_a_fetched_tensor_is_kept(way: str, monkeyp
                 torch._foreach_add_(part.seen, part.params)
 
     monkeypatch.setattr(GroupView, "_fetch", fetch)
-    monkeypatch.setattr(engine_update, "CPU_BLOCK", 5)
+    monkeypatch.setattr(engine_blocks, "CPU_BLOCK", 5)
     params = weights()
     opt = metaopt.wrap(torch.optim.SGD(params, lr=0.5), Sums())
     expected = [torch.zeros_like(p) for p in params]

@@ -7,7 +7,7 @@ import torch
 
 from metaopt.construction.run_page import as_text, run_page
 from metaopt.engine.chain import RUN_FLAGS, Chain, ParamGroup
-from metaopt.engine.step import rate_tags
+from metaopt.engine.step.points import rate_tags
 from metaopt.errors import SpecError
 from metaopt.logger import RunPage
 from metaopt.schedule import Schedule

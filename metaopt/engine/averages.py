@@ -10,7 +10,7 @@ from metaopt.distributed.shards import is_sharded, local
 from metaopt.engine.run.entries import AVERAGE_SHOWN, TEMPLATE
 from metaopt.engine.run.run import Run
 from metaopt.engine.update import Update
-from metaopt.engine.views import GroupView, updated, views_of
+from metaopt.engine.views.group_view import GroupView, updated, views_of
 from metaopt.errors import ParameterError, StepError, did_you_mean
 from metaopt.module_buffers import KeptBuffers
 from metaopt.torch_internals import Versions, keep_versions, reshard_fsdp_modules

@@ -21,7 +21,8 @@ from metaopt.engine.run.entries import STEPS, TEMPLATE
 from metaopt.engine.run.run import Run
 from metaopt.engine.structure import PlacedWrapper
 from metaopt.engine.update import Params, Update
-from metaopt.engine.views import GroupView, Rows, is_trained, row_ranges, views_of
+from metaopt.engine.views.blocks import Rows, row_ranges
+from metaopt.engine.views.group_view import GroupView, is_trained, views_of
 from metaopt.errors import HyperparameterError, StepError
 from metaopt.wrapper import Wrapper
 

@@ -1,8 +1,5 @@
 """Update: everything that exists for one `step()` and not longer. It ends with the step, also with one that fails."""
 
-import math
-from collections.abc import Callable
-from functools import partial
 from itertools import repeat
 from operator import is_not
 from typing import Any
@@ -14,16 +11,9 @@ from metaopt.engine.chain import Chain, ParamGroup, ParamState
 from metaopt.engine.fused.postponed import PostponedStep
 from metaopt.engine.run.entries import UPDATES
 from metaopt.engine.run.run import Run
-from metaopt.errors import StepError
-from metaopt.wrapper import Closure, Wrapper
 
 # gradients wider than this many bytes are not scaled by a fused kernel: its factor is float32
 WIDEST_FOLDED = 4
-
-# elements that a processor's cache holds together with their state
-CPU_BLOCK = 1 << 19
-# larger blocks on accelerators: few launches, bounded temporary memory
-DEVICE_BLOCK = 1 << 25
 
 Params = list[torch.Tensor]
 
@@ -312,79 +302,6 @@ class Update:
             p.grad = None
 
 
-class Evaluation:
-    """The closure of one `step()`: evaluated once before the base, its loss then handed to the base.
-
-    It is evaluated again only if the base asks for that (L-BFGS). `update` is None if no update is due.
-    """
-
-    def __init__(self, update: Update, closure: Closure | None, filter_gradients: Callable[[Update], None]) -> None:
-        self.run = update.run
-        self._filter_gradients = filter_gradients
-        self.update: Update | None = update
-        self.loss: Any = None
-        self._closure = closure
-        self._handed_over = True
-        self._versions: list[int] | None = None
-
-    def evaluate(self, around: Callable[[Wrapper, Closure], Any]) -> None:
-        """Evaluate the loss (None without a closure); `around` calls a wrapper that owns the evaluation."""
-        structure = self.run.structure
-        if self._closure is None and structure.needs_closure:
-            raise StepError(f"{type(self.run.base).__name__} evaluates the loss itself: call step(closure)")
-        if self._closure is None and structure.around:
-            raise StepError(
-                f"{structure.around[0].label} evaluates the loss itself: call step(closure), "
-                f"with a closure that clears the gradients, computes the loss, calls backward() and returns the loss; "
-                f"GradScaler.step() cannot hand one over: train in bfloat16, without it"
-            )
-        if self._closure is None:
-            return
-        evaluate: Closure = self.with_gradients
-        for wrapper in reversed(structure.around):  # the first one outermost
-            evaluate = partial(around, wrapper, evaluate)
-        self.loss = evaluate()
-        self._handed_over = False
-        if structure.needs_closure:
-            self._versions = self._parameter_versions()
-
-    def closure_for_base(self) -> tuple[Closure, ...]:
-        """Return what the base's step is called with; several bases share the one evaluation."""
-        return () if self._closure is None or len(self.run.structure.chains) > 1 else (self.replay,)
-
-    def replay(self) -> Any:
-        """Give the base the first evaluation, and a new one if it has moved the parameters or asks again."""
-        if self.run.structure.needs_closure:
-            versions, self._versions = self._versions, None
-            if versions is None or versions != self._parameter_versions():
-                return self._reevaluate()
-        elif self._handed_over:
-            return self._reevaluate()
-        self._handed_over = True
-        return self.loss
-
-    def _reevaluate(self) -> Any:
-        assert self.update is not None
-        loss = self.with_gradients()
-        self._filter_gradients(self.update)
-        for chain in list(self.update.pending_scale):
-            self.update.apply_scale(chain)
-        return loss
-
-    def with_gradients(self) -> Any:
-        """Call the closure with gradients enabled."""
-        assert self._closure is not None
-        try:
-            with torch.enable_grad():
-                return self._closure()
-        finally:
-            if self.update is not None:
-                self.update.gradients_changed()
-
-    def _parameter_versions(self) -> list[int]:
-        return [p._version for group in self.run.param_groups for p in group["params"]]
-
-
 def _as_tensor(factor: torch.Tensor | float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Return a factor as a tensor: a number as float32, or as float64 for gradients of that dtype."""
     wide = torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
@@ -397,23 +314,3 @@ def _by_dtype_and_device(params: Params) -> list[Params]:
     for p in params:
         lists.setdefault((p.dtype, p.device), []).append(p)
     return list(lists.values())
-
-
-def block_size(params: Params) -> int:
-    """Return how many elements to work on at a time: what a processor's cache holds, or costs little device memory."""
-    return CPU_BLOCK if params and params[0].device.type == "cpu" else DEVICE_BLOCK
-
-
-def blocks_of(params: Params, most: int | None = None) -> list[Params]:
-    """Return the parameters in blocks of at most so many elements together; a larger one is a block of its own."""
-    most = most or block_size(params)
-    blocks: list[Params] = []
-    filled = math.inf
-    for p in params:
-        size = local(p).numel()
-        if filled + size > most:
-            blocks.append([])
-            filled = 0
-        blocks[-1].append(p)
-        filled += size
-    return blocks

@@ -8,7 +8,7 @@ import torch
 from small_runs import assert_same, assert_same_weights, loss_of, small_model, train, weights
 
 import metaopt
-from metaopt.engine.update import CPU_BLOCK
+from metaopt.engine.views.blocks import CPU_BLOCK
 
 WRAPPERS = "clip_grad_norm(0.5) | lookahead(k=3) | ema(0.9)"
 

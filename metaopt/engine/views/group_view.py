@@ -27,7 +27,8 @@ from metaopt.engine.fused.lists import are_identical
 from metaopt.engine.fused.postponed import PostponedStep
 from metaopt.engine.param_state.reset import forget_base_state
 from metaopt.engine.structure import PlacedWrapper
-from metaopt.engine.update import Params, Update, block_size
+from metaopt.engine.update import Params, Update
+from metaopt.engine.views.blocks import Rows, block_size, row_ranges
 from metaopt.errors import HyperparameterError, StepError
 from metaopt.group import Group, Groups, Reduce
 from metaopt.module_buffers import buffers_kept
@@ -35,9 +36,6 @@ from metaopt.rules import Rule
 from metaopt.rules import run as run_rule
 from metaopt.slots import Slot
 from metaopt.wrapper import Wrapper
-
-# rows of a tensor's first dimension, or None for all of them
-Rows = tuple[int, int] | None
 
 
 class GroupView(Group):
@@ -688,15 +686,3 @@ def _is_elsewhere(slot: Slot, wrapper: Wrapper) -> bool:
 def _base_keys(chain: Chain, param_state: ParamState) -> list[str]:
     """Return the keys of what the base keeps: none if its entries are placeholders."""
     return [] if param_state.get(PLACEHOLDER) else [key for key in param_state if chain.is_base_key(key)]
-
-
-def row_ranges(tensor: torch.Tensor, most: int) -> list[tuple[Rows, int]]:
-    """Return ranges of rows of at most so many elements each, with these numbers; None is the whole tensor."""
-    size = tensor.numel()
-    if size <= most or tensor.dim() == 0:
-        return [(None, size)]
-    length = tensor.shape[0]
-    row = size // length
-    step = max(1, most // row)
-    cuts = [(begin, min(begin + step, length)) for begin in range(0, length, step)]
-    return [((begin, end), row * (end - begin)) for begin, end in cuts]
