@@ -10,7 +10,8 @@ from metaopt.distributed.shards import is_sharded, local
 from metaopt.engine.run.entries import AVERAGE_SHOWN, TEMPLATE
 from metaopt.engine.run.run import Run
 from metaopt.engine.update import Update
-from metaopt.engine.views.group_view import GroupView, updated, views_of
+from metaopt.engine.views.group_view import GroupView, views_of
+from metaopt.engine.views.params import updated_params
 from metaopt.errors import ParameterError, StepError, did_you_mean
 from metaopt.module_buffers import KeptBuffers
 from metaopt.torch_internals import Versions, keep_versions, reshard_fsdp_modules
@@ -223,7 +224,7 @@ def _averages(run: Run, label: str) -> Iterator[Shown]:
         wrapper = run.structure.chain_of(group).labelled.get(label)
         if wrapper is None or "averaged" not in wrapper.implemented_hooks() or group[TEMPLATE]:
             continue
-        members = updated(update, group, wrapper)
+        members = updated_params(update, group, wrapper)
         if not run.updates:  # a wrapper that keeps nothing would be asked before the first update
             members = [p for p in members if p in run.state]
         for view in views_of(update, group, wrapper, members):

@@ -22,7 +22,8 @@ from metaopt.engine.run.run import Run
 from metaopt.engine.structure import PlacedWrapper
 from metaopt.engine.update import Params, Update
 from metaopt.engine.views.blocks import Rows, row_ranges
-from metaopt.engine.views.group_view import GroupView, is_trained, views_of
+from metaopt.engine.views.group_view import GroupView, views_of
+from metaopt.engine.views.params import is_trained
 from metaopt.errors import HyperparameterError, StepError
 from metaopt.wrapper import Wrapper
 
@@ -135,17 +136,13 @@ class Exchange:
 
     def _k(self, placed: PlacedWrapper) -> int:
         key = f"{placed.wrapper.label}.{placed.wrapper.acts_every}"
-        values = {int(group[key]) for group in self._groups(placed)}
+        values = {int(group[key]) for group in self.run.groups_of(placed)}
         if len(values) > 1:
             raise HyperparameterError(
                 f"{key} differs between groups ({', '.join(map(str, sorted(values)))}), but with across='replicas' all "
                 f"groups have their steps together: give every group the same value"
             )
         return values.pop()
-
-    def _groups(self, placed: PlacedWrapper) -> list[ParamGroup]:
-        groups = self.run.param_groups
-        return groups if placed.chain is None else placed.chain.groups_in(groups)
 
     @staticmethod
     def _place(placed: PlacedWrapper, number: int) -> tuple[str, str, int]:
@@ -162,7 +159,7 @@ class Exchange:
         if any(group[TEMPLATE] for group in run.param_groups):
             remove_placeholders(run, keep_early=True)
         found = []
-        for group in self._groups(placed):
+        for group in self.run.groups_of(placed):
             members = [p for p in group["params"] if is_trained(p)]
             if run.replicas.size == 1:
                 members = [p for p in members if p in run.state]
@@ -347,7 +344,7 @@ class Exchange:
         run, found = self.run, []
         for placed in run.structure.exchanges:
             wrapper = placed.wrapper
-            for group in self._groups(placed):
+            for group in self.run.groups_of(placed):
                 scheduled = run.schedules_of(group)
                 keys = [f"{wrapper.label}.{name}" for name in wrapper.hyperparameters]
                 found.append([(key, group[key]) for key in keys if key not in scheduled])

@@ -136,6 +136,10 @@ class Run:
         """Return the group that holds a parameter."""
         return next(group for group in self.param_groups if any(p is member for member in group["params"]))
 
+    def groups_of(self, placed: PlacedWrapper) -> list[ParamGroup]:
+        """Return the groups that a wrapper acts on."""
+        return self.param_groups if placed.chain is None else placed.chain.groups_in(self.param_groups)
+
     def names(self) -> dict[torch.Tensor, str]:
         """Return a name for every parameter: the user's, or its position in the run."""
         found: dict[torch.Tensor, str] = {}

@@ -7,15 +7,9 @@ from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.run.entries import UPDATES
 from metaopt.engine.structure import PlacedWrapper
 from metaopt.engine.update import Params, Update
-from metaopt.engine.views.group_view import (
-    GroupsView,
-    GroupView,
-    block_views_of,
-    gradient_norm,
-    groups_of,
-    trained,
-    views_of,
-)
+from metaopt.engine.views.group_view import GroupView, block_views_of, views_of
+from metaopt.engine.views.groups_view import GroupsView, gradient_norm
+from metaopt.engine.views.params import trained_params
 from metaopt.group import Group
 from metaopt.wrapper import Closure, Wrapper
 
@@ -31,7 +25,7 @@ def filter_gradients(update: Update) -> None:
     if run.structure.gradient_observers:
         observe_gradients(update, gathered=False)
     for placed in run.structure.on_gradients:
-        groups = groups_of(update, placed)
+        groups = update.run.groups_of(placed)
         if placed.chain is not None and not any(update.params_and_grads(group)[0] for group in groups):
             continue
         if run.flushing and not placed.wrapper.spans_steps and not any(map(update.params_of, groups)):
@@ -109,7 +103,7 @@ def act_behind(update: Update, placed: PlacedWrapper) -> None:
             _follow(update, group, wrapper, update.apply_written_change(update.params_of(group)))
     if "after_update" in hooks:
         for group in due:
-            params = trained(update, group, wrapper)
+            params = trained_params(update, group, wrapper)
             cut = views_of if id(group) in update.postponed else block_views_of
             call(wrapper.after_update, cut(update, group, wrapper, params))
 
@@ -139,7 +133,7 @@ def observe(update: Update) -> None:
         update.begin_observing()
     for placed in run.structure.observers:
         ahead = placed.wrapper.looks_ahead() and run.metrics.wanted(run.updates + 1)
-        groups = groups_of(update, placed)
+        groups = update.run.groups_of(placed)
         if (update.is_logged or ahead) and any(map(update.params_of, groups)):
             view = GroupsView(update, placed, groups)
             placed.wrapper.observe(view)
@@ -150,7 +144,7 @@ def observe(update: Update) -> None:
 def observe_gradients(update: Update, *, gathered: bool) -> None:
     """Let the parts that only look see the gradients; `gathered`: those of all steps of the update."""
     for placed in update.run.structure.gradient_observers:
-        groups = groups_of(update, placed)
+        groups = update.run.groups_of(placed)
         if any(update.params_and_grads(group)[0] for group in groups):
             placed.wrapper.observe_gradients(GroupsView(update, placed, groups), gathered=gathered)
 
@@ -163,7 +157,7 @@ def observe_loss(update: Update, closure: Closure) -> None:
 
 def due_groups(update: Update, placed: PlacedWrapper, *, counted: bool) -> list[ParamGroup]:
     """Return the groups on which a wrapper acts at this update; see `is_due`."""
-    return [group for group in groups_of(update, placed) if is_due(placed.wrapper, group, counted=counted)]
+    return [group for group in update.run.groups_of(placed) if is_due(placed.wrapper, group, counted=counted)]
 
 
 def is_due(wrapper: Wrapper, group: ParamGroup, *, counted: bool) -> bool:

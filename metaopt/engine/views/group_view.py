@@ -1,44 +1,36 @@
-"""What wrappers see: one group as aligned lists of local tensors of one device and dtype, and all groups at once."""
+"""What a wrapper sees of one group: aligned lists of local tensors of one device and dtype, changed in place.
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from operator import attrgetter
-from typing import Any, Literal
+The tensors are those of parameters, gradients, state and update themselves, or rows of them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from metaopt.distributed.shards import (
     all_local,
     dense,
-    dots_over_shards,
-    is_sharded,
     like_parameter,
     local,
-    mean_over_shards,
-    norm_over_shards,
-    norms_over_shards,
-    random_like,
-    sums_over_shards,
-    total_dot,
-    total_norm,
 )
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState, is_moment
 from metaopt.engine.fused.lists import are_identical
 from metaopt.engine.fused.postponed import PostponedStep
 from metaopt.engine.param_state.reset import forget_base_state
-from metaopt.engine.structure import PlacedWrapper
 from metaopt.engine.update import Params, Update
 from metaopt.engine.views.blocks import Rows, block_size, row_ranges
-from metaopt.errors import HyperparameterError, StepError
-from metaopt.group import Group, Groups, Reduce
-from metaopt.module_buffers import buffers_kept
+from metaopt.engine.views.numbers import GroupNumbers
+from metaopt.engine.views.params import is_trained
+from metaopt.errors import StepError
+from metaopt.group import Groups, Reduce
 from metaopt.rules import Rule
 from metaopt.rules import run as run_rule
 from metaopt.slots import Slot
 from metaopt.wrapper import Wrapper
 
 
-class GroupView(Group):
+class GroupView(GroupNumbers):
     """Parameters of one group of one device and dtype, or rows of them, for one wrapper, during one update."""
 
     # blocks that were cut from it: what they changed of fetched copies is written back with its own
@@ -164,7 +156,7 @@ class GroupView(Group):
             return self._group[key]
         slot = wrapper.slots.get(name)
         if slot is None:
-            raise AttributeError(_unknown(wrapper, name, Groups, f"it belongs to all groups at once: groups.{name}"))
+            raise AttributeError(why_unknown(wrapper, name, Groups, f"it belongs to all groups at once: groups.{name}"))
         self._update.make_postponed()
         if slot.kind == "previous":
             return self._previous(name)
@@ -349,66 +341,6 @@ class GroupView(Group):
         self._update.make_postponed()
         forget_base_state(self._update.run, self.parameters, self._chain)
 
-    # ---- numbers
-
-    def norms(self, tensors: list[torch.Tensor], *, rows: bool = False) -> list[torch.Tensor]:
-        if not rows:
-            return norms_over_shards(tensors, self.parameters)
-        return [norm_over_shards(t, p, rows=rows) for t, p in zip(tensors, self.parameters, strict=True)]
-
-    def means(self, tensors: list[torch.Tensor], *, rows: bool = False) -> list[torch.Tensor]:
-        return [mean_over_shards(t, p, rows=rows) for t, p in zip(tensors, self.parameters, strict=True)]
-
-    def sum_over_shards(self, numbers: list[torch.Tensor]) -> list[torch.Tensor]:
-        return sums_over_shards(numbers, self.parameters)
-
-    def dots(self, a: list[torch.Tensor], b: list[torch.Tensor]) -> list[torch.Tensor]:
-        return dots_over_shards(a, b, self.parameters)
-
-    def random_like(self, tensors: Any, distribution: Literal["normal", "uniform"] = "normal") -> Any:
-        if isinstance(tensors, torch.Tensor):
-            return self._noise(self._index_of(tensors), tensors, distribution)
-        return [self._noise(i, tensor, distribution) for i, tensor in enumerate(tensors)]
-
-    def _noise(self, i: int, values: torch.Tensor, distribution: str) -> torch.Tensor:
-        update, wrapper, parameter = self._update, self._wrapper, self.parameters[i]
-        update.param_names = update.param_names or update.run.names()
-        rows = None if self._rows is None else self._rows[i]
-        place = wrapper.label, id(parameter), rows
-        draw = update.random_draws[place] = update.random_draws.get(place, 0) + 1
-        seed = self._group.get(f"{wrapper.label}.seed", 0)
-        key = f"{seed}/{wrapper.label}/{update.updates_before}/{update.param_names[parameter]}/{draw}"
-        if rows is None or values.shape != self.params[i].shape:
-            return random_like(values, parameter, key, distribution)
-        # a block of rows gets its rows of the noise of the whole tensor
-        whole = torch.empty_like(local(parameter), dtype=values.dtype)
-        return random_like(whole, parameter, key, distribution)[rows[0] : rows[1]]
-
-    def _index_of(self, tensor: torch.Tensor) -> int:
-        lists: list[list[torch.Tensor | None]] = [
-            list(self.params),
-            [p.grad for p in self.parameters],
-            [self._update.change.get(p) for p in self.parameters],
-        ]
-        for candidates in lists:
-            for i, candidate in enumerate(candidates):
-                if candidate is not None and (candidate is tensor or local(candidate).data_ptr() == tensor.data_ptr()):
-                    return i
-        raise StepError(
-            f"{self._wrapper.label}: random_like takes a tensor of group.params, group.grads or group.update, or a "
-            f"list aligned with group.params"
-        )
-
-    def push(self, name: str, value: torch.Tensor) -> None:
-        push(getattr(self, name), value)
-
-    @property
-    def num_replicas(self) -> int:
-        return self._update.run.replicas.size
-
-    def mean_over_replicas(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        return self._update.run.replicas.mean(tensors)
-
     # ---- the log
 
     @property
@@ -422,157 +354,6 @@ class GroupView(Group):
 
     def measure(self, name: str, value: torch.Tensor | float, reduce: Reduce = "mean") -> None:
         self._update.run.metrics.measure(f"{self._wrapper.label}/{name}", value, reduce)
-
-
-class GroupsView(Groups):
-    """All groups that a wrapper acts on, with the parameters that have a gradient in this update."""
-
-    def __init__(self, update: Update, placed: PlacedWrapper, groups: list[ParamGroup] | None = None) -> None:
-        self._update = update
-        self._wrapper = placed.wrapper
-        self._chains = update.run.structure.chains_of(placed)
-        self._groups = groups_of(update, placed) if groups is None else groups
-        # the views that the wrapper got, which may hold copies of what is kept on another device
-        self._views: list[GroupView] = []
-
-    def __iter__(self) -> Iterator[GroupView]:
-        for group in self._groups:
-            yield from self._given(views_of(self._update, group, self._wrapper, self._update.params_of(group)))
-
-    def groups_with_state(self) -> Iterator[GroupView]:
-        for group in self._groups:
-            keys = self._update.run.structure.chain_of(group).slots_of(self._wrapper).state_keys
-            having = [p for p in group["params"] if all(key in self._update.state_of(p) for key in keys)]
-            yield from self._given(views_of(self._update, group, self._wrapper, having))
-
-    def _given(self, views: list[GroupView]) -> list[GroupView]:
-        # what an earlier view of the same parameters has changed must be what these fetch
-        self.write_back()
-        self._views += views
-        return views
-
-    def write_back(self) -> None:
-        """Send what the wrapper changed of fetched copies back; see `GroupView.write_back`."""
-        for view in self._views:
-            view.write_back()
-
-    # ---- numbers
-
-    @property
-    def updates(self) -> int:  # type: ignore[override]
-        """The number of updates made."""
-        return int(self._groups[0]["metaopt.updates"])
-
-    def norm(self, norm_type: float = 2.0) -> torch.Tensor:
-        if self._update.run.has_zero_shard:
-            raise StepError(
-                f"{self._wrapper.label} needs the norm over all gradients, and ZeroRedundancyOptimizer gives each rank "
-                f"a share of them: leave it out and call torch.nn.utils.clip_grad_norm_(model.parameters(), ...) "
-                f"before step(), or shard with FSDP2 (fully_shard) instead"
-            )
-        return gradient_norm(self._update, self._chains, self._groups, norm_type)
-
-    def norm_of(self, name: str) -> torch.Tensor:
-        tensors = [
-            like_parameter(p, t.to(p.dtype)) if is_sharded(p) else t
-            for view in self
-            for p, t in zip(view.parameters, getattr(view, name), strict=True)
-        ]
-        return total_norm(tensors)
-
-    def dot(self, a: str, b: str) -> torch.Tensor:
-        products = [total_dot(getattr(view, a), getattr(view, b), view.parameters) for view in self]
-        return torch.stack([product.to(products[0].device) for product in products]).sum()
-
-    @property
-    def num_replicas(self) -> int:
-        return self._update.run.replicas.size
-
-    def mean_over_replicas(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        return self._update.run.replicas.mean(tensors)
-
-    def scale(self, factor: torch.Tensor | float) -> None:
-        for chain in self._chains:
-            self._update.add_scale(chain, factor)
-
-    # ---- decisions and counters
-
-    def buffers_kept(self) -> AbstractContextManager[None]:
-        known = self._update.run.model
-        return buffers_kept(None if known is None else known())
-
-    @property
-    def step_weight(self) -> float | torch.Tensor:
-        return self._update.step_weight
-
-    @property
-    def is_flush(self) -> bool:
-        return self._update.run.flushing
-
-    def skip_update(self, reason: str) -> None:
-        if not self._wrapper.may_skip_updates:
-            raise StepError(f"{self._wrapper.label} skips an update without declaring may_skip_updates = True")
-        self._update.skip_reason = reason
-
-    def set_counter(self, name: str, value: int | float) -> None:
-        if name not in self._wrapper.counters:
-            raise AttributeError(f"{self._wrapper.label} declares no counter called {name!r}")
-        key = f"{self._wrapper.label}.{name}"
-        for group in self._groups:
-            self._update.counters_before.append((group, key, group[key]))
-            group[key] = value
-
-    def change_lr(self, change: Callable[[float], float]) -> None:
-        for group in self._groups:
-            self._update.run.change_lr(group, change)
-
-    def push(self, name: str, value: torch.Tensor) -> None:
-        push(getattr(self, name), value)
-
-    @property
-    def is_logged(self) -> bool:
-        return self._update.is_logged
-
-    @property
-    def has_logger(self) -> bool:
-        return self._update.run.metrics.logger is not None
-
-    def measure(self, name: str, value: torch.Tensor | float) -> None:
-        self._update.run.metrics.measure(f"{self._wrapper.label}/{name}", value)
-
-    def measure_tensors(self, name: str, tensors: Sequence[str], values: torch.Tensor, most: int | None = None) -> None:
-        self._update.run.metrics.measure_tensors(f"{self._wrapper.label}/{name}", tensors, values, most)
-
-    def measure_histogram(self, name: str, edges: Sequence[float], counts: torch.Tensor) -> None:
-        self._update.run.metrics.measure_histogram(f"{self._wrapper.label}/{name}", edges, counts)
-
-    def __getattr__(self, name: str) -> Any:
-        wrapper = self.__dict__["_wrapper"]
-        key = f"{wrapper.label}.{name}"
-        if name in wrapper.scalars:
-            if wrapper.scalars[name].per == "group" and len(self._groups) > 1:
-                raise AttributeError(f"{key} is a number of each group: read it from the groups, or declare per='run'")
-            return self._groups[0][key]
-        if name not in wrapper.hyperparameters and name not in wrapper.counters:
-            of_each = f"each group has its own: for group in groups: group.{name}"
-            kept = name in wrapper.slots
-            raise AttributeError(f"groups.{name}: {of_each}" if kept else _unknown(wrapper, name, Group, of_each))
-        first = self._groups[0][key]
-        if any(group[key] is not first and group[key] != first for group in self._groups[1:]):
-            raise HyperparameterError(
-                f"{key} differs between groups, but {wrapper.label} acts on all of them at once: "
-                f"give every group the same value"
-            )
-        return first
-
-
-# ---- making views
-
-
-def groups_of(update: Update, placed: PlacedWrapper) -> list[ParamGroup]:
-    """Return the groups that a wrapper acts on."""
-    groups = update.run.param_groups
-    return groups if placed.chain is None else placed.chain.groups_in(groups)
 
 
 def views_of(
@@ -608,60 +389,7 @@ def block_views_of(
     return [block for v, is_cut in zip(views, cut, strict=True) for block in (v.blocks() if is_cut else [v])]
 
 
-def updated(update: Update, group: ParamGroup, wrapper: Wrapper) -> Params:
-    """Return the group's parameters that have been updated: those that have the wrapper's state, if it has any.
-
-    For a wrapper that uses the previous weights, those of this update: of the others there are none.
-    """
-    run = update.run
-    layout = run.structure.chain_of(group).slots_of(wrapper)
-    if layout.uses_previous and update.weights_before:
-        members = update.params_of(group)
-        return [p for p in members if all(key in run.state[p] for key in layout.state_keys)]
-    state = run.state
-    if not layout.state_keys:
-        return [p for p in group["params"] if p in state or p.grad is not None]
-    first, *others = layout.state_keys
-    begun = [p for p in group["params"] if p in state]
-    found = [p for p in begun if first in state[p]]
-    if others:
-        found = [p for p in found if all(key in state[p] for key in others)]
-    if len(found) < len(begun):  # a client has since written state of the base only: the next update completes it
-        run.invalidate()
-    return found
-
-
-def trained(update: Update, group: ParamGroup, wrapper: Wrapper) -> Params:
-    """Return what `after_update` acts on: the updated parameters, without the frozen ones if it moves weights."""
-    found = updated(update, group, wrapper)
-    return found if wrapper.acts_on_frozen else [p for p in found if is_trained(p)]
-
-
-def is_trained(p: torch.Tensor) -> bool:
-    """Return whether a parameter is not frozen; who sets gradients by hand need not set `requires_grad`."""
-    return p.requires_grad or p.grad is not None
-
-
-def gradient_norm(
-    update: Update, chains: Sequence[Chain], groups: list[ParamGroup], norm_type: float = 2.0
-) -> torch.Tensor:
-    """Return the norm over the gradients of some groups, over devices and shards; pending factors count."""
-    factor = update.pending_scale.get(chains[0])
-    if any(update.pending_scale.get(chain) is not factor for chain in chains):
-        # chains with different pending factors: these cannot be taken out of the norm
-        for chain in chains:
-            update.apply_scale(chain)
-        factor = None
-    gradients = [g for group in groups for g in update.params_and_grads(group)[1]]
-    if any(map(attrgetter("is_sparse"), gradients)):
-        gradients = list(map(dense, gradients))
-    total = total_norm(gradients, norm_type)
-    if factor is None:
-        return total
-    return total * (factor.abs().to(total.device) if isinstance(factor, torch.Tensor) else abs(factor))
-
-
-def _unknown(wrapper: Wrapper, name: str, other: type, of_other: str) -> str:
+def why_unknown(wrapper: Wrapper, name: str, other: type, of_other: str) -> str:
     """Return why a wrapper finds nothing of a name on what its hook was given."""
     if hasattr(other, name) or name in other.__annotations__:
         return f"{wrapper.label} asks for {name!r}, but {of_other}"
@@ -671,11 +399,6 @@ def _unknown(wrapper: Wrapper, name: str, other: type, of_other: str) -> str:
         else ""
     )
     return f"{wrapper.label} declares no hyperparameter and no state called {name!r}{plain}"
-
-
-def push(history: torch.Tensor, value: torch.Tensor) -> None:
-    """Append a value to a history, whose oldest value goes; never waits for the device."""
-    history.copy_(torch.cat([history[1:], value.detach().reshape(1).to(history)]))
 
 
 def _is_elsewhere(slot: Slot, wrapper: Wrapper) -> bool:

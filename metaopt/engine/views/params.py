@@ -1,0 +1,41 @@
+"""Which parameters of a group a wrapper acts on: those with its state, with a gradient, not frozen. Changes nothing."""
+
+import torch
+
+from metaopt.engine.chain import ParamGroup
+from metaopt.engine.update import Params, Update
+from metaopt.wrapper import Wrapper
+
+
+def updated_params(update: Update, group: ParamGroup, wrapper: Wrapper) -> Params:
+    """Return the group's parameters that have been updated: those that have the wrapper's state, if it has any.
+
+    For a wrapper that uses the previous weights, those of this update: of the others there are none.
+    """
+    run = update.run
+    layout = run.structure.chain_of(group).slots_of(wrapper)
+    if layout.uses_previous and update.weights_before:
+        members = update.params_of(group)
+        return [p for p in members if all(key in run.state[p] for key in layout.state_keys)]
+    state = run.state
+    if not layout.state_keys:
+        return [p for p in group["params"] if p in state or p.grad is not None]
+    first, *others = layout.state_keys
+    begun = [p for p in group["params"] if p in state]
+    found = [p for p in begun if first in state[p]]
+    if others:
+        found = [p for p in found if all(key in state[p] for key in others)]
+    if len(found) < len(begun):  # a client has since written state of the base only: the next update completes it
+        run.invalidate()
+    return found
+
+
+def trained_params(update: Update, group: ParamGroup, wrapper: Wrapper) -> Params:
+    """Return what `after_update` acts on: the updated parameters, without the frozen ones if it moves weights."""
+    found = updated_params(update, group, wrapper)
+    return found if wrapper.acts_on_frozen else [p for p in found if is_trained(p)]
+
+
+def is_trained(p: torch.Tensor) -> bool:
+    """Return whether a parameter is not frozen; who sets gradients by hand need not set `requires_grad`."""
+    return p.requires_grad or p.grad is not None
