@@ -13,14 +13,14 @@ def updated_params(update: Update, group: ParamGroup, wrapper: Wrapper) -> Param
     For a wrapper that uses the previous weights, those of this update: of the others there are none.
     """
     run = update.run
-    layout = run.structure.chain_of(group).slots_of(wrapper)
-    if layout.uses_previous and update.weights_before:
-        members = update.params_of(group)
-        return [p for p in members if all(key in run.state[p] for key in layout.state_keys)]
+    slots = run.structure.chain_of(group).slots_of(wrapper)
+    if slots.uses_previous and update.weights_before:
+        params = update.params_of(group)
+        return [p for p in params if all(key in run.state[p] for key in slots.state_keys)]
     state = run.state
-    if not layout.state_keys:
+    if not slots.state_keys:
         return [p for p in group["params"] if p in state or p.grad is not None]
-    first, *others = layout.state_keys
+    first, *others = slots.state_keys
     begun = [p for p in group["params"] if p in state]
     found = [p for p in begun if first in state[p]]
     if others:
