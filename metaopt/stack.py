@@ -16,7 +16,7 @@ from metaopt.engine import averages
 from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.checkpoint import loading
 from metaopt.engine.checkpoint.report import Choice, LoadReport, changed_choice
-from metaopt.engine.exchange import exchange_of
+from metaopt.engine.exchange.outer_steps import exchange_of
 from metaopt.engine.param_state.first_update import take_constructor_state
 from metaopt.engine.param_state.placeholders import with_placeholders
 from metaopt.engine.param_state.reset import reset, validate_reset

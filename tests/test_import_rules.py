@@ -60,7 +60,7 @@ ENGINE = (
     *("param_state.slot_values", "param_state.placeholders", "param_state.first_update", "param_state.reset"),
     *("views.blocks", "views.params", "views.numbers", "views.group_view", "views.groups_view"),
     "averages",
-    "exchange",
+    *("exchange.buckets", "exchange.agreement", "exchange.outer_steps"),
     *("checkpoint.report", "checkpoint.matching", "checkpoint.validation", "checkpoint.precedence"),
     "checkpoint.loading",
     *("step.points", "step.evaluation", "step.hooks", "step.base_step", "step.order"),

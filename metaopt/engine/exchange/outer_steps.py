@@ -1,0 +1,169 @@
+"""Outer steps over replicas: when a wrapper that takes means is due, and what is on its way to or from others.
+
+All replicas call `step()` equally often, whether or not one of them skips an update. So it is the count of steps that
+says when an exchange is due, and every replica takes part with what it has.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from metaopt.distributed.shards import local
+from metaopt.engine.exchange.agreement import compared, steps_per_round, take_weights
+from metaopt.engine.exchange.buckets import Bucket, Part, buckets_of_fragment, views_of_parts, ways_in_one_tensor
+from metaopt.engine.run.entries import STEPS
+from metaopt.engine.run.run import Run
+from metaopt.engine.structure import PlacedWrapper
+from metaopt.engine.update import Update
+from metaopt.errors import HyperparameterError
+
+
+def exchange_of(run: Run) -> "Exchange | None":
+    """Return the exchange of a run, or None if none of its wrappers takes means."""
+    return Exchange(run) if run.structure.exchanges else None
+
+
+class Exchange:
+    """When the wrappers of a run that take means are due, and what is on its way to or from other replicas."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.joined = False
+        # whether an exchange was due at the last step: the same answer on all replicas
+        self.met = False
+        # of the step in progress: how many updates all replicas have had the time for, or None between two of these
+        self._round: int | None = None
+        # by wrapper and fragment, while a delay lasts
+        self._under_way: dict[tuple[str, str, int], list[Bucket]] = {}
+
+    def join(self) -> bool:
+        """Agree with the other replicas, once, on model, settings and weights; return whether weights changed here."""
+        if self.joined:
+            return False
+        found = compared(self.run)
+        self.joined = True
+        return found is not None and take_weights(self.run, found)
+
+    # ---- when
+
+    def count_step(self) -> None:
+        """Count a call of `step()`; with a wrapper that gathers several steps into one update, so many are a round."""
+        run = self.run
+        self.met = False
+        each = steps_per_round(self.run)
+        if run.replicas.size == 1:
+            self._round = run.updates
+            for group in run.param_groups:
+                group[STEPS] = run.updates * each
+            return
+        before = int(run.param_groups[0].get(STEPS, 0))
+        # a flush ends a round that has begun
+        steps = -(-before // each) * each if run.flushing else before + 1
+        for group in run.param_groups:
+            group[STEPS] = steps
+        self._round = steps // each if steps > before and steps % each == 0 else None
+
+    def take_part(self, update: Update) -> None:
+        """Make the exchanges that are due at a step that makes no update here; alone there are none."""
+        if self.run.replicas.size == 1:
+            return
+        update.pending_state = {}  # no update begins these parameters
+        self.count_step()
+        for placed in self.run.structure.exchanges:
+            self.act(update, placed)
+
+    def act(self, update: Update, placed: PlacedWrapper) -> None:
+        """Make what is due of one wrapper: send ways, and step along the means that have come."""
+        if self._round is None:
+            return
+        wrapper = placed.wrapper
+        fragments, delay = (int(vars(wrapper)[name]) for name in ("fragments", "delay"))
+        k = self._k(placed)
+        for number in range(fragments):
+            since = self._round - k * (number + 1) // fragments
+            due = since >= 0 and since % k == 0
+            self.met = self.met or due
+            if due and not delay:
+                for bucket in self._sent_in_turn(update, placed, number):
+                    self._step(update, placed, bucket.parts, bucket.means())
+            elif due:
+                self._under_way[self._place(placed, number)] = list(self._sent(update, placed, number))
+            elif since >= delay and (since - delay) % k == 0:
+                self._receive(update, placed, number)
+
+    def _k(self, placed: PlacedWrapper) -> int:
+        key = f"{placed.wrapper.label}.{placed.wrapper.acts_every}"
+        values = {int(group[key]) for group in self.run.groups_of(placed)}
+        if len(values) > 1:
+            raise HyperparameterError(
+                f"{key} differs between groups ({', '.join(map(str, sorted(values)))}), but with across='replicas' all "
+                f"groups have their steps together: give every group the same value"
+            )
+        return values.pop()
+
+    @staticmethod
+    def _place(placed: PlacedWrapper, number: int) -> tuple[str, str, int]:
+        return "" if placed.chain is None else placed.chain.name, placed.wrapper.label, number
+
+    # ---- what is sent
+
+    def _sent(self, update: Update, placed: PlacedWrapper, number: int) -> Iterator[Bucket]:
+        """Begin the collectives of a fragment, and yield its buckets."""
+        for bucket in buckets_of_fragment(self.run, placed, number):
+            flat = ways_in_one_tensor(update, placed.wrapper, bucket.parts)
+            bucket.sum = self.run.replicas.begin_sum(flat)
+            yield bucket
+
+    def _sent_in_turn(self, update: Update, placed: PlacedWrapper, number: int) -> Iterator[Bucket]:
+        """Yield the buckets of a fragment, each when the next one is on its way already: two are in memory at most."""
+        before: Bucket | None = None
+        for bucket in self._sent(update, placed, number):
+            if before is not None:
+                yield before
+            before = bucket
+        if before is not None:
+            yield before
+
+    # ---- what comes back
+
+    def _receive(self, update: Update, placed: PlacedWrapper, number: int) -> None:
+        sent = self._under_way.pop(self._place(placed, number), None)
+        # after a load they are in the state
+        for bucket in buckets_of_fragment(self.run, placed, number) if sent is None else sent:
+            pending = self._pending(placed, bucket.parts)
+            means = bucket.means() if sent is not None else [kept.clone() for kept in pending]
+            for kept in pending if sent is None or bucket.is_saved else ():
+                kept.zero_()
+            self._step(update, placed, bucket.parts, means)
+
+    def _pending(self, placed: PlacedWrapper, parts: list[Part]) -> list[torch.Tensor]:
+        key = f"{placed.wrapper.label}.pending"
+        kept = [(local(self.run.state[part.parameter][key]), part.rows) for part in parts]
+        return [tensor if rows is None else tensor[rows[0] : rows[1]] for tensor, rows in kept]
+
+    def _step(self, update: Update, placed: PlacedWrapper, parts: list[Part], means: list[torch.Tensor]) -> None:
+        """Let the wrapper make its outer step along means that have come."""
+        wrapper = placed.wrapper
+        for view, positions in views_of_parts(update, wrapper, parts):
+            if vars(wrapper)["delay"]:
+                view.kept_share = float(view.blend)
+            anchors = getattr(view, str(wrapper.anchor_across))
+            view.means_of_ways = [means[i].to(a) for i, a in zip(positions, anchors, strict=True)]
+            wrapper.after_update(view)
+            view.write_back()
+
+    def settle(self) -> None:
+        """Wait for the means that are on their way, and put them into the state: a checkpoint is taken."""
+        for placed in self.run.structure.exchanges if self._under_way else ():
+            for number in range(int(vars(placed.wrapper)["fragments"])):
+                for bucket in self._under_way.get(self._place(placed, number), ()):
+                    bucket.is_saved = True
+                    for kept, mean in zip(self._pending(placed, bucket.parts), bucket.means(), strict=True):
+                        kept.copy_(mean)
+
+    def forget(self) -> None:
+        """Drop what is on its way: a checkpoint was loaded, which brings its own."""
+        for buckets in self._under_way.values():
+            for bucket in buckets:
+                bucket.means()
+        self._under_way.clear()
