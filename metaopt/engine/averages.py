@@ -1,4 +1,4 @@
-"""Averages shown in the parameters' place, and the weights back, bit for bit."""
+"""Averages shown in the parameters' place: weights and state are swapped, and swapped back bit for bit."""
 
 import copy
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""A chain: one base with the wrappers and schedules around it, over the groups that carry its name.
+"""A chain: one base with the wrappers around it, over the groups that carry its name; only a chain calls `base.step()`.
 
 It is fixed when a stack is made. It knows how its base is stepped, and what a scratch copy of the base would do.
 """

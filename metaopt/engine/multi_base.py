@@ -1,4 +1,4 @@
-"""Several bases in one stack: which base updates which parameters, and all of them as one optimizer."""
+"""Several bases in one stack: which base updates which parameters, and all as one optimizer over common groups."""
 
 from abc import ABC, abstractmethod
 from collections import defaultdict

@@ -19,7 +19,7 @@ Params = list[torch.Tensor]
 
 
 class Update:
-    """One update of a run: what waits to be multiplied in, what is not in the state yet, what the weights were before.
+    """One update of a run: pending factors and state, the weights before and their change, steps that are put off.
 
     `averaged()` outside a step uses one in which nothing is pending.
     """

@@ -1,4 +1,4 @@
-"""Which parameter of a checkpoint is which of the stack: by name if both sides have names, otherwise by position."""
+"""Which parameter of a checkpoint is which of the stack: by name, or by position; reads both."""
 
 import copy
 from collections import Counter

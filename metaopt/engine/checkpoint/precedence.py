@@ -1,4 +1,4 @@
-"""Whose values are in force after a load: the checkpoint's, this stack's or its schedules'.
+"""Whose values are in force after a load: the checkpoint's, this stack's or its schedules'; works on copies.
 
 The rule, for each hyperparameter of each group: a scheduled value follows this stack's schedule at the loaded count;
 what decides which state there is stays this stack's; every other value is the checkpoint's, or this stack's with

@@ -1,4 +1,4 @@
-"""A run: a base with its groups and state, and what is remembered between two updates."""
+"""A run: a base with its groups and state, what is remembered between two updates, and the values of schedules."""
 
 import math
 import weakref
