@@ -710,6 +710,7 @@ def test_the_median_run_counts_what_diverged_as_infinite(tmp_path: Path) -> None
 # ---- a folder, its comparisons and its looks
 
 
+@pytest.mark.slow
 def test_a_second_comparison_leaves_the_first_as_it_is(tmp_path: Path) -> None:
     assert compared(tmp_path) == 0
     written = {path: path.read_bytes() for path in tmp_path.glob("*.*") if path.is_file() and path.name != NAME}
@@ -734,6 +735,7 @@ def test_what_somebody_else_has_in_the_folder_is_left_alone(tmp_path: Path, name
     assert (tmp_path / "comparison-2" / "report.md").exists()
 
 
+@pytest.mark.slow
 def test_more_studies_in_the_same_folder_are_another_look(tmp_path: Path) -> None:
     first = run_comparison(small(tmp_path))
     assert (first.level, first.earlier) == (0.05, [])
@@ -794,6 +796,7 @@ def running(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_trial_whose_process_is_killed_is_made_again(tmp_path: Path) -> None:
     asked = {"problem": "rosenbrock", "specs": ("sgd", "adam"), "steps": 1000, "trials": 2}
     before = set(multiprocessing.active_children())
@@ -852,6 +855,7 @@ def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
 def test_an_interrupted_comparison_goes_on_and_leaves_no_process_behind(tmp_path: Path) -> None:
     asked = {"problem": "rosenbrock", "specs": ("sgd", "adam"), "studies": 4, "steps": 400, "trials": 3}

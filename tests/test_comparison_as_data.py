@@ -165,6 +165,7 @@ def test_json_is_the_file_of_results(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert json.loads(out) == json.loads((tmp_path / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_problem_that_is_given_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     problems = ["--problem", "noisy_quadratic(dimensions=3)", "--problem", "xor", "--steps", "3"]
     run(capsys, *problems, "--out", str(tmp_path))

@@ -155,6 +155,7 @@ def test_too_many_parts_are_refused() -> None:
         eject("clip_grad_norm(1.0) | decay(0.1) | adamw | cautious | lookahead | clip_update_rms(1.0) | ema | outer")
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_file_that_runs_without_metaopt(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

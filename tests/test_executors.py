@@ -52,6 +52,7 @@ def workers():
         process.join()
 
 
+@pytest.mark.slow
 def test_workers_on_a_folder_give_the_results_of_one_process_bit_for_bit(tmp_path, workers):
     expected = results_of(run_comparison(plan(tmp_path / "local")))
     for _ in range(2):
@@ -95,6 +96,7 @@ def test_an_old_lease_is_taken_over_by_one_worker_and_the_driver_learns_of_it(tm
     assert outcome["failed"] is None
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_costs_one_try(tmp_path, workers, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent)
     registry.load_plugin_module("mortal")

@@ -14,6 +14,8 @@ from warm import Command, run
 
 from metaopt.lab.holding import SCRATCH
 
+pytestmark = pytest.mark.slow
+
 OUT = "results"
 COMMAND = ["compare", "--problem", "noisy_quadratic", "-o", "sgd", "-o", "sgd(momentum=0.9)", "-o", "adamw"]
 COMMAND += ["--studies", "6", "--trials", "3", "--steps", "12", "--jobs", "1", "--out", OUT]
@@ -60,7 +62,6 @@ def killed(folder: Path, times: int, trials: int) -> int:
     return kills
 
 
-@pytest.mark.slow
 def test_a_comparison_killed_at_ten_random_moments_ends_in_the_same_bytes(tmp_path: Path, undisturbed: Path) -> None:
     assert killed(tmp_path, 10, finished(undisturbed)) >= 8
     assert run(COMMAND, tmp_path)[0] == 0

@@ -139,6 +139,7 @@ def test_a_new_process_answers_without_inherited_memory():
     assert continue_from_every_step(replace(subject)).keys() == found.keys()
 
 
+@pytest.mark.slow
 def test_importing_the_kit_needs_no_pytest():
     program = "import sys, metaopt.testing; assert 'pytest' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -39,6 +39,7 @@ def test_resumed_at_every_step_in_a_new_process(spec: str, tmp_path: Path) -> No
         assert found == expected, f"saved at step {step}"
 
 
+@pytest.mark.slow
 def test_resumed_at_every_step_by_an_interpreter_that_starts_from_nothing(tmp_path: Path) -> None:
     expected = resume_worker.save_at_every_step(SPECS[-1], tmp_path / "saved.pt")
     printed = python(resume_worker.__file__, str(tmp_path / "saved.pt"), folder=tmp_path)

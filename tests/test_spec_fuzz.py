@@ -108,6 +108,7 @@ def mutated(draw: st.DrawFn) -> str:
     return text
 
 
+@pytest.mark.slow
 @many
 @given(st.text())
 def test_any_text(text: str) -> None:
@@ -124,6 +125,7 @@ def test_any_words_of_the_language(text: str) -> None:
     built_or_refused(text)
 
 
+@pytest.mark.slow
 @many
 @given(pipelines)
 @example("sgd(lr=cosine(1" + "0" * 400 + "))")
@@ -146,6 +148,7 @@ def test_any_parts_with_any_values_and_what_builds_prints_text_that_builds_it_ag
         assert again is not None and str(again.spec) == str(stack.spec)
 
 
+@pytest.mark.slow
 @many
 @given(mutated())
 @example('"\\' * 30_000)

@@ -163,6 +163,7 @@ def test_the_simulation_says_what_verdicts_says() -> None:
     assert any(map(any, found)) and not all(map(all, found))
 
 
+@pytest.mark.slow
 def test_looks_that_were_not_declared_keep_near_it_however_many_there_are() -> None:
     looks = [10, 15, 20, 30, 40]
     assert [level_after(k, (n,)) for k, n in enumerate(looks)] == pytest.approx([0.05, 0.01, 0.002, 0.0004, 0.00008])

@@ -98,6 +98,7 @@ def test_batch_norm_is_evaluated_with_its_statistics_and_keeps_them() -> None:
     assert model.training
 
 
+@pytest.mark.slow
 def test_a_command_compares_on_all_problems_of_a_suite(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     (tmp_path / "two_toys.py").write_text(
         "from metaopt import hookimpl\n\n\n@hookimpl\ndef metaopt_suites():\n"

@@ -106,6 +106,7 @@ def test_a_killed_search_goes_on_to_the_same_result(tmp_path: Path) -> None:
     assert (tmp_path / "found/results.json").read_bytes() == (tmp_path / "whole/results.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_halving_gives_most_settings_up_and_counts_what_it_spent(tmp_path: Path) -> None:
     found = tune(SPEC, problem="xor", trials=9, steps=90, method="halving", out=tmp_path)
     lengths = [trial.evaluations for trial in found.trials]

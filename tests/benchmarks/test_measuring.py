@@ -108,6 +108,7 @@ def test_the_bytes_of_a_wrapper_are_told_apart_from_those_of_the_base(tiny):
     assert moved["clip_grad_norm"] == pytest.approx(tiny.bytes)
 
 
+@pytest.mark.slow
 def test_state_and_temporary_memory_are_those_of_the_formula(tiny):
     found, _ = make_contenders([WHOLE])
     result = measure(tiny, found, "torch-fused", rounds=1)

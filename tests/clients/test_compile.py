@@ -101,6 +101,7 @@ def test_no_base_and_no_wrapper_costs_a_compilation_per_cycle_or_per_rate(spec: 
     torch.testing.assert_close(found, eager_run(built(spec)), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_reset_of_the_base_is_right_though_torch_gives_up_compiling() -> None:
     spec = "adamw(lr=cosine(1e-3), foreach=True) | lookahead(k=5, pullback_momentum='reset')"

@@ -22,6 +22,8 @@ from torch.distributed.fsdp import fully_shard
 import metaopt
 
 # k=3: a checkpoint after update 4 is in the middle of a cycle
+pytestmark = pytest.mark.slow
+
 SPEC = "clip_grad_norm(0.5) | adamw(lr=warmup(cosine(0.05), 3)) | lookahead(k=3)"
 SPECS = (
     SPEC,

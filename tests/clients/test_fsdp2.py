@@ -1,5 +1,6 @@
 """FSDP2: a stack over DTensor parameters is the stack over whole ones, and what it keeps is sharded with them."""
 
+import pytest
 import torch
 from clients.ranks import on_two_ranks
 from clients.training import assert_same, batch, loss_of, share, small_model, train, weights
@@ -8,6 +9,8 @@ from torch.distributed.fsdp import fully_shard
 
 import metaopt
 from metaopt.measurements import OfBins
+
+pytestmark = pytest.mark.slow
 
 SPEC = "clip_grad_norm(0.5) | adamw(lr=0.05) | lookahead(k=3)"
 

@@ -127,6 +127,7 @@ def test_a_checkpoint_taken_inside_averaged_goes_on_from_the_fast_weights(spec: 
         advance(model, opt, range(step, step + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec", ["clip_grad_norm(0.5) | adamw(lr=0.01) | lookahead(k=3)", "sgd(lr=0.1, momentum=0.9) | ema(0.9)"]
 )

@@ -16,6 +16,8 @@ from torch.distributed.fsdp import fully_shard
 
 import metaopt
 
+pytestmark = pytest.mark.slow
+
 SHAPES = ((6,), (3, 4), (), (5, 2))
 STEPS = 200
 INNER = "sgd(lr=0.02, momentum=0.9)"
