@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm
 
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
@@ -567,15 +567,17 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(
 
 def test_two_comparisons_do_not_write_into_one_folder(tmp_path: Path) -> None:
     # the lock is a process's own, so another process asks
-    program = (
-        "import sys, pathlib\nfrom metaopt.lab.holding import held\n"
-        "with held(pathlib.Path(sys.argv[1]), 'a comparison'):\n    print('entered')\n"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    with held(tmp_path, "a comparison"):
-        refused = subprocess.run(command, capture_output=True, text=True)
-    assert refused.returncode != 0 and "another process is writing a comparison" in refused.stderr
-    assert subprocess.run(command, capture_output=True, text=True).stdout == "entered\n"
+    with (
+        held(tmp_path, "a comparison"),
+        pytest.raises(MetaoptError, match="another process is writing a comparison"),
+    ):
+        warm.called(enter, tmp_path)
+    assert warm.called(enter, tmp_path) == "entered"
+
+
+def enter(folder: Path) -> str:
+    with held(folder, "a comparison"):
+        return "entered"
 
 
 # ---- TensorBoard
@@ -850,41 +852,35 @@ def test_a_trial_that_gets_its_process_killed_each_time_fails(tmp_path: Path, mo
     assert all("killed 3 times from outside" in why for why in failed.values() if why)
 
 
-def heed_interrupts() -> None:
-    """Let the process be interrupted, also if these tests run where SIGINT is ignored (nohup, some CI)."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
 def test_an_interrupted_comparison_goes_on_and_leaves_no_process_behind(tmp_path: Path) -> None:
-    asked = {"problem": "rosenbrock", "specs": ("sgd", "adam"), "studies": 4, "steps": 400, "trials": 3}
-    command = [sys.executable, "-m", "metaopt", "compare", "--problem=rosenbrock", "-o", "sgd", "-o", "adam"]
-    command += ["--studies=4", "--steps=400", "--trials=3", "--jobs=2", f"--out={tmp_path / 'killed'}"]
+    asked = {"problem": "rosenbrock", "specs": ("sgd", "adam"), "studies": 4, "steps": 150, "trials": 3}
+    command = ["compare", "--problem=rosenbrock", "-o", "sgd", "-o", "adam"]
+    command += ["--studies=4", "--steps=150", "--trials=3", "--jobs=2", f"--out={tmp_path / 'killed'}"]
 
     def finished() -> int:
         return len(list((tmp_path / "killed" / "trials").glob("*.json")))
 
     for end in (signal.SIGINT, signal.SIGKILL):
-        with (tmp_path / "errors").open("w") as errors:
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, preexec_fn=heed_interrupts)
         before = finished()
-        assert until(lambda before=before: finished() > before or process.poll() is not None)  # noqa: B023
-        assert process.poll() is None, "it was over before it could be interrupted: make the runs longer"
-        workers = children(process.pid)
+        # as on a terminal, its workers are forks of a process that it has started
+        run = warm.Command(command, tmp_path, own_server=True)
+        assert until(lambda before=before, run=run: finished() > before or not run.running())
+        assert run.running(), "it was over before it could be interrupted: make the runs longer"
+        workers = children(run.process.pid or 0)
         assert len(workers) >= 2
-        process.send_signal(end)
-        status = process.wait(60)
+        run.kill(end)
+        status, _, errors = run.end()
         outlived = [worker for worker in workers if not until(lambda worker=worker: not running(worker), 20)]
         for worker in outlived:
             os.kill(worker, signal.SIGKILL)
         assert not outlived, "workers outlived their parent"
         if end == signal.SIGINT:
-            told = (tmp_path / "errors").read_text()
             # where it took long, lines of progress stand before it
-            assert status == 130 and told.count("metaopt: ") == 1
-            assert told.splitlines()[-1].startswith("metaopt: interrupted: ")
-            assert "interrupted" in told and "the same command goes on from there" in told
+            assert status == 130 and errors.count("metaopt: ") == 1
+            assert errors.splitlines()[-1].startswith("metaopt: interrupted: ")
+            assert "the same command goes on from there" in errors
     kept = finished()
     assert 2 <= kept < 24
     continued, whole = (run_comparison(small(tmp_path / name, **asked)) for name in ("killed", "whole"))

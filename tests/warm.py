@@ -29,8 +29,9 @@ def called(function: Callable[..., Any], *arguments: Any) -> Any:
 class New:
     """A function of a module that is called in a new process, in a folder; what it prints is kept.
 
-    `path` has more places to import from. `largest_file` bounds the files that it writes, as a full disk does; with
-    `dies_there` the system kills it in the middle of the write that passes that bound.
+    `path` has more places to import from. With `own_server` the processes that it starts come from a server of its own,
+    as those of a command on a terminal do. `largest_file` bounds the files that it writes, as a full disk
+    does; with `dies_there` the system kills it in the middle of the write that passes that bound.
     """
 
     def __init__(
@@ -39,16 +40,16 @@ class New:
         *arguments: Any,
         folder: Path,
         path: Sequence[Path] = (),
+        own_server: bool = False,
         largest_file: int | None = None,
         dies_there: bool = False,
     ) -> None:
         warm = context()
         self._printed = [warm.Pipe(duplex=False) for _ in range(2)]
         ends = [writing for _, writing in self._printed]
-        bounds = (largest_file, dies_there)
-        self.process = warm.Process(
-            target=_call, args=(function, arguments, str(folder), [str(place) for place in path], *bounds, *ends)
-        )
+        places = [str(place) for place in path]
+        how = (str(folder), places, own_server, largest_file, dies_there)
+        self.process = warm.Process(target=_call, args=(function, arguments, *how, *ends))
         self.process.start()
         for writing in ends:
             writing.close()
@@ -132,6 +133,7 @@ def _call(
     arguments: Sequence[Any],
     folder: str,
     path: list[str],
+    own_server: bool,
     largest_file: int | None,
     dies: bool,
     out: Connection,
@@ -144,7 +146,8 @@ def _call(
     os.dup2(out.fileno(), 1)
     os.dup2(errors.fileno(), 2)
     fresh_streams()
-    _fork_workers_of_the_same_server()
+    if not own_server:
+        _fork_workers_of_the_same_server()
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
         if dies:  # Python ignores the signal, and gets an OSError instead

@@ -12,6 +12,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import metaopt
 
+pytestmark = pytest.mark.slow
+
 STEPS = 60
 Make = Callable[[torch.nn.Module], Any]
 
@@ -59,7 +61,6 @@ def compilations() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 @pytest.mark.parametrize(
     ("make", "schedule"),
@@ -101,7 +102,6 @@ def test_no_base_and_no_wrapper_costs_a_compilation_per_cycle_or_per_rate(spec: 
     torch.testing.assert_close(found, eager_run(built(spec)), rtol=0, atol=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_reset_of_the_base_is_right_though_torch_gives_up_compiling() -> None:
     spec = "adamw(lr=cosine(1e-3), foreach=True) | lookahead(k=5, pullback_momentum='reset')"
