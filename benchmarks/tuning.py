@@ -35,8 +35,8 @@ PROBLEMS = {
     "noisy_quadratic": 100,
     "xor": 100,
     "digits(batch_size=16)": 40,
-    "modular_addition": 100,
     "digits_autoencoder": 40,
+    "factorisation": 100,
 }
 
 

@@ -1,7 +1,7 @@
 """A comparison in Python, as data, and over several problems."""
 
+import ast
 import copy
-import csv
 import itertools
 import json
 from collections.abc import Callable
@@ -13,8 +13,7 @@ import pytest
 
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
-from scipy import stats
-
+from benchmarks import recompute, recompute_one, recompute_overall
 from metaopt.cli import main
 from metaopt.errors import LogError, ProblemError
 from metaopt.lab import compare
@@ -29,55 +28,71 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     return compare(SPECS, problem="xor", studies=8, trials=2, steps=25, out=tmp_path_factory.mktemp("found"))
 
 
-def recomputed(path: Path) -> dict[str, dict[str, Any]]:
-    """Recompute the verdicts on the loss from trials.csv, by scipy and nothing of metaopt."""
-    scores: dict[str, dict[int, tuple[float, float]]] = {}
-    with path.open() as file:
-        for row in csv.DictReader(file):
-            best = scores.setdefault(row["contender"], {})
-            validation, test = float(row["validation_loss"]), float(row["test_loss"])
-            study = int(row["study"])
-            if study not in best or validation < best[study][0]:
-                best[study] = validation, test
-    losses = {spec: np.array([best[study][1] for study in sorted(best)]) for spec, best in scores.items()}
-    first, *others = losses
-    differences = {spec: losses[spec] - losses[first] for spec in others}
-    ps = {spec: stats.wilcoxon(d, method="exact").pvalue for spec, d in differences.items()}
-    ordered = sorted(others, key=lambda spec: ps[spec])
-    results: dict[str, dict[str, Any]] = {}
-    corrected = 0.0
-    for rank, spec in enumerate(ordered):
-        corrected = max(corrected, min(1.0, (len(ordered) - rank) * ps[spec]))
-        d = differences[spec]
-        pairs = np.sort([(d[i] + d[j]) / 2 for i in range(len(d)) for j in range(i, len(d))])
-        # as many pair means are cut off on each side as sums of ranks are this improbable
-        cut = next(k for k in range(len(pairs) + 1) if _wilcoxon_tail(k, len(d)) > 0.025)
-        student = stats.ttest_1samp(d, 0.0).confidence_interval(0.95)
-        results[spec] = {
-            "p": ps[spec],
-            "corrected_p": corrected,
-            "difference": float(np.median(pairs)),
-            "low": float(pairs[cut - 1]),
-            "high": float(pairs[-cut]),
-            "mean": float(d.mean()),
-            "mean_low": float(student.low),
-            "mean_high": float(student.high),
-            "superiority": float(np.mean(d < 0) + np.mean(d == 0) / 2),
-        }
-    return results
+def as_it_ran(found: Comparison, random: np.random.Generator) -> None:
+    pass
 
 
-def _wilcoxon_tail(sum_: int, n: int) -> float:
-    signs = np.array(np.meshgrid(*[[0, 1]] * n)).reshape(n, -1)
-    return float(np.mean(np.arange(1, n + 1) @ signs <= sum_))
+def some_met_the_target(found: Comparison, random: np.random.Generator) -> None:
+    """Let half of the studies meet the target, few different times among them: ties, and studies that missed it."""
+    for trial in (t for c in found.contenders for t in c.trials):
+        trial["reached"] = int(random.integers(1, 6)) if random.random() < 0.5 else None
 
 
-def test_the_statistics_are_scipys_from_the_table_of_trials(found: Comparison) -> None:
-    expected = recomputed(found.folder / "trials.csv")
-    results = json.loads((found.folder / "results.json").read_text())
-    for contender in results["contenders"][1:]:
-        for name, value in expected[contender["spec"]].items():
-            assert contender["verdict"][name] == pytest.approx(value, rel=1e-6), (contender["spec"], name)
+def one_is_later_always(found: Comparison, random: np.random.Generator) -> None:
+    for number, contender in enumerate(found.contenders):
+        for at, trial in enumerate(contender.trials):
+            trial["reached"] = 10 + at if number < 2 else None
+
+
+def some_diverged(found: Comparison, random: np.random.Generator) -> None:
+    """Lose trials of all contenders: whole studies of some, also in the same study as the baseline's."""
+    for contender in found.contenders:
+        for study in contender.studies:
+            for trial in study.trials.values():
+                if study.number % 3 == 0 or random.random() < 0.3:
+                    trial |= {"validation": {"loss": None}, "test": {"loss": None}, "diverged": True, "reached": None}
+                    trial["curve"] = [*trial["curve"][:-1], [trial["curve"][-1][0], None]]
+
+
+def some_are_equal(found: Comparison, random: np.random.Generator) -> None:
+    for trial in (t for c in found.contenders for t in c.trials):
+        for split in ("validation", "test"):
+            trial[split]["loss"] = round(trial[split]["loss"], 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [as_it_ran, some_met_the_target, one_is_later_always, some_diverged, some_are_equal],
+    ids=lambda f: f.__name__,
+)
+def test_every_number_follows_from_the_table_of_trials_by_scipy(found: Comparison, change: Any, tmp_path: Path) -> None:
+    other = copy.deepcopy(found)
+    change(other, np.random.default_rng(0))
+    judge(other)
+    other.save(tmp_path)
+    assert list(recompute.disagreements(tmp_path)) == []
+    if change is one_is_later_always:
+        assert recompute_one.of_comparison(tmp_path)["sgd"]["target_verdict"]["word"] == "worse"
+
+
+def test_the_recomputation_sees_another_number(found: Comparison, tmp_path: Path) -> None:
+    found.save(tmp_path)
+    written = json.loads((tmp_path / "results.json").read_text())
+    written["contenders"][1]["verdict"]["low"] *= 1 + 1e-5
+    written["contenders"][2]["verdict"]["word"] = "better than ever"
+    (tmp_path / "results.json").write_text(json.dumps(written))
+    report = (tmp_path / "report.md").read_text()
+    (tmp_path / "report.md").write_text(report.replace("% of studies", "% of all", 1))
+    told = [line.split(" is ")[0] for line in recompute.disagreements(tmp_path)]
+    assert told == ["adamw: verdict.low", "adamw: better in", "sgd: verdict.word"]
+
+
+def test_nothing_of_metaopt_has_a_part_in_the_recomputation() -> None:
+    for module in (recompute, recompute_one, recompute_overall):
+        tree = ast.parse(Path(str(module.__file__)).read_text())
+        names = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+        names += [alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names]
+        assert not [name for name in names if str(name).split(".")[0] == "metaopt"]
 
 
 def test_a_comparison_in_python_has_verdicts_trials_and_figures(found: Comparison, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Several problems, one answer: profiles, ranks and evaluations saved, and no winner that the studies do not carry."""
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 
+from benchmarks import recompute, recompute_overall
 from metaopt.errors import ProblemError
 from metaopt.lab import profiles
 from metaopt.lab.comparison import run_comparison
@@ -100,6 +102,36 @@ def test_the_numbers_over_all_problems_are_those_of_the_comparisons(overall: Ove
     assert first.plan.problem == "noisy_quadratic(dimensions=3)"
     for estimate in (*overall.scores, *overall.ranks):
         assert estimate.low <= estimate.value <= estimate.high
+
+
+def test_every_number_over_all_problems_follows_from_the_tables_of_trials(overall: Overall) -> None:
+    for comparison in overall.comparisons:
+        comparison.save()
+    overall.save()
+    for comparison in overall.comparisons:
+        assert list(recompute.disagreements(comparison.folder)) == []
+    assert list(recompute.disagreements_over_all(overall.out)) == []
+
+
+@pytest.mark.parametrize("effect", [0.0, 0.6])
+def test_a_winner_is_named_where_the_definitions_name_one(effect: float) -> None:
+    times = drawn(np.random.default_rng(3), effect, 2)
+    found = [
+        {
+            str(n): {
+                "reached": row.tolist(),
+                "losses": row.tolist(),
+                "shares_saved": [0.0] * 10,
+                "verdict": None if n == 0 else {},
+            }
+            for n, row in enumerate(problem)
+        }
+        for problem in times
+    ]
+    winner, numbers = profiles.winner(times), recompute_overall.of_problems(found)
+    assert numbers["winner"] == (None if winner is None else str(winner)) == ("0" if effect else None)
+    for score, contender in zip(profiles.score_estimates(times), numbers["contenders"], strict=True):
+        assert contender["score"] == pytest.approx(asdict(score), rel=1e-6)
 
 
 def test_report_and_picture_say_what_the_numbers_say(overall: Overall) -> None:

@@ -37,6 +37,9 @@ def compare(
     lr_max: Annotated[
         float | None, typer.Option(help="The highest; 0.5 to begin with. Rates move on beyond an end not given.")
     ] = None,
+    sensitivity: Annotated[
+        str, typer.Option(metavar="lr[,batch_size]", help="What the final loss is shown over; batch_size trains more.")
+    ] = "lr",
     no_tune: Annotated[bool, typer.Option("--no-tune", help="Use the rates in the specs; names no winner.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run trials that failed again.")] = False,
     jobs: Annotated[int, typer.Option(help="Processes, one thread each; times are shown with 1 alone.")] = 2,
@@ -54,7 +57,7 @@ def compare(
     plugin: Plugins = [],  # noqa: B006 - typer reads the default and never changes it
 ) -> None:
     """Compare optimizers over studies: each tunes on validation data with a random placement; verdicts are over all."""
-    drawing, comparing, named, overall, planning, report, several, results = _lab()
+    drawing, comparing, named, overall, planning, report, several, results, sensitive = _lab()
     drawing.check_forms(figures)
     problems = [*problems, *(named.suite_named(suite) if suite else ())] or ["digits"]
     plans = [
@@ -74,6 +77,7 @@ def compare(
             plugins=plugin,
             on=on,
             retries=retries,
+            sensitivity=sensitivity,
         )
         for problem, folder in several.folders(problems, out).items()
     ]
@@ -86,7 +90,7 @@ def compare(
             comparisons.append(comparing.run_comparison(plan, progress, retry_failed, all_seeds))
             written = comparisons[-1].save(figures=figures)
         if not as_json:
-            _tell(report, comparisons[-1], written)
+            _tell(report, sensitive, comparisons[-1], written)
     if as_json:
         found = [results.document(comparison) for comparison in comparisons]
         print(json.dumps(found if len(problems) > 1 else found[0], indent=1))
@@ -99,10 +103,13 @@ def compare(
         print(fitted(f"Written to {out}: {', '.join(path.name for path in written)}", hanging=2), file=told)
 
 
-def _tell(report: Any, comparison: Any, written: list[Path]) -> None:
+def _tell(report: Any, sensitive: Any, comparison: Any, written: list[Path]) -> None:
     """Print what a comparison found, and where it is."""
     print(report.headline(comparison))
     _print(report.rows(comparison), report.remarks(comparison))
+    if comparison.at_sizes:
+        print("\nSensitivity")
+        _print(sensitive.rows(comparison), sensitive.remarks(comparison))
     folder = comparison.folder
     other = "; another comparison is in the folder above" if folder != comparison.plan.out else ""
     names = ", ".join(path.name for path in written)
@@ -119,7 +126,7 @@ def _lab() -> list[Any]:
 
     from metaopt.errors import MissingExtra
 
-    names = ("figures", "comparison", "named", "overall", "plan", "report", "several", "results")
+    names = ("figures", "comparison", "named", "overall", "plan", "report", "several", "results", "sensitivity")
     try:
         return [import_module(f"metaopt.lab.{name}") for name in names]
     except ImportError as error:
@@ -157,8 +164,9 @@ BLOCK = (
 def _print(table: list[dict[str, str]], remarks: list[str]) -> None:
     for row in table:
         if sys.stdout.isatty():
-            told = [", ".join(f"{name}: {row[name]}" for name in line if row.get(name)) for line in BLOCK]
-            print(*("", fitted(row["stack"]), *(fitted(f"  {line}") for line in told)), sep="\n")
+            others = [name for name in row if name != "stack" and not any(name in line for line in BLOCK)]
+            told = [", ".join(f"{name}: {row[name]}" for name in line if row.get(name)) for line in (*BLOCK, others)]
+            print(*("", fitted(row["stack"]), *(fitted(f"  {line}") for line in told if line)), sep="\n")
         else:
             print("; ".join(f"{name}: {value}" for name, value in row.items() if value))
     print(*([""] if sys.stdout.isatty() else []), *(fitted(remark, hanging=2) for remark in remarks), sep="\n")

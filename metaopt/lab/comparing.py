@@ -26,8 +26,8 @@ def compare(
 
     `problem` is a name, `my_module:name`, or a problem, such as `metaopt.problem(...)` at the top level of a module.
     Options: `baseline`, `studies`, `trials`, `steps`, `tune`, `lr_min`, `lr_max`, `device`, `jobs`, `plugins`, `on`,
-    `retries`. Guard a
-    script with `if __name__ == "__main__":` where `jobs` is above 1: its processes import it. Raises MetaoptError.
+    `retries`, `sensitivity`. Guard a script with `if __name__ == "__main__":` where `jobs` is above 1: its processes
+    import it. Raises MetaoptError.
     """
     named = text_of(problem, options.get("jobs", 1))
     plan = plan_comparison(problem=named, specs=list(map(str, specs)), out=Path(out), **options)

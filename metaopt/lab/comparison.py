@@ -101,6 +101,7 @@ class Comparison:
     """A finished comparison: its plan, its contenders, where it is written, and how often its question was looked at.
 
     `earlier` holds the numbers of studies at which the same question was looked at before, without being declared.
+    `at_sizes` holds what the same studies give with other batch sizes, if those were asked for.
     """
 
     plan: Plan
@@ -108,6 +109,7 @@ class Comparison:
     folder: Path
     level: float
     earlier: list[int] = field(default_factory=list)
+    at_sizes: dict[int, tuple[Plan, list[Contender]]] = field(default_factory=dict)
 
     @property
     def studies(self) -> int:
@@ -138,7 +140,10 @@ class Comparison:
         return pandas.DataFrame(rows)
 
     def figure(self, name: str) -> Any:
-        """Return a picture as a matplotlib Figure: "curves", "differences" or "sensitivity". Raises ProblemError."""
+        """Return a picture as a matplotlib Figure. Raises ProblemError.
+
+        Names: "curves", "differences", "sensitivity", and "batch_size" where other batch sizes were trained.
+        """
         from metaopt.lab.figures import figure
 
         return figure(self, name)
@@ -204,6 +209,10 @@ def run_comparison(
             judge(found)
             if all(c.verdict is None or c.verdict.word != "no difference shown" for c in found.contenders):
                 break
+        for size, other in plan.at_sizes:
+            rows = [[Moving(other, position, number) for number in range(found.studies)] for position in contenders]
+            _make([study for row in rows for study in row], done, workers, progress)
+            found.at_sizes[size] = other, [_contender(other, position, row, done) for position, row in enumerate(rows)]
         runs.write(found.contenders, all_seeds)
         ledger.looked(plan, found.studies)
     return found

@@ -19,6 +19,7 @@ from metaopt.errors import ProblemError
 from metaopt.lab.bands import quartiles
 from metaopt.lab.comparison import Comparison, Contender
 from metaopt.lab.report import word_of
+from metaopt.lab.sensitivity import over_batch_sizes
 from metaopt.lab.statistics import paired_differences
 
 # Okabe and Ito's, which the colour-blind see too
@@ -127,10 +128,38 @@ def sensitivity(comparison: Comparison) -> Figure:
     return _finished(figure, axes)
 
 
+def batch_size(comparison: Comparison) -> Figure:
+    """Return test loss against batch size, median and quartiles over studies, all over as many samples.
+
+    Raises ProblemError where no other batch size was trained.
+    """
+    if not comparison.at_sizes:
+        raise ProblemError("no other batch size was trained: give --sensitivity lr,batch_size")
+    found = over_batch_sizes(comparison)
+    sizes = [entry["batch_size"] for entry in found]
+    figure, axes = _empty(f"{comparison.plan.problem}: other batch sizes over as many samples, median and quartiles")
+    for position, contender in enumerate(comparison.contenders):
+        entries, style = [entry["contenders"][position] for entry in found], _style(position)
+        middle = np.array([entry["median"] if math.isfinite(entry["median"]) else math.nan for entry in entries])
+        low, high = np.array([entry["quartiles"] for entry in entries]).T
+        lengths = np.abs(np.where(np.isfinite([low, high]), [middle - low, high - middle], 0.0))
+        # bars of contenders are not above one another
+        at = np.array(sizes) * 1.03 ** (position - (len(comparison.contenders) - 1) / 2)
+        axes.errorbar(at, middle, lengths, label=_label(contender), capsize=3, linewidth=1.8, markersize=5, **style)
+    shown = [v for e in found for c in e["contenders"] for v in (c["median"], *c["quartiles"]) if math.isfinite(v)]
+    _scale(axes.yaxis, shown)
+    axes.set(xscale="log", xlabel="batch size", ylabel="test loss")
+    axes.xaxis.set_major_locator(FixedLocator(sizes))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    return _finished(figure, axes)
+
+
 FIGURES: dict[str, Callable[[Comparison], Figure]] = {
     "curves": curves,
     "differences": differences,
     "sensitivity": sensitivity,
+    "batch_size": batch_size,
 }
 
 
@@ -145,7 +174,8 @@ def pictures(comparison: Comparison, forms: Iterable[str]) -> dict[str, bytes]:
     """Return every picture that the comparison has in each form, by the name of its file. Raises ProblemError."""
     forms = list(dict.fromkeys(forms))
     check_forms(forms)
-    names = [name for name in FIGURES if comparison.plan.tune or name != "sensitivity"]
+    missing = {"sensitivity": not comparison.plan.tune, "batch_size": not comparison.at_sizes}
+    names = [name for name in FIGURES if not missing.get(name, False)]
     return {f"{name}.{form}": content for name in names for form, content in _drawn(comparison, name, forms)}
 
 

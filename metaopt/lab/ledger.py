@@ -14,8 +14,12 @@ from metaopt.lab.plan import Plan
 NAME = ".metaopt-comparisons.json"
 # what a comparison writes: where one of these is already, and it is nobody's here, it is somebody else's
 WRITTEN = (
-    *("report.md", "results.json", "trials.csv", "tensorboard"),
-    *(f"{picture}.{form}" for picture in ("curves", "sensitivity", "differences") for form in ("png", "pdf", "svg")),
+    *("report.md", "results.json", "trials.csv", "batch_sizes.csv", "tensorboard"),
+    *(
+        f"{picture}.{form}"
+        for picture in ("curves", "sensitivity", "differences", "batch_size")
+        for form in ("png", "pdf", "svg")
+    ),
 )
 
 
@@ -96,7 +100,10 @@ class Ledger:
 def _digests(plan: Plan) -> tuple[str, str]:
     """Return a name for the plan, and one for the question that it asks, whatever the number of studies."""
     asked: Mapping[str, Any] = {
-        k: v for k, v in asdict(plan).items() if k not in ("out", "jobs", "plugins", "on", "retries")
+        k: v
+        for k, v in asdict(plan).items()
+        # other batch sizes have no part in the question
+        if k not in ("out", "jobs", "plugins", "on", "retries", "sensitivity", "at_sizes")
     }
     question = {key: value for key, value in asked.items() if key != "looks"}
     return digest(asked), digest(question)

@@ -16,6 +16,7 @@ from metaopt.lab.circumstances import digest
 from metaopt.lab.comparison import Comparison, Contender
 from metaopt.lab.holding import held, write_bytes, write_text
 from metaopt.lab.profiles import Estimate
+from metaopt.lab.report import as_table
 from metaopt.lab.report import rows as verdict_rows
 from metaopt.lab.savings import evaluations_saved_by_study
 
@@ -167,13 +168,13 @@ class Overall:
             [
                 f"# {len(self.comparisons)} problems",
                 "",
-                *_table(self.rows()),
+                *as_table(self.rows()),
                 "",
                 *(f"- {remark}" for remark in self.remarks()),
                 "",
                 "## Problem by problem",
                 "",
-                *_table(verdicts),
+                *as_table(verdicts),
                 "",
                 "Each verdict is that of its own problem, with a level of its own.",
                 "",
@@ -191,12 +192,6 @@ def _text(estimate: Estimate, percent: bool = False) -> str:
     return (
         f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]" if math.isfinite(estimate.value) else "none"
     )
-
-
-def _table(rows: Sequence[dict[str, str]]) -> list[str]:
-    names = list(rows[0])
-    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
-    return [*lines, *("| " + " | ".join(row[name].replace("|", "\\|") for name in names) + " |" for row in rows)]
 
 
 def _cell(row: dict[str, str]) -> str:

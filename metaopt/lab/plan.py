@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from metaopt.errors import ProblemError, SpecError
+from metaopt.lab.batch_sizes import BATCH_SIZE, LR, resized, sensitivities
 from metaopt.lab.circumstances import circumstances, digest
 from metaopt.lab.device import usable_device
 from metaopt.lab.executors import LOCAL, RETRIES
@@ -39,7 +40,8 @@ class Plan:
     A study is a contender tuned once: `trials` rates between `lowest` and `highest`, placed at random by the study and
     the contender, all trained with the study's own seed; where the best is outermost the rates move on, but not beyond
     an end that a user has `given`. `looks` are the numbers of studies at which the results are
-    looked at, declared beforehand; the last is the most that is run. `circumstances` are those of the whole comparison,
+    looked at, declared beforehand; the last is the most that is run. `at_sizes` holds the same plan for other batch
+    sizes, which have no part in the verdicts. `circumstances` are those of the whole comparison,
     `own` those of each contender: its results stay what they are when another one is added.
     """
 
@@ -63,6 +65,8 @@ class Plan:
     own: tuple[dict[str, Any], ...]
     on: str = LOCAL
     retries: int = RETRIES
+    sensitivity: tuple[str, ...] = (LR,)
+    at_sizes: tuple[tuple[int, "Plan"], ...] = ()
 
     @property
     def studies(self) -> int:
@@ -129,6 +133,8 @@ class Plan:
             f"trial{'' if self.trials == 1 else 's'}: {most}{total} runs of {self.budget} gradient evaluations"
             f"{', more where the best rate is outermost' if self.moves else ''}. "
         )
+        if self.at_sizes:
+            said += self._promise_of_sizes(most)
         least = detectable(self.studies, others, self.level)
         if least is None:
             return f"{said}A verdict takes {fewest_studies(others, self.level)} studies: no difference can be shown."
@@ -137,6 +143,16 @@ class Plan:
             f"{said}{self.studies} studies show a difference of {least:.1f} standard deviations (of the studies' "
             "paired differences) with a chance of 80%; one of 0.5 takes "
             f"{half if half < MOST_STUDIES else f'over {half}'}."
+        )
+
+    def _promise_of_sizes(self, most: str) -> str:
+        """Return what other batch sizes cost, in runs and gradient evaluations."""
+        sizes = " and ".join(str(size) for size, _ in self.at_sizes)
+        runs = len(self.specs) * self.studies * self.trials
+        evaluations = runs * sum(plan.budget for _, plan in self.at_sizes)
+        return (
+            f"Then batch sizes {sizes}, over as many samples{', tuned anew' if self.tune else ''}: {most}"
+            f"{runs * len(self.at_sizes)} runs more, {evaluations} gradient evaluations. "
         )
 
 
@@ -157,6 +173,7 @@ def plan_comparison(
     plugins: Sequence[str] = (),
     on: str = LOCAL,
     retries: int = RETRIES,
+    sensitivity: str | Sequence[str] = (LR,),
 ) -> Plan:
     """Check what a user asked for; every contender makes one update, thrown away. Raises MetaoptError."""
     for value, what, least in ((trials, "--trials", 1), (jobs, "--jobs", 1), (retries, "--retries", 0)):
@@ -180,7 +197,7 @@ def plan_comparison(
     device, budget = usable_device(device), steps or found.default_steps
     # of a schedule the curve over the whole budget: how many updates that is, is found with it
     costs = [_cost(found, spec, lowest if tune else None, device, budget) for spec in chosen]
-    return Plan(
+    plan = Plan(
         problem=problem,
         specs=chosen,
         updates=tuple(budget // evaluations for _, evaluations in costs),
@@ -201,7 +218,28 @@ def plan_comparison(
         own=tuple(circumstances(problem, [pipeline], device, plugins) for pipeline in pipelines),
         on=on,
         retries=retries,
+        sensitivity=sensitivities(sensitivity),
     )
+    return replace(plan, at_sizes=_at_sizes(plan, found)) if BATCH_SIZE in plan.sensitivity else plan
+
+
+def _at_sizes(plan: Plan, problem: Problem) -> tuple[tuple[int, Plan], ...]:
+    """Return the same plan for other batch sizes, over as many samples."""
+    made, rate = [], plan.lowest if plan.tune else None
+    for size, (text, other, budget) in resized(plan.problem, problem, plan.budget).items():
+        costs = [_cost(other, spec, rate, plan.device, budget) for spec in plan.specs]
+        data = {"data": other.data_hash()}  # the rest of the circumstances is the same
+        changed = replace(
+            plan,
+            problem=text,
+            budget=budget,
+            updates=tuple(budget // evaluations for _, evaluations in costs),
+            steps=tuple(steps for steps, _ in costs),
+            circumstances=plan.circumstances | data,
+            own=tuple(own | data for own in plan.own),
+        )
+        made.append((size, changed))
+    return tuple(made)
 
 
 def _cost(problem: Problem, spec: str, rate: float | None, device: str, budget: int) -> tuple[int, int]:

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import mean, median, quantiles, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
+from metaopt.lab import sensitivity
+from metaopt.lab.bands import quartiles
 from metaopt.lab.comparison import Comparison, Contender
 from metaopt.lab.looks import FALLS_BY, pocock
 from metaopt.lab.named import problem_named
@@ -84,17 +86,8 @@ def _spread(values: Sequence[float]) -> str:
     """Return mean and standard deviation over studies; where some diverged median and quartiles, which count them."""
     if all(map(math.isfinite, values)):
         return f"{mean(values):.4f} ± {stdev(values):.4f}"
-    low, middle, high = quantiles(_ordered(values), n=4, method="inclusive") if len(values) > 3 else _ends(values)
+    low, middle, high = map(float, quartiles(values))
     return f"median {middle:.4f} [{low:.4f}, {high:.4f}]" if math.isfinite(middle) else "diverged"
-
-
-def _ordered(values: Sequence[float]) -> list[float]:
-    # large, but of a kind that can be interpolated: infinity times zero is no number
-    return [math.copysign(1e308, value) if math.isinf(value) else value for value in values]
-
-
-def _ends(values: Sequence[float]) -> tuple[float, float, float]:
-    return min(values), median(values), max(values)
 
 
 def _reached(reached: Sequence[float]) -> str:
@@ -304,14 +297,29 @@ def headline(comparison: Comparison) -> str:
 
 def markdown(comparison: Comparison) -> str:
     """Return the report as Markdown."""
-    table = rows(comparison)
-    head = list(table[0])
+    table, rest = rows(comparison), sensitivity.rows(comparison)
     lines = [f"# {headline(comparison)}", ""]
-    lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    lines += ["| " + " | ".join(row[name].replace("|", "\\|") for name in head) + " |" for row in table]
-    lines += ["", *(f"- {remark}" for remark in remarks(comparison)), ""]
+    lines += [*as_table(table), "", *(f"- {remark}" for remark in remarks(comparison)), ""]
+    if rest:
+        lines += [
+            "## Sensitivity",
+            "",
+            *as_table(rest),
+            "",
+            *(f"- {told}" for told in sensitivity.remarks(comparison)),
+            "",
+        ]
     lines += ["![validation loss against gradient evaluations](curves.png)", ""]
     lines += ["![paired differences in test loss, study by study](differences.png)", ""]
     if comparison.plan.tune:
         lines += ["![validation loss against learning rate](sensitivity.png)", ""]
+    if comparison.at_sizes:
+        lines += ["![test loss against batch size](batch_size.png)", ""]
     return "\n".join(lines)
+
+
+def as_table(table: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the lines of a table in Markdown."""
+    head = list(table[0])
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return [*lines, *("| " + " | ".join(row[name].replace("|", "\\|") for name in head) + " |" for row in table)]

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from metaopt.lab.named import problem_named
 from metaopt.lab.plan import expanded
 from metaopt.lab.power import fewest_studies
 from metaopt.lab.report import markdown
+from metaopt.lab.savings import evaluations_saved
+from metaopt.lab.sensitivity import numbers
 
 
 def write_results(comparison: Comparison, folder: Path | None = None) -> list[Path]:
@@ -23,6 +26,8 @@ def write_results(comparison: Comparison, folder: Path | None = None) -> list[Pa
         "trials.csv": trials_csv(comparison),
         "report.md": markdown(comparison),
     }
+    if comparison.at_sizes:
+        written["batch_sizes.csv"] = _text(size_rows(comparison))
     paths = {(folder or comparison.folder) / name: text for name, text in written.items()}
     for path, text in paths.items():
         write_text(path, text)
@@ -32,7 +37,7 @@ def write_results(comparison: Comparison, folder: Path | None = None) -> list[Pa
 def document(comparison: Comparison) -> dict[str, Any]:
     """Return everything that a comparison found, as plain values that JSON has; infinite numbers as text."""
     plan = comparison.plan
-    shown = {key: value for key, value in asdict(plan).items() if key not in ("circumstances", "own")}
+    shown = {key: value for key, value in asdict(plan).items() if key not in ("circumstances", "own", "at_sizes")}
     found = {
         "problem": plan.problem,
         **plan.circumstances,
@@ -42,13 +47,14 @@ def document(comparison: Comparison) -> dict[str, Any]:
         "level": comparison.level,
         "earlier_looks": comparison.earlier,
         "fewest_studies": fewest_studies(len(comparison.contenders) - 1, comparison.level),
-        "contenders": [_contender(contender) for contender in comparison.contenders],
+        "contenders": [_contender(contender, comparison.baseline) for contender in comparison.contenders],
+        "sensitivity": numbers(comparison),
     }
     written: dict[str, Any] = plain(found)
     return written
 
 
-def _contender(contender: Contender) -> dict[str, Any]:
+def _contender(contender: Contender, baseline: Contender) -> dict[str, Any]:
     return {
         "spec": contender.spec,
         "edge": contender.edge,
@@ -57,6 +63,7 @@ def _contender(contender: Contender) -> dict[str, Any]:
         "losses": contender.losses,
         "reached": contender.reached,
         "rates": [study.rate for study in contender.studies],
+        "evaluations_saved": None if contender is baseline else evaluations_saved(contender.runs, baseline.runs),
         "expanded": [expanded(run["spec"]) for run in contender.runs],
         "runs": contender.runs,
     }
@@ -64,15 +71,28 @@ def _contender(contender: Contender) -> dict[str, Any]:
 
 def trial_rows(comparison: Comparison) -> list[dict[str, Any]]:
     """Return a row per trial, of all contenders and studies; infinite where a trial diverged."""
+    return _rows(comparison.plan.problem, comparison.contenders, comparison.plan.baseline)
+
+
+def size_rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """Return the same rows for the trials with other batch sizes."""
+    return [
+        {"batch_size": size, **row}
+        for size, (plan, contenders) in comparison.at_sizes.items()
+        for row in _rows(plan.problem, contenders, plan.baseline)
+    ]
+
+
+def _rows(problem: str, contenders: Sequence[Contender], baseline: int) -> list[dict[str, Any]]:
     found = []
-    for contender in comparison.contenders:
+    for position, contender in enumerate(contenders):
         for study in contender.studies:
             for rate, trial, best in study.by_rate():
                 found.append(
                     {
-                        "problem": comparison.plan.problem,
+                        "problem": problem,
                         "contender": contender.spec,
-                        "baseline": contender is comparison.baseline,
+                        "baseline": position == baseline,
                         "study": study.number,
                         "lr": math.nan if rate is None else rate,
                         "spec": trial["spec"],
@@ -85,7 +105,13 @@ def trial_rows(comparison: Comparison) -> list[dict[str, Any]]:
                         "failed": trial["failed"] or "",
                         "evaluations": trial["evaluations"],
                         "updates": trial["updates"],
+                        "budget": trial["budget"],
                         "seconds": trial["seconds"],
+                        "jobs": trial["jobs"],
+                        "weights": trial["weights"],
+                        **{f"{name}_bytes": trial["memory"][name] for name in ("parameters", "state", "peak")},
+                        # validation loss by evaluations, null where it was not finite
+                        "curve": json.dumps(trial["curve"], separators=(",", ":")),
                     }
                 )
     return found
@@ -93,7 +119,10 @@ def trial_rows(comparison: Comparison) -> list[dict[str, Any]]:
 
 def trials_csv(comparison: Comparison) -> str:
     """Return the rows of all trials as a table of text."""
-    rows = trial_rows(comparison)
+    return _text(trial_rows(comparison))
+
+
+def _text(rows: Sequence[dict[str, Any]]) -> str:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
