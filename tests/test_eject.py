@@ -81,6 +81,47 @@ def test_the_file_trains_as_the_stack_does(spec: str) -> None:
         assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
 
 
+PARTITIONS = [
+    "partition({'*.weight & matrix': muon(lr=0.02), '*': adamw(lr=0.01)})",
+    "clip_grad_norm(1.0) | partition({'matrix': muon(lr=cosine(0.02)), '*': adamw(lr=0.01)})",
+    "partition({'0.*': adamw(lr=cosine(0.01)) | lookahead(k=3), '*': sgd(lr=0.1)})",
+    "partition({'matrix': sgd(lr=0.1, momentum=0.9), 'vector': adamw(lr=0.01)}) | ema(0.9)",
+]
+
+
+@pytest.mark.parametrize("spec", PARTITIONS)
+def test_a_partition_trains_as_the_stack_does(spec: str) -> None:
+    text = eject(spec, RUN)
+    ours, theirs = net(), net()
+    stack, other = metaopt.build(ours, spec, total_steps=RUN), made(text, theirs.named_parameters())
+    train(stack, ours, other, theirs, range(20))
+    # a checkpoint goes on in another optimizer of the file
+    again = net()
+    again.load_state_dict(theirs.state_dict())
+    resumed = made(text, again.named_parameters())
+    resumed.load_state_dict(copy.deepcopy(other.state_dict()))
+    train(stack, ours, resumed, again, range(20, 30))
+
+
+def train(stack: Any, ours: Any, other: Any, theirs: Any, steps: range) -> None:
+    for step in steps:
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+        for opt, model in ((stack, ours), (other, theirs)):
+            opt.zero_grad()
+            model(x).square().mean().mul(20.0).backward()
+            if step % 5 == 1:  # one of the bases has nothing to do
+                for p in model[0].parameters():
+                    p.grad = None
+            opt.step()
+        assert all(map(torch.equal, ours.parameters(), theirs.parameters())), step
+
+
+def test_a_partition_names_the_parameters_that_no_pattern_chooses() -> None:
+    opt = "partition({'matrix': sgd(lr=0.1), '*.bias': adamw(lr=0.01)})"
+    with pytest.raises(ValueError, match="no pattern matches scale: give named parameters"):
+        made(eject(opt), [*net().named_parameters(), ("scale", torch.nn.Parameter(torch.ones(())))])
+
+
 BUILT_IN = [entry for entry in registry.entries("wrapper") if entry.origin == "metaopt"]
 
 
@@ -132,7 +173,10 @@ def test_a_checkpoint_of_the_file_goes_on() -> None:
     ("spec", "told"),
     [
         ("sam | sgd(lr=0.1)", "sam evaluates the loss itself"),
-        ("partition({'*': sgd(lr=0.1)})", "partition makes one optimizer of several"),
+        ("switch(sgd(lr=0.1), 5, adamw(lr=0.1))", "switch changes its base in mid-run"),
+        ("partition({'*': sgd(lr=0.1), 'matrix': adamw})", "no parameter was found that 'matrix' chooses"),
+        ("partition({'*': skip_nonfinite | sgd(lr=0.1)})", "write it before the partition"),
+        ("partition({'*': sgd(lr=0.1) | lookahead}) | decay(0.1)", "write both inside"),
         ("adamw | lookahead(pullback_momentum='reset')", "resets the base's state"),
         ("gradient_noise(0.1) | sgd(lr=0.1)", "needs random_like"),
         ("zclip | sgd(lr=0.1)", "numbers of its own"),

@@ -4,6 +4,7 @@
 """
 
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -197,18 +198,44 @@ class Stack(torch.optim.Optimizer):
         self.base, self.parts_before, self.parts_behind = base, before, behind
         self.schedules = schedules or {}
         super().__init__(base.param_groups, base.defaults)
-        base.param_groups, base.state = self.param_groups, self.state
         for group in self.param_groups:
             group.setdefault("updates", 0)
+        # <branches>
+        self.is_branch = False
+        self.handed: torch.Tensor | None = None
+        self.share(self.param_groups, self.state)
+        # </branches>
+        # <single>
+        base.param_groups, base.state = self.param_groups, self.state
+        # </single>
         self.forget()
+
+    # <branches>
+    def share(self, groups: Any, state: Any) -> None:
+        """Use these groups and this state, as the base does."""
+        self.param_groups, self.state = groups, state
+        # <schedules_of_branches>
+        for part in [*self.parts_before, *self.parts_behind]:
+            part.set_values(groups[0]["updates"])
+        # </schedules_of_branches>
+        if isinstance(self.base, Branches):
+            self.base.share(groups, state)
+        self.base.param_groups, self.base.state = groups, state
+
+    # </branches>
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        # <branches>
+        self.share(self.param_groups, self.state)
+        # </branches>
+        # <single>
         self.base.param_groups, self.base.state = self.param_groups, self.state
         # <schedules>
         for part in [*self.parts_before, *self.parts_behind]:
             part.set_values(self.param_groups[0]["updates"])
         # </schedules>
+        # </single>
 
     def forget(self) -> None:
         """Begin an update: nothing waits to be multiplied in, no weights are remembered."""
@@ -227,14 +254,18 @@ class Stack(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> Any:
         loss = None if closure is None else torch.enable_grad()(closure)()
         self.forget()
-        trained = self._trained()
+        # <branches>
+        self.factor, self.handed = self.handed, None
+        # </branches>
+        count, trained = self.param_groups[0]["updates"], self._trained()
         if not trained:
+            # <branches>
+            if self.is_branch:
+                self._end(count)
+            # </branches>
             return loss
-        count = self.param_groups[0]["updates"]
-        # <parts>
-        parts = [*self.parts_before, *self.parts_behind]
-        # </parts>
         # <slots>
+        parts = [*self.parts_before, *self.parts_behind]
         for p in trained:
             kept = self.state.get(p, {})
             self.initial[p] = {k: v for part in parts for k, v in part.initial(p).items() if k not in kept}
@@ -257,8 +288,20 @@ class Stack(torch.optim.Optimizer):
         for p in trained:
             self.state[p] |= self.initial.pop(p)
         # </slots>
+        self._end(count)
+        return loss
+
+    def _end(self, count: int) -> None:
+        # <branches>
+        if not isinstance(self.base, Branches):  # whose stacks count
+            for group in self.param_groups:
+                group["updates"] += 1
+        # </branches>
+        # <single>
         for group in self.param_groups:
             group["updates"] += 1
+        # </single>
+        # <acts_behind>
         # <on_update>
         moved = False
         # </on_update>
@@ -278,14 +321,14 @@ class Stack(torch.optim.Optimizer):
             # <on_update>
             moved = moved or hasattr(part, "after_update") or hasattr(part, "after_updates")
             # </on_update>
+        # </acts_behind>
         # <schedules>
-        for part in parts:
+        for part in [*self.parts_before, *self.parts_behind]:
             part.set_values(count + 1)
         for group in self.param_groups:
             for key, curve in self.schedules.items():
                 group[key] = curve(count + 1) + 0.0
         # </schedules>
-        return loss
 
     def _step_base(self, count: int) -> None:
         # <on_update>
@@ -300,6 +343,10 @@ class Stack(torch.optim.Optimizer):
             self.before = {p: p.detach().clone() for p in self._trained()}
         # </weights>
         # <on_gradients>
+        # <branches>
+        if isinstance(self.base, Branches):
+            self.base.factor, self.factor = self.factor, None
+        # </branches>
         if self.factor is not None and self._folds():
             self.base.grad_scale = self.factor.reciprocal().to(torch.float32)  # type: ignore[attr-defined]
             self.factor = None
@@ -424,6 +471,43 @@ class Stack(torch.optim.Optimizer):
                 p.detach().copy_(weights)
 
     # </averaged>
+
+
+class Branches(torch.optim.Optimizer):
+    """Several stacks as one base, each over the parameters that a pattern chooses."""
+
+    def __init__(self, stacks: list[Stack]) -> None:
+        self.stacks = stacks
+        self.factor: torch.Tensor | None = None
+        for stack in stacks:
+            stack.is_branch = True
+        super().__init__([group for stack in stacks for group in stack.param_groups], {})
+
+    def share(self, groups: Any, state: Any) -> None:
+        """Give each stack its groups, and all of them one state."""
+        for position, stack in enumerate(self.stacks):
+            stack.share(groups[position : position + 1], state)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for stack in self.stacks:
+            stack.handed = self.factor
+            stack.step()
+        self.factor = None
+
+
+def chosen(params: Any, patterns: list[str]) -> list[Tensors]:
+    """Return the parameters of each pattern: a glob on the name, a number of dimensions, or both, joined by &."""
+    dimensions = {"scalar": 0, "vector": 1, "matrix": 2}
+    found: list[Tensors] = [[] for _ in patterns]
+    for name, p in params:
+        for pattern, members in zip(patterns, found, strict=True):
+            terms = [term.strip() for term in pattern.split("&")]
+            if all(dimensions[t] == p.dim() if t in dimensions else fnmatchcase(name, t) for t in terms):
+                members.append(p)
+                break
+        else:
+            raise ValueError(f"no pattern matches {name}: give named parameters that one of {patterns} matches")
+    return found
 
 
 def total_norm(tensors: Tensors, p: float) -> torch.Tensor:

@@ -4,7 +4,6 @@ import ast
 import inspect
 import re
 import textwrap
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from typing import Any
@@ -16,8 +15,11 @@ from metaopt import errors
 from metaopt.construction.building import build
 from metaopt.construction.making import arrange
 from metaopt.ejecting import template as ejected
+from metaopt.ejecting.branches import MOVES, branches_of, check_inside, sample
 from metaopt.ejecting.folding import folded
-from metaopt.errors import MetaoptError, MetaoptWarning, SpecError
+from metaopt.ejecting.makers import branching_maker, plain_maker, positional
+from metaopt.ejecting.trying import try_out
+from metaopt.errors import MetaoptError, SpecError
 from metaopt.registry import registry
 from metaopt.schedule import Schedule
 from metaopt.specs.pipeline import Pipeline, as_pipeline
@@ -26,8 +28,6 @@ from metaopt.wrapper import Wrapper
 LONGEST = 300
 # stands for the length of a run in a file for any length: a prime that no part has among its numbers
 LENGTH = 7919317
-# updates over which the written file is compared with the stack
-COMPARED = 60
 # modules that the head of the file imports, or that an ejected file must not need
 PRESENT = frozenset({"metaopt", "torch", "typing", "collections", "math", "__future__"})
 DROPPED = frozenset({"active_slots", "resets_base_state", "validate", "length", "__eq__", "__repr__", "__init__"})
@@ -41,6 +41,7 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any, Callable, Literal
 
 import torch
@@ -58,20 +59,29 @@ def eject(spec: Any, total_steps: int | None = None) -> str:
     # what only looks changes nothing
     watching = [part for part in whole if part.kind == "wrapper" and part.target.observes]
     pipeline = Pipeline(tuple(part for part in whole if part not in watching))
-    _, wrappers = arrange(pipeline)
-    _check(pipeline)
-    stack = build([torch.nn.Parameter(torch.ones(2, 2))], pipeline, total_steps=total_steps)
-    schedules = [v for part in pipeline for v in part.arguments.values() if isinstance(v, Schedule)]
+    branches = branches_of(pipeline)
+    for each in (pipeline, *branches.values()):
+        _check(each)
+    _, outer = arrange(pipeline)
+    inner = {pattern: arrange(branch)[1] for pattern, branch in branches.items()}
+    check_inside(inner, outer)
+    wrappers = (*(w for own in inner.values() for w in own), *outer)
+    stack = build(sample(branches), pipeline, total_steps=total_steps)
+    every = [part for each in (pipeline, *branches.values()) for part in each]
+    schedules = [v for part in every for v in part.arguments.values() if isinstance(v, Schedule)]
     kinds = {type(w): _known([other for other in wrappers if type(other) is type(w)]) for w in wrappers}
     kinds |= {kind: {} for kind in _kinds(schedules)}
     code = {kind: _class_source(kind, known) for kind, known in kinds.items()}
     helpers = [helper for kind, source in code.items() for helper in _helpers(kind, source)]
     own = "\n".join(dict.fromkeys([*helpers, *code.values()]))
-    made = "\n\n".join(
-        filter(None, [_engine(wrappers, bool(schedules), own), own, _maker(pipeline, stack, wrappers, own)])
+    maker = (
+        branching_maker(branches, stack, inner, outer, own) if branches else plain_maker(pipeline, stack, outer, own)
     )
+    made = "\n\n".join(filter(None, [_engine(wrappers, bool(schedules), own, maker), own, maker]))
     _check_names(own, wrappers)
     head = HEAD.format(spec=whole, version=metaopt.__version__)
+    if branches:
+        head = head.replace("with\nparameters or torch's group dicts.", "with\n`model.named_parameters()`.")
     if watching:
         left_out = ", ".join(part.label or part.name for part in watching)
         told = '"""Return the optimizer."""'
@@ -79,7 +89,7 @@ def eject(spec: Any, total_steps: int | None = None) -> str:
     text = _tidy(head + made)
     if (length := text.count("\n")) > LONGEST:
         raise SpecError(f"eject: the file would have {length} lines, at most {LONGEST} are readable: use fewer parts")
-    _compare(text, pipeline, total_steps)
+    try_out(text, pipeline, total_steps, branches)
     return text
 
 
@@ -99,8 +109,8 @@ def _check(pipeline: Pipeline) -> None:
         entry = next((entry for entry in registry.entries() if entry.target is own.target), None)
         if entry is None or entry.origin != "metaopt":
             raise SpecError(f"eject: {own.name} is not a part of metaopt's own; only those can be written down")
-        if own.is_partition:
-            raise SpecError(f"eject: {own.name} makes one optimizer of several; write each of its parts by itself")
+        if own.is_sequence:
+            raise SpecError(f"eject: {own.name} changes its base in mid-run; eject each of its stages by itself")
         if own.kind != "wrapper":
             continue
         wrapper = own.build_wrapper()
@@ -135,13 +145,9 @@ def _kinds(schedules: Iterable[Any]) -> list[type]:
     """Return the classes of schedules and of those inside them, each once."""
     found: list[type] = []
     for schedule in schedules:
-        inner = [v for v in (*schedule.given.values(), *_positional(schedule)) if isinstance(v, Schedule)]
+        inner = [v for v in (*schedule.given.values(), *positional(schedule)) if isinstance(v, Schedule)]
         found += [*_kinds(inner), type(schedule)]
     return list(dict.fromkeys(found))
-
-
-def _positional(schedule: Any) -> tuple[Any, ...]:
-    return tuple(getattr(schedule, "positional", None) or ())
 
 
 # ---- source of parts
@@ -212,12 +218,11 @@ def _used(code: str) -> set[str]:
 # ---- the engine
 
 
-def _engine(wrappers: tuple[Wrapper, ...], scheduled: bool, parts: str) -> str:
+def _engine(wrappers: tuple[Wrapper, ...], scheduled: bool, parts: str, maker: str) -> str:
     """Return as much of the engine as these parts need."""
     hooks = set().union(*(w.implemented_hooks() for w in wrappers))
     kinds = {slot.kind for w in wrappers for slot in w.active_slots().values()}
     features = {
-        "parts": bool(wrappers) or scheduled,
         "slots": bool(kinds - {"previous"}),
         "on_gradients": "on_gradients" in hooks,
         "before_update": "before_update" in hooks,
@@ -229,6 +234,10 @@ def _engine(wrappers: tuple[Wrapper, ...], scheduled: bool, parts: str) -> str:
         # of parts that others behind them may move
         "anchors": any(s.kind == "anchor" for w in wrappers[:-1] for s in w.active_slots().values()),
         "schedules": scheduled,
+        "branches": "Branches(" in maker,
+        "schedules_of_branches": scheduled,
+        "single": "Branches(" not in maker,
+        "acts_behind": bool(hooks & MOVES),
         "averaged": "averaged" in hooks,
     }
     source = inspect.getsource(import_module("metaopt.ejecting.template"))
@@ -237,7 +246,7 @@ def _engine(wrappers: tuple[Wrapper, ...], scheduled: bool, parts: str) -> str:
         if not wanted:  # features inside of features are named differently
             source = re.sub(rf"^ *# <{name}>\n.*?^ *# </{name}>\n", "", source, flags=re.M | re.S)
     source = re.sub(r"^ *# </?\w+>\n", "", source, flags=re.M)
-    return _reachable(source, parts)
+    return _reachable(source, f"{parts}\n{maker}")
 
 
 def _reachable(source: str, parts: str) -> str:
@@ -265,83 +274,13 @@ def _assigned_twice(node: ast.Assign, nodes: list[ast.AST]) -> set[str]:
     return read & set(_names(node))
 
 
-# ---- the stack
-
-
-def _maker(pipeline: Pipeline, stack: Any, wrappers: tuple[Wrapper, ...], own: str) -> str:
-    group, base, total = stack.param_groups[0], type(stack.base), stack.total_steps
-    before: list[str] = []
-    behind: list[str] = []
-    scheduled: dict[str, str] = {}
-    arguments = []
-    for part in pipeline:
-        if part.kind == "optimizer":
-            for name, value in part.arguments.items():
-                if isinstance(value, Schedule):
-                    scheduled[name] = f"{_schedule(value)}.curve({total}, {total})"
-                    value = value.curve(total, total)(0)
-                arguments.append(f"{name}={value!r}")
-    if group.get("fused"):
-        arguments.append("fused=True")
-    for wrapper in wrappers:
-        (before if wrapper.runs_before_base() else behind).append(_wrapped(f"{_part(wrapper, total, own)},"))
-    lines = ["def make_optimizer(params: Any) -> Stack:", '    """Return the optimizer."""']
-    lines.append(f"    base = torch.optim.{base.__name__}(params, {', '.join(arguments)})")
-    given = ["base"]
-    for name, made in (("before", before), ("behind", behind)):
-        if made:
-            one_line = f"    {name} = [{' '.join(text.strip() for text in made).rstrip(',')}]"
-            lines += [one_line] if len(one_line) <= 116 else [f"    {name} = [", *made, "    ]"]
-            given.append(f"{name}={name}")
-    if scheduled:
-        lines.append(f"    schedules = {{{', '.join(f'{k!r}: {v}' for k, v in scheduled.items())}}}")
-        given.append("schedules=schedules")
-    return "\n".join([*lines, f"    return Stack({', '.join(given)})"])
-
-
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, 116, initial_indent=" " * 8, subsequent_indent=" " * 12, break_on_hyphens=False)
-
-
-def _part(wrapper: Wrapper, total: int | None, own: str) -> str:
-    given = [repr(wrapper.label)]
-    slots = {}
-    for name, slot in wrapper.active_slots().items():
-        dtype = vars(wrapper).get(slot.dtype, slot.dtype) if slot.dtype is not None else None
-        slots[name] = (slot.kind, dtype)
-    given += [f"slots={slots!r}"] if slots else []
-    given += [f"acts_every={wrapper.acts_every!r}"] if wrapper.acts_every else []
-    for name in wrapper.hyperparameters:
-        value = getattr(wrapper, name)
-        # a rule of elements takes its numbers by keyword
-        if not re.search(rf"\.{name}\b|\b{name}: (float|int)\b", own) and name != wrapper.acts_every:
-            continue  # only branches that are left out ask for it
-        text = f"{_schedule(value)}.curve({total}, {total})" if isinstance(value, Schedule) else _literal(value)
-        given.append(f"{name}={text}")
-    return f"{type(wrapper).__name__}({', '.join(given)})"
-
-
-def _schedule(schedule: Any) -> str:
-    if type(schedule).__module__.startswith("metaopt.schedules."):
-        if positional := _positional(schedule):
-            return f"{type(schedule).__name__}({', '.join(map(_literal, positional))})"
-        values = {name: getattr(schedule, name) for name in schedule.hyperparameters}
-        return f"{type(schedule).__name__}({', '.join(f'{k}={_literal(v)}' for k, v in values.items())})"
-    raise SpecError(f"eject: {schedule!r:.60} is not a schedule of metaopt's own; only those can be written down")
-
-
-def _literal(value: Any) -> str:
-    if isinstance(value, Schedule):
-        return _schedule(value)
-    return "math.inf" if value == float("inf") else repr(value)
-
-
 def _tidy(text: str) -> str:
     """Remove comments for type checkers, imports that nothing uses, and surplus empty lines."""
     text = re.sub(r"  # (type: ignore|noqa)[^\n]*", "", text)
     text = re.sub(r"(?<![\w.])Tensor\b", "torch.Tensor", text)
     for name, line in (
         ("contextmanager", "from contextlib import contextmanager\n"),
+        ("fnmatchcase", "from fnmatch import fnmatchcase\n"),
         ("math", "import math\n"),
         ("Callable", "Callable, "),
         ("Literal", ", Literal"),
@@ -353,30 +292,3 @@ def _tidy(text: str) -> str:
     text = re.sub(r"\n+(?=(?:class|def|@\w+\ndef) )", "\n\n\n", text)
     text = re.sub(r"\n{3,}(?= )", "\n\n", text)
     return re.sub(r"\n{4,}", "\n\n\n", text).rstrip("\n") + "\n"
-
-
-def _compare(text: str, pipeline: Pipeline, total_steps: int | None) -> None:
-    """Run the file beside the stack on small parameters. Raises SpecError if it fails or differs."""
-    namespace: dict[str, Any] = {"__name__": "ejected"}
-    exec(compile(text, "<ejected>", "exec"), namespace)  # our own text
-    generator = torch.Generator().manual_seed(0)
-    # the second is large enough for another way to take norms
-    shapes = [(5, 4), (256, 256), (4,), ()] if "muon" not in str(pipeline) else [(5, 4), (256, 256)]
-    start = [torch.randn(shape, generator=generator) for shape in shapes]
-    ours, theirs = ([torch.nn.Parameter(value.clone()) for value in start] for _ in range(2))
-    stack = build(ours, pipeline, total_steps=total_steps)
-    try:
-        other = namespace["make_optimizer"](theirs)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", MetaoptWarning)  # the run may be shorter than this one
-            for _ in range(COMPARED):
-                for p, q in zip(ours, theirs, strict=True):
-                    p.grad = torch.randn(p.shape, generator=generator)
-                    q.grad = p.grad.clone()
-                stack.step()
-                other.step()
-                if not all(map(torch.equal, ours, theirs)):
-                    raise SpecError("eject: the file would not train as the stack does; please report this spec")
-    except (AttributeError, KeyError, TypeError, NameError) as error:
-        needed = getattr(error, "name", None) or error
-        raise SpecError(f"eject: a part of {pipeline} needs {needed}, which an ejected file does not have") from error
