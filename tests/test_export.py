@@ -73,7 +73,7 @@ def batches() -> Any:
 SPECS = [
     "adamw(lr=0.01)",
     "clip_grad_norm(1.0) | adamw(lr=warmup(cosine(1e-2), 0.1), weight_decay=0.1) | lookahead(k=3)",
-    "adamw(lr=warmup(cosine(1e-2), 0.1))",
+    "partition({'matrix': adamw(lr=warmup(cosine(1e-2), 0.1)), '*': sgd(lr=0.1)})",
     "sgd(lr=cosine(0.1), momentum=0.9) | ema(decay=0.9)",
 ]
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from metaopt.ejecting.branches import branches_of
 from metaopt.ejecting.writing import eject_for_any_length
 from metaopt.specs.pipeline import as_pipeline
 
@@ -34,7 +35,7 @@ def get_batch_size(workload_name: str) -> int:
 
 def init_optimizer_state(workload: Any, model_params: Any, model_state: Any, hyperparameters: Any, rng: Any) -> Any:
     """Return the optimizer, whose schedules are as long as the workload's budget of steps."""
-    return {{"optimizer": make_optimizer(model_params.parameters(), workload.step_hint), "shown": ExitStack()}}
+    return {{"optimizer": make_optimizer(model_params.{members}(), workload.step_hint), "shown": ExitStack()}}
 
 
 def update_params(
@@ -119,6 +120,7 @@ SHOWN = """    optimizer_state["shown"].close()
 
 def submission(spec: Any) -> str:
     """Return a stack as the file `submission.py` of AlgoPerf. Raises SpecError for what `metaopt eject` cannot do."""
+    members = "named_parameters" if branches_of(as_pipeline(spec)) else "parameters"
     wrappers = [part.build_wrapper() for part in as_pipeline(spec) if part.kind == "wrapper"]
     # of several averages the outermost, as everywhere
     label = next((w.label for w in reversed(wrappers) if "averaged" in w.implemented_hooks()), None)
@@ -126,4 +128,4 @@ def submission(spec: Any) -> str:
     text = eject_for_any_length(spec, "export --form algoperf")
     first = "from __future__ import annotations\n\n"
     text = text.replace(first, f"{first}from contextlib import ExitStack\n", 1)
-    return f"{text}\n{FUNCTIONS.format(shown=shown)}"
+    return f"{text}\n{FUNCTIONS.format(shown=shown, members=members)}"

@@ -12,6 +12,8 @@ from metaopt.wrapper import Wrapper
 
 # the second is large enough for another way to take norms
 SHAPES = ((5, 4), (256, 256), (4,), ())
+# muon multiplies matrices many times
+SHAPES_OF_MUON = ((5, 4), (48, 32))
 MOVES = {"after_update", "after_updates", "on_update"}
 
 
@@ -48,12 +50,12 @@ def check_inside(inner: Mapping[str, tuple[Wrapper, ...]], outer: tuple[Wrapper,
 def sample(branches: Mapping[str, Pipeline], text: str = "muon") -> list[tuple[str, torch.nn.Parameter]]:
     """Return named parameters for a trial: some that each pattern chooses, and no others. Raises SpecError."""
     if not branches:
-        shapes = SHAPES[:2] if "muon" in text else SHAPES
+        shapes = SHAPES_OF_MUON if "muon" in text else SHAPES
         return [(f"p{number}", torch.nn.Parameter(torch.ones(shape))) for number, shape in enumerate(shapes)]
     partitioner = registry.find("partition", "optimizer").target(branches)
     found: list[tuple[str, torch.nn.Parameter]] = []
     for number, (pattern, branch) in enumerate(branches.items()):
-        shapes = SHAPES[:2] if "muon" in str(branch) else SHAPES
+        shapes = SHAPES_OF_MUON if "muon" in str(branch) else SHAPES
         words = [term.strip() for term in pattern.split("&")]
         glob = next((word for word in words if word not in ("scalar", "vector", "matrix")), "*")
         named = {_name(glob, f"{number}.{position}"): shape for position, shape in enumerate(shapes)}
