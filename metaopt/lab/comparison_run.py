@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from metaopt.errors import LogError
+from metaopt.lab import sensitivity
 from metaopt.lab.comparison import Comparison
 from metaopt.lab.report import headline, remarks, rows, word_of
 from metaopt.lab.results import plain
@@ -48,7 +49,17 @@ def report(comparison: Comparison) -> str:
     columns = ("", *names(comparison.plan.specs))
     upright = Table(columns, tuple((name, *(row[name] for row in table)) for name in order))
     said = "\n".join(f"- {remark}" for remark in remarks(comparison))
-    return f"**{headline(comparison)}**\n\n{upright.markdown()}\n\n{said}\n"
+    return f"**{headline(comparison)}**\n\n{upright.markdown()}\n\n{said}\n{_sensitivity(comparison)}"
+
+
+def _sensitivity(comparison: Comparison) -> str:
+    table = sensitivity.rows(comparison)
+    if not table:
+        return ""
+    columns = ("", *names(comparison.plan.specs))
+    upright = Table(columns, tuple((name, *(row[name] for row in table)) for name in table[0] if name != "stack"))
+    said = "\n".join(f"- {remark}" for remark in sensitivity.remarks(comparison))
+    return f"\n{upright.markdown()}\n\n{said}\n"
 
 
 def verdict_table(comparison: Comparison) -> dict[str, Any]:
