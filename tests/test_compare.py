@@ -38,6 +38,8 @@ from metaopt.lab.trial import has_diverged
 from metaopt.registry import registry
 from metaopt.specs.pipeline import parse
 
+pytestmark = pytest.mark.slow
+
 SPECS = ("sgd(momentum=0.9)", "sgd(momentum=0.9) | lookahead(k=5)")
 
 
@@ -712,7 +714,6 @@ def test_the_median_run_counts_what_diverged_as_infinite(tmp_path: Path) -> None
 # ---- a folder, its comparisons and its looks
 
 
-@pytest.mark.slow
 def test_a_second_comparison_leaves_the_first_as_it_is(tmp_path: Path) -> None:
     assert compared(tmp_path) == 0
     written = {path: path.read_bytes() for path in tmp_path.glob("*.*") if path.is_file() and path.name != NAME}
@@ -737,7 +738,6 @@ def test_what_somebody_else_has_in_the_folder_is_left_alone(tmp_path: Path, name
     assert (tmp_path / "comparison-2" / "report.md").exists()
 
 
-@pytest.mark.slow
 def test_more_studies_in_the_same_folder_are_another_look(tmp_path: Path) -> None:
     first = run_comparison(small(tmp_path))
     assert (first.level, first.earlier) == (0.05, [])
@@ -798,7 +798,6 @@ def running(pid: int) -> bool:
         return False
 
 
-@pytest.mark.slow
 def test_a_trial_whose_process_is_killed_is_made_again(tmp_path: Path) -> None:
     asked = {"problem": "rosenbrock", "specs": ("sgd", "adam"), "steps": 1000, "trials": 2}
     before = set(multiprocessing.active_children())
@@ -836,7 +835,6 @@ def metaopt_optimizers():
 """
 
 
-@pytest.mark.slow
 def test_a_trial_that_gets_its_process_killed_each_time_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ends_itself_plugin.py").write_text(ENDS_ITSELF)
     monkeypatch.syspath_prepend(tmp_path)
@@ -852,7 +850,6 @@ def test_a_trial_that_gets_its_process_killed_each_time_fails(tmp_path: Path, mo
     assert all("killed 3 times from outside" in why for why in failed.values() if why)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
 def test_an_interrupted_comparison_goes_on_and_leaves_no_process_behind(tmp_path: Path) -> None:
     asked = {"problem": "rosenbrock", "specs": ("sgd", "adam"), "studies": 4, "steps": 150, "trials": 3}

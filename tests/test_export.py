@@ -16,6 +16,8 @@ from metaopt.cli import main
 from metaopt.ejecting.algoperf import submission
 from metaopt.errors import SpecError
 
+pytestmark = pytest.mark.slow
+
 X = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
 Y = (X.sum(1) > 0).long()
 HINT = 30

@@ -15,6 +15,8 @@ from small_runs import assert_same, assert_same_weights, small_model, train, wei
 
 import metaopt
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8
 SPECS = [
     "clip_grad_norm(0.5) | adamw(lr=0.01) | lookahead(k=2) | ema(0.9)",

@@ -15,6 +15,8 @@ from torch.testing._internal.common_optimizers import (
 
 import metaopt
 
+pytestmark = pytest.mark.slow
+
 STEPS = 5
 MATRICES = [(4, 3), (1, 4)]
 SHAPES = [(4, 3), (4,), (2, 3, 2), (1,), ()]

@@ -15,6 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import metaopt
 
+pytestmark = pytest.mark.slow
+
 SPEC = "clip_grad_norm(0.5) | adamw(lr=warmup(cosine(0.05), 3)) | lookahead(k=3)"
 UNSCHEDULED = "adamw(lr=0.05) | lookahead(k=3)"
 BATCH = 2

@@ -10,6 +10,8 @@ from small_runs import assert_same
 
 import metaopt
 
+pytestmark = pytest.mark.slow
+
 BASES = [
     "sgd(lr=0.1)",
     "sgd(lr=0.1, momentum=0.9)",
