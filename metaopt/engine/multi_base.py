@@ -1,4 +1,4 @@
-"""Several bases in one stack: which base updates which parameters, and all as one optimizer over common groups."""
+"""Several bases in one stack, side by side or one after another: which updates what, and all as one optimizer."""
 
 from abc import ABC, abstractmethod
 from collections import defaultdict

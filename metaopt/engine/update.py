@@ -139,14 +139,14 @@ class Update:
             postponed, self.postponed = self.postponed, {}
             for key, each in postponed.items():
                 each.make()
-                if each.scale is not None:
+                if each.divisor is not None:
                     self.grads_to_divide[key] = each
 
     def divide_gradients(self, group: ParamGroup) -> None:
         """Divide gradients by what the base has divided them by only for itself."""
         made = self.grads_to_divide.pop(id(group), None)
         if made is not None:
-            torch._foreach_div_(made.gradients, made.scale)
+            torch._foreach_div_(made.gradients, made.divisor)
 
     # ---- the factor by which gradients are yet to be multiplied
 

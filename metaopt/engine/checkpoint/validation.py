@@ -1,4 +1,4 @@
-"""What a load refuses, before anything of the checkpoint is applied."""
+"""What a load refuses, before anything of the checkpoint is applied; scratch bases are stepped to see what fits."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -63,7 +63,7 @@ class Exchange:
             group[STEPS] = steps
         self._round = steps // each if steps > before and steps % each == 0 else None
 
-    def take_part(self, update: Update) -> None:
+    def act_in_skipped_step(self, update: Update) -> None:
         """Make the exchanges that are due at a step that makes no update here; alone there are none."""
         if self.run.replicas.size == 1:
             return

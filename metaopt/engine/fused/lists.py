@@ -91,16 +91,16 @@ class FusedLists:
         group: ParamGroup,
         params: Tensors,
         gradients: Tensors,
-        scale: torch.Tensor | None,
+        divisor: torch.Tensor | None,
         part: slice = ALL,
     ) -> None:
         """Update `params` and the state: the members in `part`, or copies of them that are to be moved instead."""
         if "step" in self.keys:
             self._count(part)
         # a clip may have taken the norm on another device
-        scale = None if scale is None else scale.to(params[0].device)
+        divisor = None if divisor is None else divisor.to(params[0].device)
         kernel = _adam if "step" in self.keys else _sgd
-        kernel(group, params, gradients, [kept[part] for kept in self.kept], scale)
+        kernel(group, params, gradients, [kept[part] for kept in self.kept], divisor)
 
     def _count(self, part: slice) -> None:
         """Add 1 to the counts of some members: one call for all of them, however many tensors they are."""
@@ -194,7 +194,7 @@ def are_identical(found: Sequence[Any], kept: Sequence[Any]) -> bool:
     return len(found) == len(kept) and all(map(is_, found, kept))
 
 
-def _adam(group: ParamGroup, params: Tensors, gradients: Tensors, kept: list[Tensors], scale: Any) -> None:
+def _adam(group: ParamGroup, params: Tensors, gradients: Tensors, kept: list[Tensors], divisor: Any) -> None:
     averages, squares, steps = kept
     kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
     beta1, beta2 = group["betas"]
@@ -212,12 +212,12 @@ def _adam(group: ParamGroup, params: Tensors, gradients: Tensors, kept: list[Ten
         weight_decay=group["weight_decay"],
         eps=group["eps"],
         maximize=group["maximize"],
-        grad_scale=scale,
+        grad_scale=divisor,
         found_inf=None,
     )
 
 
-def _sgd(group: ParamGroup, params: Tensors, gradients: Tensors, kept: list[Tensors], scale: Any) -> None:
+def _sgd(group: ParamGroup, params: Tensors, gradients: Tensors, kept: list[Tensors], divisor: Any) -> None:
     torch._fused_sgd_(
         params,
         gradients,
@@ -229,6 +229,6 @@ def _sgd(group: ParamGroup, params: Tensors, gradients: Tensors, kept: list[Tens
         nesterov=group["nesterov"],
         maximize=group["maximize"],
         is_first_step=False,
-        grad_scale=scale,
+        grad_scale=divisor,
         found_inf=None,
     )

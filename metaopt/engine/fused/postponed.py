@@ -21,9 +21,11 @@ class PostponedStep:
     It is made when somebody looks at the weights or at the state, at the latest when the update ends.
     """
 
-    def __init__(self, lists: FusedLists, group: ParamGroup, members: Tensors, gradients: Tensors, scale: Any) -> None:
+    def __init__(
+        self, lists: FusedLists, group: ParamGroup, members: Tensors, gradients: Tensors, divisor: Any
+    ) -> None:
         self.params = members
-        self.gradients, self.scale = gradients, scale
+        self.gradients, self.divisor = gradients, divisor
         self._lists, self._group = lists, group
         self._items: list[Item] = []
         self._numbers: list[Mapping[str, Any]] = []
@@ -67,7 +69,7 @@ class PostponedStep:
             base=lists.kernel,
             settings=_settings(group, lists.kernel),
             count=self._addresses[self._places["step"]] if "step" in lists.keys else None,
-            divisor=self.scale,
+            divisor=self.divisor,
         )
         torch.autograd.graph.increment_version([t for i, each in enumerate(self._tensors) if i != GRAD for t in each])
 
@@ -82,11 +84,13 @@ class PostponedStep:
         return self._places[key]
 
     def _compiled(self) -> Compiled | None:
-        key = self._lists.kernel, self._state, self.scale is None, tuple(self._items)
+        key = self._lists.kernel, self._state, self.divisor is None, tuple(self._items)
         known = self._lists.programs
         if key not in known:
             try:
-                compiled = Compiled(key[0], GRAD + 1 if self._state else 0, self._items, scaled=self.scale is not None)
+                compiled = Compiled(
+                    key[0], GRAD + 1 if self._state else 0, self._items, scaled=self.divisor is not None
+                )
                 fits = kernels().knows(self.params[0].dtype, *compiled.needs)
                 known[key] = compiled if fits else None
             except Unfit:
@@ -95,7 +99,7 @@ class PostponedStep:
 
 
 def postponed_step(
-    lists: FusedLists, group: ParamGroup, members: Tensors, gradients: Tensors, scale: Any
+    lists: FusedLists, group: ParamGroup, members: Tensors, gradients: Tensors, divisor: Any
 ) -> PostponedStep | None:
     """Return a step that rules behind it may join; None: torch has to make it, and now.
 
@@ -103,7 +107,7 @@ def postponed_step(
     """
     if torch.autograd.profiler._is_profiler_enabled or torch._C._len_torch_dispatch_stack():
         return None
-    postponed = PostponedStep(lists, group, members, gradients, scale)
+    postponed = PostponedStep(lists, group, members, gradients, divisor)
     return postponed if postponed.begin() else None
 
 

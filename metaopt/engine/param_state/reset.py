@@ -1,4 +1,4 @@
-"""Resets: what of the state is deleted because a user or a wrapper asks for it. Makes nothing.
+"""Resets: state that a user or a wrapper wants to begin anew is deleted, and a group's counts are set back.
 
 The next update of these parameters is a first one (`first_update`): the base itself makes new state in its step.
 """

@@ -50,7 +50,7 @@ class ReplicaExchange(Protocol):
     def act(self, update: Any, placed: PlacedWrapper) -> None:
         """Make what is due of one wrapper."""
 
-    def take_part(self, update: Any) -> None:
+    def act_in_skipped_step(self, update: Any) -> None:
         """Make what is due of all wrappers, in a step that makes no update here."""
 
     def settle(self) -> None:

@@ -44,7 +44,7 @@ def step_bases(update: Update, closure: tuple[Closure, ...], keywords: dict[str,
 
 def _step_whole(update: Update, chain: Chain, closure: tuple[Closure, ...], keywords: dict[str, Any]) -> Any:
     """Call the base's own step; return what it returns."""
-    leave_kernel_for_gradients(update, chain)
+    turn_off_kernel_for_gradients(update, chain)
     late = set() if keywords else _late_momentum(update, chain)
     if not late:
         return chain.step(*closure, **keywords)
@@ -94,7 +94,7 @@ def _step_in_blocks(update: Update, chain: Chain, group: ParamGroup) -> None:
     params, gradients = update.params_and_grads(group)
     lists = lists_for(update.run.fused_lists, chain, group, params, gradients)
     if lists is None:
-        leave_kernel_for_gradients(update, chain)
+        turn_off_kernel_for_gradients(update, chain)
     late = _late_momentum(update, chain) if lists is None else set()
     wrappers = [w for w in chain.leading_on_update if is_due(w, group, counted=False)]
     if not wrappers:
@@ -149,7 +149,7 @@ def _late_momentum(update: Update, chain: Chain) -> set[int]:
     return late
 
 
-def leave_unfit_kernels(run: Run) -> None:
+def turn_off_unfit_kernels(run: Run) -> None:
     """Turn the fused kernel off for groups whose parameters it cannot update, if it was our choice.
 
     Parameters may have another dtype or be DTensors since construction.
@@ -160,7 +160,7 @@ def leave_unfit_kernels(run: Run) -> None:
             group["fused"] = None
 
 
-def leave_kernel_for_gradients(update: Update, chain: Chain) -> None:
+def turn_off_kernel_for_gradients(update: Update, chain: Chain) -> None:
     """Turn the fused kernel off for groups whose gradients now are not what it can read; see `warn_of_kernel`."""
     for group in chain.groups_in(update.run.param_groups):
         chosen = chain.fused_by_default or (group["params"] and group["params"][0].is_cpu)

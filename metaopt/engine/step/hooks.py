@@ -1,4 +1,4 @@
-"""When a wrapper's hook is called, and with which parameters; what the hook changed is applied to the weights."""
+"""When a wrapper's hook is called, and with which parameters; what it changed goes into gradients and weights."""
 
 from collections.abc import Callable
 from operator import attrgetter

@@ -1,4 +1,4 @@
-"""The order of one update: evaluate, filter gradients, step the base, let the wrappers behind it act."""
+"""The order of one update: evaluate, filter gradients, step the base, let wrappers act; count, skip or abandon it."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from metaopt.engine.param_state import first_update, placeholders
 from metaopt.engine.run.entries import AVERAGE_SHOWN, TEMPLATE, UPDATES
 from metaopt.engine.run.groups import adopt_groups
 from metaopt.engine.run.run import Run
-from metaopt.engine.step.base_step import leave_kernel_for_gradients, leave_unfit_kernels, step_bases
+from metaopt.engine.step.base_step import step_bases, turn_off_kernel_for_gradients, turn_off_unfit_kernels
 from metaopt.engine.step.evaluation import Evaluation
 from metaopt.engine.step.hooks import act_behind, call, due_groups, filter_gradients, observe, observe_loss
 from metaopt.engine.step.points import measure, measure_loss
@@ -106,7 +106,7 @@ def _skip(evaluation: Evaluation, reason: str) -> Evaluation:
     run = evaluation.run
     run.skipped = reason
     if run.exchange is not None and evaluation.update is not None:
-        run.exchange.take_part(evaluation.update)
+        run.exchange.act_in_skipped_step(evaluation.update)
     if evaluation.update is not None and evaluation.update.accumulates:
         measure_loss(run, evaluation.loss)
         run.metrics.gather_step()
@@ -131,7 +131,7 @@ def _prepare_base(update: Update) -> None:
     if run.base.param_groups[0][TEMPLATE]:
         placeholders.remove_placeholders(run, keep_early=True)
     if update.pending_state or run.incomplete is None:
-        leave_unfit_kernels(run)
+        turn_off_unfit_kernels(run)
         # a wrapper may have taken gradients away since
         update.pending_state = {p: values for p, values in update.pending_state.items() if p.grad is not None}
         first_update.set_wrapper_state_aside(update)
@@ -147,7 +147,7 @@ def _prepare_base(update: Update) -> None:
     if structure.observers and update.is_logged:
         update.keep_weights_for_observers()
     for chain in list(update.pending_scale):
-        leave_kernel_for_gradients(update, chain)
+        turn_off_kernel_for_gradients(update, chain)
         update.fold_scale(chain)
 
 

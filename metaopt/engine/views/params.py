@@ -1,4 +1,4 @@
-"""Which parameters of a group a wrapper acts on: those with its state, with a gradient, not frozen. Changes nothing."""
+"""Which parameters of a group a wrapper acts on: those with its state, with a gradient, not frozen. Moves no tensor."""
 
 import torch
 
