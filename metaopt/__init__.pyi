@@ -1021,7 +1021,7 @@ class _Jsonl(_Part):
 jsonl: _Jsonl
 
 class _Tensorboard(_Part):
-    def __call__(self, log: Any, metric: Any = 'train/loss') -> Logger:
+    def __call__(self, log: Any) -> Logger:
         """Writes TensorBoard event files: scalars, the spec as text and one HParams record, all in the run's directory."""
 
 tensorboard: _Tensorboard

@@ -63,7 +63,12 @@ def tensorboard(logdir, *options):
         yield server
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            # a server that is told to end while it still begins may miss it
+            process.kill()
+            process.wait()
 
 
 def _address(log):

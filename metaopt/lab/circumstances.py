@@ -103,7 +103,7 @@ def _loaded_files() -> dict[str, Path]:
     # as text: thousands of modules are installed, and to resolve a path takes a look at every folder of it
     installed = tuple(f"{path}{os.sep}" for folder in folders for path in (folder, os.path.realpath(folder)))
     found = {}
-    for name, module in list(sys.modules.items()):
+    for name, module in sys.modules.copy().items():  # a thread or the collector may import meanwhile
         path = getattr(module, "__file__", None)
         if not isinstance(path, str) or not path.endswith(".py") or name.split(".")[0] == "metaopt":
             continue
