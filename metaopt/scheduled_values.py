@@ -34,13 +34,12 @@ class ScheduledValues:
         value = self._curves[key](t)
         return value * group.get("metaopt.lr_scale", 1.0) * group.get(LR_FACTOR, 1.0) if key == "lr" else value
 
-    def write(self, group: dict[str, Any]) -> int:
-        """Set every scheduled value for the update that comes next; return how many were made."""
+    def write(self, group: dict[str, Any]) -> None:
+        """Set every scheduled value for the update that comes next."""
         t: int = group["metaopt.updates"]
         self._count = t
         for key in self._curves:
             self._write(key, group, t)
-        return t
 
     def _write(self, key: str, group: dict[str, Any], t: int) -> None:
         value: Any = self.value(key, t, group)

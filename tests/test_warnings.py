@@ -3,6 +3,7 @@
 import copy
 import gc
 import math
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,43 @@ def test_a_run_that_is_extended_says_nothing_before_its_new_end() -> None:
     stepped(longer, 3)
     with pytest.warns(metaopt.MetaoptWarning, match="update 7 of a run of total_steps=6"):
         stepped(longer, 1)
+
+
+class Points(metaopt.Logger):
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.points: dict[int, dict[str, float]] = {}
+
+    def open(self, **of_run: Any) -> None:
+        pass
+
+    def scalars(self, step: int, values: Any) -> None:
+        self.points[step] = dict(values)
+
+
+def test_an_update_past_the_end_is_logged_as_its_own_where_the_warning_is_an_error() -> None:
+    log = Points()
+    opt = metaopt.build(net().parameters(), "sgd(lr=cosine(1.0))", total_steps=2, log=log, log_every=1)
+    stepped(opt, 2)
+    opt.record(loss=3.0)
+    with warnings.catch_warnings(), pytest.raises(metaopt.MetaoptWarning, match="this was update 3"):
+        warnings.simplefilter("error", metaopt.MetaoptWarning)
+        stepped(opt, 1)
+    opt.record(loss=4.0)
+    stepped(opt, 1)
+    assert {step: values["train/loss"] for step, values in log.points.items() if step > 2} == {3: 3.0, 4: 4.0}
+
+
+def test_a_run_past_its_end_is_loaded_without_a_word() -> None:
+    opt = metaopt.build(net().parameters(), "sgd(lr=cosine(0.1))", total_steps=2)
+    stepped(opt, 2)
+    with pytest.warns(metaopt.MetaoptWarning, match="this was update 3"):
+        stepped(opt, 1)
+    again = metaopt.build(net().parameters(), "sgd(lr=cosine(0.1))", total_steps=2)
+    again.load_state_dict(opt.state_dict())
+    with pytest.warns(metaopt.MetaoptWarning, match="this was update 4"):
+        stepped(again, 1)
 
 
 # ---- the base is stepped by itself

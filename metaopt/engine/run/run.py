@@ -70,7 +70,7 @@ class Run:
         self.scheduled: list[ScheduledValues] = []
         self.has_schedules = False
         # the count at which schedules that run to the end of the run are over; infinite once that was warned of
-        self._last_update = math.inf
+        self.last_update = math.inf
         self._warned_of_end = False
         # by group (see OWN_SCHEDULES): schedules by key, None for a constant beside a schedule of the stack
         self.own_schedules: list[dict[str, Schedule | None]] = []
@@ -193,20 +193,16 @@ class Run:
 
     def write_schedules(self) -> None:
         """After an update, set every scheduled value for the next one, which may be the first one of another base."""
-        updates = self._set_scheduled_values()
-        if updates > self._last_update:  # last, because a warning may be made an error
-            self._last_update, self._warned_of_end = math.inf, True
-            schedules = [scheduled.schedules for scheduled in self.scheduled]
-            warn_of_past_end(schedules, self.param_groups, updates, self.structure.total_steps)
-
-    def _set_scheduled_values(self) -> int:
-        """Set the values for the next update, and return how many were made."""
         if self.stages is not None:
             self.stages.follow(self)
-        updates = 0
         for scheduled, group in zip(self.scheduled, self.param_groups, strict=True):
-            updates = scheduled.write(group)
-        return updates
+            scheduled.write(group)
+
+    def warn_of_end(self, updates: int) -> None:
+        """Warn, once in a run, that its schedules were over before this update."""
+        self.last_update, self._warned_of_end = math.inf, True
+        schedules = [scheduled.schedules for scheduled in self.scheduled]
+        warn_of_past_end(schedules, self.param_groups, updates, self.structure.total_steps)
 
     def begin_schedules(self) -> None:
         """Follow the schedules of all groups from the present count on."""
@@ -215,8 +211,8 @@ class Run:
         self.has_schedules = self.stages is not None or any(scheduled.schedules for scheduled in self.scheduled)
         self.adopted = self.param_groups, len(self.param_groups)
         if not self._warned_of_end:
-            self._last_update = last_update([scheduled.schedules for scheduled in self.scheduled], run)
-        self._set_scheduled_values()
+            self.last_update = last_update([scheduled.schedules for scheduled in self.scheduled], run)
+        self.write_schedules()
 
     def change_lr(self, group: ParamGroup, change: Callable[[float], float]) -> None:
         """Replace a group's learning rate; a schedule goes on by the same factor. A rate of 0 stays."""
@@ -247,7 +243,7 @@ class Run:
             raise StepError(f"updates must be an integer from 0 up, got {updates!r:.60}")
         for group in self.param_groups:
             group[UPDATES] = index(updates)
-        self._set_scheduled_values()
+        self.write_schedules()
 
     def lr_set_by_client(self, position: int) -> bool:
         """Return whether user code changed a group's learning rate since a schedule wrote it or the run was made."""

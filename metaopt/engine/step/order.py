@@ -183,7 +183,10 @@ def finish(update: Update, loss: Any) -> None:
         update.clean_up()
         if run.has_schedules:
             run.write_schedules()
-    run.metrics.end_update(run.updates)
+    updates = run.updates
+    run.metrics.end_update(updates)
+    if updates > run.last_update:  # last: where warnings are errors, the update is complete all the same
+        run.warn_of_end(updates)
 
 
 def record(run: Run, name: str, value: Any) -> None:
