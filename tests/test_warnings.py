@@ -144,6 +144,20 @@ def test_a_run_that_is_extended_says_nothing_before_its_new_end() -> None:
         stepped(longer, 1)
 
 
+class Tenth(metaopt.Schedule):
+    """Falls at a tenth of the run, and never asks whether its length is known."""
+
+    def curve(self, run: Any, span: Any) -> Any:
+        begin = run * 0.1
+        return lambda t: 1.0 if t < begin else 0.1
+
+
+def test_a_schedule_that_computes_with_the_length_of_the_run_ends_with_it() -> None:
+    opt = metaopt.build(net().parameters(), metaopt.sgd(lr=Tenth()), total_steps=2)
+    with pytest.warns(metaopt.MetaoptWarning, match="this was update 3 of a run of total_steps=2"):
+        stepped(opt, 3)
+
+
 class Points(metaopt.Logger):
     """Keeps what it is given."""
 

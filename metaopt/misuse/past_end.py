@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from metaopt.errors import HyperparameterError, warn
+from metaopt.errors import warn
 from metaopt.schedule import Schedule
 
 
@@ -39,7 +39,7 @@ def _ends_with_run(schedule: Schedule) -> bool:
     """Return whether a schedule needs to know how long the run is."""
     try:
         schedule.curve(None, None)
-    except HyperparameterError:
+    except Exception:  # a schedule from elsewhere may compute with the length, which is None here: whatever that raises
         return True
     return False
 
