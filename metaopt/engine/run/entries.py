@@ -1,4 +1,4 @@
-"""The keys of the engine's own entries in a group; most of them are in a checkpoint."""
+"""Keys of the engine's own entries in a group that several modules use; most of them are in a checkpoint."""
 
 # group entries of the engine: the count of updates is the run's, the same in every group
 UPDATES = "metaopt.updates"

@@ -18,6 +18,7 @@ from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState, is_
 from metaopt.engine.fused.lists import are_identical
 from metaopt.engine.fused.postponed import PostponedStep
 from metaopt.engine.param_state.reset import forget_base_state
+from metaopt.engine.run.entries import UPDATES
 from metaopt.engine.update import Params, Update
 from metaopt.engine.views.blocks import Rows, block_size, row_ranges
 from metaopt.engine.views.numbers import GroupNumbers
@@ -52,7 +53,7 @@ class GroupView(GroupNumbers):
         self._rows = rows
         self.parameters = parameters
         self._params: list[torch.Tensor] | None = None
-        self.updates = group["metaopt.updates"] if updates is None else updates
+        self.updates = group[UPDATES] if updates is None else updates
         self.index = list(range(len(parameters))) if index is None else index
         # slots kept on another device: copies here, with the originals and their versions
         self._fetched: dict[str, tuple[list[torch.Tensor], list[torch.Tensor], list[int]]] = {}

@@ -15,6 +15,7 @@ from metaopt.distributed.shards import (
     total_norm,
 )
 from metaopt.engine.chain import Chain, ParamGroup
+from metaopt.engine.run.entries import UPDATES
 from metaopt.engine.structure import PlacedWrapper
 from metaopt.engine.update import Update
 from metaopt.engine.views.group_view import GroupView, views_of, why_unknown
@@ -61,7 +62,7 @@ class GroupsView(Groups):
     @property
     def updates(self) -> int:  # type: ignore[override]
         """The number of updates made."""
-        return int(self._groups[0]["metaopt.updates"])
+        return int(self._groups[0][UPDATES])
 
     def norm(self, norm_type: float = 2.0) -> torch.Tensor:
         if self._update.run.has_zero_shard:
