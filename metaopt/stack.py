@@ -21,7 +21,7 @@ from metaopt.engine.param_state.first_update import take_constructor_state
 from metaopt.engine.param_state.placeholders import with_placeholders
 from metaopt.engine.param_state.reset import reset, validate_reset
 from metaopt.engine.run.groups import add_group, adopt_groups, complete_groups, know_members
-from metaopt.engine.run.run import Run, Stages
+from metaopt.engine.run.run import BaseStages, Run
 from metaopt.engine.step.order import record, step
 from metaopt.engine.structure import Structure, fights
 from metaopt.errors import HyperparameterError, LogError, ParameterError, StepError, did_you_mean
@@ -80,7 +80,7 @@ class Stack(torch.optim.Optimizer):
         fused_by_default: bool = False,
         left_out: LeftOut | None = None,
         model: torch.nn.Module | None = None,
-        stages: Stages | None = None,
+        stages: BaseStages | None = None,
         replicas: Replicas | None = None,
     ) -> None:
         self.description = description

@@ -52,7 +52,6 @@ class Structure:
         self.acts_behind = tuple(p for p in (*inner, *outer) if p.wrapper.implemented_hooks() & behind)
         self.exchanges = tuple(p for p in self.acts_behind if p.wrapper.takes_means)
         self.needs_closure = any(chain.needs_closure for chain in self.chains)
-        self.keeps_state = any(chain.slots or chain.moment_slots for chain in self.chains)
         self.keeps_early_state = any(chain.early_keys for chain in self.chains)
         self.needs_weights_before = any(chain.needs_weights_before for chain in self.chains)
         self.changes_updates = any(chain.leading_on_update for chain in self.chains)

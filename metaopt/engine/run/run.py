@@ -26,7 +26,7 @@ from metaopt.scheduled_values import ScheduledValues
 from metaopt.torch_internals import called_by_zero_redundancy_optimizer
 
 
-class Stages(Protocol):
+class BaseStages(Protocol):
     """What changes the base in the middle of a run; made above the engine, which cannot make a base."""
 
     def follow(self, run: "Run") -> None:
@@ -91,7 +91,7 @@ class Run:
         # parameters of the model that no group holds, while they may begin to train
         self.left_out: LeftOut | None = None
         # what changes the base in the middle of the run, if anything does
-        self.stages: Stages | None = None
+        self.stages: BaseStages | None = None
         # a clip before the stack's own, looked for in the first updates
         self.second_clip: SecondClip | None = None
         # the processes that train copies of the model, and what is exchanged with them, if wrappers take means
@@ -131,10 +131,6 @@ class Run:
     def is_differentiable(self) -> bool:
         """Whether the user differentiates through updates (torch's `differentiable=True`)."""
         return bool(self.base.defaults.get("differentiable"))
-
-    def group_of(self, p: torch.Tensor) -> ParamGroup:
-        """Return the group that holds a parameter."""
-        return next(group for group in self.param_groups if any(p is member for member in group["params"]))
 
     def groups_of(self, placed: PlacedWrapper) -> list[ParamGroup]:
         """Return the groups that a wrapper acts on."""

@@ -25,7 +25,7 @@ def filter_gradients(update: Update) -> None:
     if run.structure.gradient_observers:
         observe_gradients(update, gathered=False)
     for placed in run.structure.on_gradients:
-        groups = update.run.groups_of(placed)
+        groups = run.groups_of(placed)
         if placed.chain is not None and not any(update.params_and_grads(group)[0] for group in groups):
             continue
         if run.flushing and not placed.wrapper.spans_steps and not any(map(update.params_of, groups)):
@@ -133,7 +133,7 @@ def observe(update: Update) -> None:
         update.begin_observing()
     for placed in run.structure.observers:
         ahead = placed.wrapper.looks_ahead() and run.metrics.wanted(run.updates + 1)
-        groups = update.run.groups_of(placed)
+        groups = run.groups_of(placed)
         if (update.is_logged or ahead) and any(map(update.params_of, groups)):
             view = GroupsView(update, placed, groups)
             placed.wrapper.observe(view)
