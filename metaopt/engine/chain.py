@@ -17,12 +17,7 @@ from metaopt.distributed.shards import is_sharded
 from metaopt.errors import HyperparameterError
 from metaopt.schedule import Schedule
 from metaopt.slots import Scalar, Slot
-from metaopt.torch_internals import (
-    optimizer_parts,
-    restored_optimizer,
-    without_grad_mode,
-    without_step_hooks,
-)
+from metaopt.torch_internals import optimizer_parts, restored_optimizer, without_grad_mode, without_step_hooks
 from metaopt.wrapper import Closure, Wrapper
 
 ParamGroup = dict[str, Any]
@@ -46,7 +41,6 @@ ELEMENTWISE = frozenset(
     getattr(torch.optim, name)
     for name in ["SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop"]
 )
-
 
 # what torch's own bases keep for each parameter, in the order in which their fused kernels take it (see fused)
 FUSED_STATE: dict[type, tuple[str, ...]] = {

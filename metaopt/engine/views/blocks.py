@@ -10,7 +10,6 @@ from metaopt.engine.update import Params
 # elements that a processor's cache holds together with their state
 CPU_BLOCK = 1 << 19
 
-
 # larger blocks on accelerators: few launches, bounded temporary memory
 DEVICE_BLOCK = 1 << 25
 

@@ -8,12 +8,7 @@ from typing import Any
 
 import torch
 
-from metaopt.distributed.shards import (
-    all_local,
-    dense,
-    like_parameter,
-    local,
-)
+from metaopt.distributed.shards import all_local, dense, like_parameter, local
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState, is_moment
 from metaopt.engine.fused.lists import are_identical
 from metaopt.engine.fused.postponed import PostponedStep

@@ -7,13 +7,7 @@ from typing import Any
 
 import torch
 
-from metaopt.distributed.shards import (
-    dense,
-    is_sharded,
-    like_parameter,
-    total_dot,
-    total_norm,
-)
+from metaopt.distributed.shards import dense, is_sharded, like_parameter, total_dot, total_norm
 from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.run.entries import UPDATES
 from metaopt.engine.structure import PlacedWrapper
