@@ -16,10 +16,10 @@ from metaopt.engine import averages
 from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.checkpoint import loading
 from metaopt.engine.checkpoint.report import Choice, LoadReport, changed_choice
+from metaopt.engine.checkpoint.reset import reset
 from metaopt.engine.exchange.outer_steps import exchange_of
 from metaopt.engine.param_state.first_update import take_constructor_state
 from metaopt.engine.param_state.placeholders import with_placeholders
-from metaopt.engine.param_state.reset import reset, validate_reset
 from metaopt.engine.run.groups import add_group, adopt_groups, complete_groups, know_members
 from metaopt.engine.run.run import BaseStages, Run
 from metaopt.engine.step.order import record, step
@@ -384,11 +384,7 @@ class Stack(torch.optim.Optimizer):
         schedules begin at 0) or a wrapper's label. What is forgotten starts at the next update as in a new run.
         Raises StepError.
         """
-        validate_reset(self._run, names)
-        averages.restore_weights(self._run)
         reset(self._run, names)
-        self._run.begin_schedules()
-        self._run.invalidate()
 
     def scale_lr(self, factor: float, group: str | None = None) -> None:
         """Multiply the learning rate by a factor, in the middle of a run: of all groups, or of those called `group`.

@@ -62,7 +62,7 @@ ENGINE = (
     *("views.blocks", "views.params", "views.numbers", "views.group_view", "views.groups_view"),
     "averages",
     *("exchange.buckets", "exchange.agreement", "exchange.outer_steps"),
-    *("checkpoint.report", "checkpoint.matching", "checkpoint.validation", "checkpoint.precedence"),
+    *("checkpoint.report", "checkpoint.matching", "checkpoint.validation", "checkpoint.precedence", "checkpoint.reset"),
     "checkpoint.loading",
     *("step.points", "step.evaluation", "step.hooks", "step.base_step", "step.order"),
 )
