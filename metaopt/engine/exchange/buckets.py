@@ -20,7 +20,8 @@ from metaopt.engine.run.run import Run
 from metaopt.engine.structure import PlacedWrapper
 from metaopt.engine.update import Params, Update
 from metaopt.engine.views.blocks import Rows, row_ranges
-from metaopt.engine.views.group_view import GroupView, views_of
+from metaopt.engine.views.cutting import views_of
+from metaopt.engine.views.group_view import GroupView
 from metaopt.engine.views.params import is_trained
 from metaopt.wrapper import Wrapper
 

@@ -7,7 +7,8 @@ from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.run.entries import UPDATES
 from metaopt.engine.structure import PlacedWrapper
 from metaopt.engine.update import Params, Update
-from metaopt.engine.views.group_view import GroupView, block_views_of, views_of
+from metaopt.engine.views.cutting import block_views_of, views_of
+from metaopt.engine.views.group_view import GroupView
 from metaopt.engine.views.groups_view import GroupsView, gradient_norm
 from metaopt.engine.views.params import trained_params
 from metaopt.group import Group

@@ -13,7 +13,7 @@ from metaopt.engine.step.hooks import act_behind, call, due_groups, filter_gradi
 from metaopt.engine.step.points import measure, measure_loss
 from metaopt.engine.structure import PlacedWrapper
 from metaopt.engine.update import Update
-from metaopt.engine.views.group_view import views_of
+from metaopt.engine.views.cutting import views_of
 from metaopt.engine.views.groups_view import GroupsView
 from metaopt.errors import StepError
 from metaopt.wrapper import Closure

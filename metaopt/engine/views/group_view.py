@@ -285,7 +285,7 @@ class GroupView(GroupNumbers):
     def base_moments(self) -> dict[str, list[torch.Tensor]]:
         self._update.make_postponed()
         state, first = self._update.run.state, self.parameters[0]
-        keys = [k for k in _base_keys(self._chain, state[first]) if is_moment(state[first][k], k, first)]
+        keys = [k for k in base_keys(self._chain, state[first]) if is_moment(state[first][k], k, first)]
         return {key: [local(state[p][key]) for p in self.parameters] for key in keys}
 
     def replace_grads(self, gradients: list[torch.Tensor]) -> None:
@@ -352,39 +352,6 @@ class GroupView(GroupNumbers):
         self._update.run.metrics.measure(f"{self._wrapper.label}/{name}", value, reduce)
 
 
-def views_of(
-    update: Update, group: ParamGroup, wrapper: Wrapper, parameters: Params, updates: int | None = None
-) -> list[GroupView]:
-    """Split parameters by device, dtype and the moments that the base keeps of them; no view is empty."""
-    if not parameters:
-        return []
-    kinds: list[Any] = [(p.dtype, p.device) for p in parameters]
-    chain = update.run.structure.chain_of(group)
-    if chain.slots_of(wrapper).keeps_moments or wrapper.observes:
-        moments = [tuple(_base_keys(chain, update.run.state[p])) for p in parameters]
-        kinds = list(zip(kinds, moments, strict=True))
-    if len(set(kinds)) == 1:
-        return [GroupView(update, group, wrapper, parameters, updates=updates)]
-    buckets: dict[Any, list[torch.Tensor]] = {}
-    for kind, p in zip(kinds, parameters, strict=True):
-        buckets.setdefault(kind, []).append(p)
-    return [GroupView(update, group, wrapper, bucket, updates=updates) for bucket in buckets.values()]
-
-
-def block_views_of(
-    update: Update, group: ParamGroup, wrapper: Wrapper, parameters: Params, updates: int | None = None
-) -> list[GroupView]:
-    """Split parameters as `views_of` does; for an elementwise wrapper, further into blocks that fit into a cache.
-
-    An accelerator gets all at once, one launch for everything, if nothing has to be fetched from elsewhere first.
-    """
-    views = views_of(update, group, wrapper, parameters, updates)
-    if not wrapper.elementwise or update.run.structure.chain_of(group).slots_of(wrapper).keeps_moments:
-        return views
-    cut = [v.params[0].device.type == "cpu" or v.keeps_elsewhere for v in views]
-    return [block for v, is_cut in zip(views, cut, strict=True) for block in (v.blocks() if is_cut else [v])]
-
-
 def why_unknown(wrapper: Wrapper, name: str, other: type, of_other: str) -> str:
     """Return why a wrapper finds nothing of a name on what its hook was given."""
     if hasattr(other, name) or name in other.__annotations__:
@@ -402,6 +369,6 @@ def _is_elsewhere(slot: Slot, wrapper: Wrapper) -> bool:
     return slot.device is not None and vars(wrapper).get(slot.device, slot.device) is not None
 
 
-def _base_keys(chain: Chain, param_state: ParamState) -> list[str]:
+def base_keys(chain: Chain, param_state: ParamState) -> list[str]:
     """Return the keys of what the base keeps: none if its entries are placeholders."""
     return [] if param_state.get(PLACEHOLDER) else [key for key in param_state if chain.is_base_key(key)]

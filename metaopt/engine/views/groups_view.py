@@ -12,7 +12,8 @@ from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.run.entries import UPDATES
 from metaopt.engine.structure import PlacedWrapper
 from metaopt.engine.update import Update
-from metaopt.engine.views.group_view import GroupView, views_of, why_unknown
+from metaopt.engine.views.cutting import views_of
+from metaopt.engine.views.group_view import GroupView, why_unknown
 from metaopt.engine.views.numbers import push
 from metaopt.errors import HyperparameterError, StepError
 from metaopt.group import Group, Groups

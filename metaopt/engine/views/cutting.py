@@ -1,0 +1,43 @@
+"""How the parameters of a group are dealt out to views: by device and dtype, and further into blocks for a cache."""
+
+from typing import Any
+
+import torch
+
+from metaopt.engine.chain import ParamGroup
+from metaopt.engine.update import Params, Update
+from metaopt.engine.views.group_view import GroupView, base_keys
+from metaopt.wrapper import Wrapper
+
+
+def views_of(
+    update: Update, group: ParamGroup, wrapper: Wrapper, parameters: Params, updates: int | None = None
+) -> list[GroupView]:
+    """Split parameters by device, dtype and the moments that the base keeps of them; no view is empty."""
+    if not parameters:
+        return []
+    kinds: list[Any] = [(p.dtype, p.device) for p in parameters]
+    chain = update.run.structure.chain_of(group)
+    if chain.slots_of(wrapper).keeps_moments or wrapper.observes:
+        moments = [tuple(base_keys(chain, update.run.state[p])) for p in parameters]
+        kinds = list(zip(kinds, moments, strict=True))
+    if len(set(kinds)) == 1:
+        return [GroupView(update, group, wrapper, parameters, updates=updates)]
+    buckets: dict[Any, list[torch.Tensor]] = {}
+    for kind, p in zip(kinds, parameters, strict=True):
+        buckets.setdefault(kind, []).append(p)
+    return [GroupView(update, group, wrapper, bucket, updates=updates) for bucket in buckets.values()]
+
+
+def block_views_of(
+    update: Update, group: ParamGroup, wrapper: Wrapper, parameters: Params, updates: int | None = None
+) -> list[GroupView]:
+    """Split parameters as `views_of` does; for an elementwise wrapper, further into blocks that fit into a cache.
+
+    An accelerator gets all at once, one launch for everything, if nothing has to be fetched from elsewhere first.
+    """
+    views = views_of(update, group, wrapper, parameters, updates)
+    if not wrapper.elementwise or update.run.structure.chain_of(group).slots_of(wrapper).keeps_moments:
+        return views
+    cut = [v.params[0].device.type == "cpu" or v.keeps_elsewhere for v in views]
+    return [block for v, is_cut in zip(views, cut, strict=True) for block in (v.blocks() if is_cut else [v])]
