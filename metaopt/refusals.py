@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from metaopt.engine.chain import Chain, ParamGroup
+from metaopt.engine.param_state.scratch import scratch_step
 from metaopt.engine.structure import Structure
 from metaopt.errors import HyperparameterError, SpecError
 from metaopt.schedule import Schedule, validate_values
@@ -140,7 +141,7 @@ def _validate_resets(chain: Chain, groups: Sequence[ParamGroup]) -> None:
     label, base = chain.resets[0].label, type(chain.base).__name__
     smallest = min((p for p in group["params"] if p.requires_grad), key=torch.numel)
     try:
-        _, _, counted = chain.scratch_step(group, smallest)
+        _, _, counted = scratch_step(chain, group, smallest)
     except Exception as error:  # whatever a class from elsewhere raises for settings that it cannot step with
         raise SpecError(
             f"{label} resets the state of {base}, which must therefore accept zero gradients, but it raised "

@@ -20,10 +20,11 @@ from metaopt.engine.checkpoint.reset import reset
 from metaopt.engine.exchange.outer_steps import exchange_of
 from metaopt.engine.param_state.first_update import take_constructor_state
 from metaopt.engine.param_state.placeholders import with_placeholders
+from metaopt.engine.param_state.scratch import fights
 from metaopt.engine.run.groups import add_group, adopt_groups, complete_groups, know_members
 from metaopt.engine.run.run import BaseStages, Run
 from metaopt.engine.step.order import record, step
-from metaopt.engine.structure import Structure, fights
+from metaopt.engine.structure import Structure
 from metaopt.errors import HyperparameterError, LogError, ParameterError, StepError, did_you_mean
 from metaopt.hyperparameters import plain
 from metaopt.lr_reporter import ReadOnlyLRScheduler

@@ -1,11 +1,10 @@
 """A chain: one base with the wrappers around it, over the groups that carry its name; only a chain calls `base.step()`.
 
-It is fixed when a stack is made. It knows how its base is stepped, and what a scratch copy of the base would do.
+It is fixed when a stack is made. It knows how its base is stepped.
 """
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +25,6 @@ ParamState = dict[str, Any]
 # state[p][PLACEHOLDER]: 1 if the base has yet to make its state of a parameter, whose entries, if any, only show which
 # keys there will be (param_state); an old key, kept for checkpoints
 PLACEHOLDER = "metaopt.anew"
-# a base goes along with a move of the weights if this share of it is left after so many of the base's steps
-LEAST_KEPT = 0.8
-TRIED_STEPS = 8
 # copies of every parameter, and numbers in one tensor, that a wrapper may keep: more is a mistake in writing
 MOST_COPIES = 1_000
 MOST_NUMBERS = 1_000_000
@@ -207,74 +203,6 @@ class Chain:
         if change is not None:
             change()
 
-    # ---- what a scratch base does
-
-    def arguments(self, group: ParamGroup) -> dict[str, Any]:
-        """Return what the base's constructor takes of a group, or of its defaults."""
-        found = {k: v for k, v in {**self.base.defaults, **group}.items() if k in self.constructor_names}
-        if "lr" in found:  # of the group it may be a client's 0, by which a few bases divide
-            found["lr"] = self.base.defaults.get("lr", found["lr"])
-        return found
-
-    def constructor_state(self, group: ParamGroup, p: torch.Tensor) -> ParamState:
-        """Return the state that the base's constructor makes for a parameter like `p`: {} for most bases."""
-        with _nothing_drawn(p), torch.enable_grad():
-            zeros = torch.zeros_like(p).requires_grad_()
-            scratch = type(self.base)([zeros], **self.arguments(group))
-        return dict(scratch.state.get(zeros, {}))
-
-    def scratch_step(
-        self, group: ParamGroup, like: torch.Tensor, gradient: float = 0.0
-    ) -> tuple[ParamState, ParamGroup, list[str]]:
-        """Step a new base of the same class over zeros like `like`, all gradients being `gradient`.
-
-        Returns the state, the group, and which numbers of the group the step changed. The base may draw random
-        numbers: the generators are left as they were. Raises whatever the class raises.
-        """
-        with _nothing_drawn(like):
-            with torch.enable_grad():
-                zeros = torch.zeros_like(like).requires_grad_()
-                zeros.grad = torch.full_like(zeros, gradient)
-                scratch = type(self.base)([zeros], **self.arguments(group))
-            other = Chain(scratch)
-            other.call_mode("train")
-            made = scratch.param_groups[0]
-            before = {key: _number(value) for key, value in made.items()}
-            with torch.no_grad():
-                other.step(*((lambda: torch.zeros(()),) if self.needs_closure else ()))
-        counted = [k for k, v in made.items() if _number(v) != before.get(k) and k not in ("lr", "params")]
-        return dict(scratch.state.get(zeros, {})), made, counted
-
-    def undoes_moves(self, group: ParamGroup) -> bool:
-        """Return whether the base takes a move of the weights back that others have made between two of its steps.
-
-        A schedule-free optimizer does: it steps from a point in its own state, which does not move along. Tried with
-        two scratch bases, one of which finds its weights moved by 1; False if the class refuses what it is tried with.
-        """
-        like = next((p for p in group["params"] if p.is_floating_point()), None)
-        if like is None or type(self.base).__module__.startswith("torch.optim."):
-            return False
-        try:
-            ends = [self._end_after_move(group, like, move) for move in (0.0, 1.0)]
-        except Exception:  # whatever a class from elsewhere raises for parameters of this shape
-            return False
-        return bool((ends[1] - ends[0]).mean() < LEAST_KEPT)
-
-    def _end_after_move(self, group: ParamGroup, like: torch.Tensor, move: float) -> torch.Tensor:
-        with _nothing_drawn(like):
-            with torch.enable_grad():
-                weights = torch.ones([2] * like.dim(), device=like.device, requires_grad=True)
-                scratch = type(self.base)([weights], **self.arguments(group))
-            other = Chain(scratch)
-            other.call_mode("train")
-            with torch.no_grad():
-                for _ in range(TRIED_STEPS):
-                    weights.grad = torch.full_like(weights, 0.01)
-                    other.step(*((lambda: torch.zeros(()),) if self.needs_closure else ()))
-                    weights.add_(move)
-                    move = 0.0
-        return weights.detach()
-
     # ---- copies
 
     def __getstate__(self) -> dict[str, Any]:
@@ -340,18 +268,6 @@ def has_fused_kernel(kind: type[torch.optim.Optimizer], params: Sequence[torch.T
         if kind is SGD and p.device.type == "cpu" and p.element_size() == 2:
             return False
     return True
-
-
-@contextmanager
-def _nothing_drawn(like: torch.Tensor) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
-        yield
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, torch.Tensor):
-        return float(value) if value.numel() == 1 else None
-    return float(value) if isinstance(value, int | float) else None
 
 
 def is_moment(value: Any, key: str, parameter: torch.Tensor) -> bool:

@@ -1,6 +1,6 @@
 """What follows from the parts of a stack and never changes: its chains, and which wrapper acts in which phase."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,23 +85,6 @@ class Structure:
         own = [[w.label for w in chain.ordered if "averaged" in w.implemented_hooks()] for chain in self.chains]
         last = {labels[-1] for labels in own if labels}
         return last.pop() if len(last) == 1 else None
-
-
-def fights(
-    chains: Iterable[Chain], groups: Sequence[ParamGroup], *, only_modes: bool = False
-) -> list[tuple[Chain, list[str]]]:
-    """Return the bases whose next step undoes moves of the weights, with the labels of the wrappers that move them.
-
-    `only_modes`: try only bases with `train()` and `eval()`, which a schedule-free one has; others cost time.
-    """
-    found = []
-    for chain in chains:
-        movers = [w.label for w in chain.ordered if w.moves_weights()]
-        group = next(iter(chain.groups_in(list(groups))), None)
-        with_modes = callable(getattr(chain.base, "eval", None))
-        if movers and group is not None and (with_modes or not only_modes) and chain.undoes_moves(group):
-            found.append((chain, movers))
-    return found
 
 
 def _with_hook(name: str, placed: Sequence[PlacedWrapper]) -> tuple[PlacedWrapper, ...]:

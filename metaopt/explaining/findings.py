@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from metaopt.engine.structure import fights
+from metaopt.engine.param_state.scratch import fights
 from metaopt.explaining.orthogonal import on_layers
 from metaopt.explaining.practice import in_practice, number
 from metaopt.explaining.probing import Characters

@@ -14,6 +14,7 @@ import torch
 from metaopt.engine.chain import RUN_FLAGS, ParamGroup
 from metaopt.engine.checkpoint.matching import Matched
 from metaopt.engine.checkpoint.report import Choice, Difference, LoadReport
+from metaopt.engine.param_state.scratch import scratch_step
 from metaopt.engine.run.entries import AVERAGE_SHOWN, BUILT_LR, FORMAT, FORMAT_KEY, OWN_SCHEDULES, TEMPLATE, UPDATES
 from metaopt.engine.run.run import Run
 from metaopt.errors import CheckpointError, HyperparameterError
@@ -54,7 +55,7 @@ def counts_of_bases(run: Run) -> Counts:
         p = group["params"][0]
         small = torch.zeros([2] * p.dim(), dtype=p.dtype, device=p.device)
         try:
-            state, made, changed = chain.scratch_step(group, small, gradient=1.0)
+            state, made, changed = scratch_step(chain, group, small, gradient=1.0)
         except Exception:  # a class from elsewhere may want more than one parameter
             found |= COUNTS_OF_MOST
             continue

@@ -8,6 +8,7 @@ import torch
 from metaopt.engine.chain import RUN_FLAGS, Chain, ParamGroup, ParamState
 from metaopt.engine.checkpoint.matching import Matched
 from metaopt.engine.checkpoint.report import Choice
+from metaopt.engine.param_state.scratch import scratch_step
 from metaopt.engine.run.entries import AVERAGE_SHOWN, FORMAT, FORMAT_KEY, UPDATES
 from metaopt.engine.run.run import Run
 from metaopt.errors import CheckpointError
@@ -199,6 +200,6 @@ def _cannot_fit(value: torch.Tensor, p: torch.Tensor) -> bool:
 def state_after_step(chain: Chain, group: ParamGroup, p: torch.Tensor) -> ParamState:
     """Return the state that the base makes for a parameter like this one: {} if it does not step over a single one."""
     try:
-        return chain.scratch_step(group, p, gradient=1.0)[0]
+        return scratch_step(chain, group, p, gradient=1.0)[0]
     except Exception:
         return {}

@@ -1,1 +1,1 @@
-"""The state of a parameter: its first update, placeholders for what is not made yet, and what a wrapper resets."""
+"""The state of a parameter: first update, placeholders, what a wrapper resets, and what a scratch base would make."""

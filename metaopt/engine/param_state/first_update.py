@@ -9,6 +9,7 @@ import torch
 from metaopt.distributed.shards import local
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState
 from metaopt.engine.param_state.placeholders import remove_placeholders, without_placeholders
+from metaopt.engine.param_state.scratch import constructor_state
 from metaopt.engine.param_state.slot_values import add_zero_moments, first_value, missing_values
 from metaopt.engine.run.entries import TEMPLATE
 from metaopt.engine.run.groups import validate_members
@@ -123,7 +124,7 @@ def set_wrapper_state_aside(update: Update) -> None:
             update.state_set_aside[p] = begun_before
         made = run.constructor_state.pop(p, None)
         if made is None and chain.name in run.constructor_chains:
-            made = chain.constructor_state(group, p)
+            made = constructor_state(chain, group, p)
         if made:
             run.state[p] = made
 
@@ -188,7 +189,7 @@ def take_constructor_state(run: Run) -> None:
         for p in group["params"]:
             if states.get(p) and chain.name not in run.constructor_chains:
                 try:
-                    made = chain.constructor_state(group, p)
+                    made = constructor_state(chain, group, p)
                 except Exception:  # a class from elsewhere may keep what it was made with for itself
                     break
                 run.constructor_chains |= {chain.name} if made else set()

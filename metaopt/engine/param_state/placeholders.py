@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState
+from metaopt.engine.param_state.scratch import scratch_step
 from metaopt.engine.param_state.slot_values import add_zero_moments, missing_values
 from metaopt.engine.run.entries import TEMPLATE
 from metaopt.engine.run.run import Run
@@ -43,7 +44,7 @@ def add_placeholders(run: Run) -> None:
         for p in group["params"]:
             if p.grad is None:
                 continue
-            made, scratch_group, _ = chain.scratch_step(group, p)
+            made, scratch_group, _ = scratch_step(chain, group, p)
             # a flattened checkpoint is read by the keys of the groups, to which a base may add some in its first step
             added += [key for key in scratch_group if key not in group and key not in added]
             group.update({key: scratch_group[key] for key in added if key not in group})
@@ -117,6 +118,6 @@ def with_placeholders(run: Run, state_dict: dict[str, Any]) -> dict[str, Any]:
 
 def _scratch_state(chain: Chain, group: ParamGroup, p: torch.Tensor) -> ParamState:
     try:
-        return chain.scratch_step(group, p)[0]
+        return scratch_step(chain, group, p)[0]
     except Exception:  # a class from elsewhere may want other gradients, or more than one parameter
         return {}
