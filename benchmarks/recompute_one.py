@@ -81,7 +81,7 @@ def of_verdicts(scores: dict[str, list[float]], baseline: str, level: float) -> 
         low, high = _interval(means, len(d), level)
         shown = corrected[spec] <= level and (low > 0 or high < 0)
         found[spec] = {
-            "difference": _middle(means),
+            "difference": median(means),
             "low": low,
             "high": high,
             **_student(d, level),
@@ -128,11 +128,6 @@ def _pair_means(d: Sequence[float]) -> list[float]:
         for b in d[i:]:
             means.append(0.0 if a == -b else (a + b) / 2)
     return sorted(means)
-
-
-def _middle(means: Sequence[float]) -> float:
-    low, high = means[(len(means) - 1) // 2], means[len(means) // 2]
-    return low if low == high else (low + high) / 2
 
 
 def _interval(means: Sequence[float], n: int, level: float) -> tuple[float, float]:

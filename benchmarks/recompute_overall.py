@@ -42,7 +42,7 @@ def of_problems(found: Sequence[dict[str, dict[str, Any]]]) -> dict[str, Any]:
 
 def _scores(times: Sequence[Studies]) -> list[float]:
     """Return each contender's area under its performance profile from 1 to 4, as a share of the whole."""
-    return _of_middles([[_middle(sorted(studies)) for studies in problem] for problem in times])
+    return _of_middles([[median(studies) for studies in problem] for problem in times])
 
 
 def _of_middles(times: Sequence[Sequence[float]]) -> list[float]:
@@ -108,15 +108,11 @@ def _winner(specs: list[str], times: list[Studies], scores: list[float], drawn: 
 def _exchanged(times: list[Studies], a: int, b: int) -> Any:
     """Yield the middle times with the labels of two contenders exchanged, in studies that are chosen at random."""
     random = np.random.default_rng(SEED)
-    middles = []
+    drawn = []
     for problem in map(np.array, times):
         flips = random.random((EXCHANGES, problem.shape[1])) < 0.5
         exchanged = np.tile(problem, (EXCHANGES, 1, 1))
         exchanged[:, [a, b]] = np.where(flips[:, None], exchanged[:, [b, a]], exchanged[:, [a, b]])
-        middles.append(np.sort(exchanged, axis=2))
+        drawn.append(exchanged)
     for number in range(EXCHANGES):
-        yield [[_middle(row) for row in problem[number].tolist()] for problem in middles]
-
-
-def _middle(ordered: list[float]) -> float:
-    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+        yield [[median(row) for row in problem[number].tolist()] for problem in drawn]

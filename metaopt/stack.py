@@ -59,7 +59,16 @@ _REMEMBERED = (
 )
 
 # what explanations, checks and benchmarks ask of a stack; hidden from completion
-_FOR_TOOLS = ("chain_of", "chains", "description", "met_replicas", "needs_closure", "schedules_of", "takes_means")
+_FOR_TOOLS = (
+    "chain_of",
+    "chains",
+    "default_average",
+    "description",
+    "met_replicas",
+    "needs_closure",
+    "schedules_of",
+    "takes_means",
+)
 
 
 class Stack(torch.optim.Optimizer):
@@ -191,6 +200,11 @@ class Stack(torch.optim.Optimizer):
     def averages(self) -> tuple[str, ...]:
         """The labels of the averages that `averaged` and `averaged_module` can show, in the order of the parts."""
         return tuple(self._run.structure.averages())
+
+    @property
+    def default_average(self) -> str | None:
+        """The label of what `averaged()` shows unasked; None without averages, or if bases keep different ones."""
+        return self._run.structure.default_average()
 
     @property
     def spec(self) -> Any:

@@ -101,6 +101,11 @@ def test_a_partition_trains_as_the_stack_does(spec: str) -> None:
     resumed = made(text, again.named_parameters())
     resumed.load_state_dict(copy.deepcopy(other.state_dict()))
     train(stack, ours, resumed, again, range(20, 30))
+    for label in stack.averages:
+        with stack.averaged(label), resumed.averaged(label):
+            assert all(map(torch.equal, ours.parameters(), again.parameters()))
+        assert all(map(torch.equal, ours.parameters(), again.parameters()))
+    assert "Call `make_optimizer(params)` with\n`model.named_parameters()`." in text
 
 
 def train(stack: Any, ours: Any, other: Any, theirs: Any, steps: range) -> None:
@@ -114,6 +119,12 @@ def train(stack: Any, ours: Any, other: Any, theirs: Any, steps: range) -> None:
                     p.grad = None
             opt.step()
         assert all(map(torch.equal, ours.parameters(), theirs.parameters())), step
+
+
+def test_an_average_that_no_part_keeps_is_refused() -> None:
+    opt = made(eject("sgd(lr=0.1) | ema"), net().parameters())
+    with pytest.raises(ValueError, match="no part of the optimizer is called lookahead"), opt.averaged("lookahead"):
+        pass
 
 
 def test_a_partition_names_the_parameters_that_no_pattern_chooses() -> None:

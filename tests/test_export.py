@@ -76,6 +76,7 @@ SPECS = [
     "adamw(lr=0.01)",
     "clip_grad_norm(1.0) | adamw(lr=warmup(cosine(1e-2), 0.1), weight_decay=0.1) | lookahead(k=3)",
     "partition({'matrix': adamw(lr=warmup(cosine(1e-2), 0.1)), '*': sgd(lr=0.1)})",
+    "partition({'matrix': adamw(lr=0.01) | lookahead(k=3), '*': sgd(lr=0.1)})",
     "sgd(lr=cosine(0.1), momentum=0.9) | ema(decay=0.9)",
 ]
 
@@ -89,7 +90,6 @@ def test_the_submission_trains_and_is_evaluated_as_the_stack(spec: str) -> None:
     model, workload, hyperparameters = network(), Workload(), SimpleNamespace(dropout_rate=0.1)
     ours = network()
     opt = metaopt.build(ours, spec, total_steps=HINT)
-    label = next((w.label for w in reversed(opt.wrappers) if "averaged" in w.implemented_hooks()), None)
     state = made["init_optimizer_state"](workload, model, None, hyperparameters, 0)
     queue, own = batches(), batches()
     for step in range(HINT):
@@ -106,7 +106,7 @@ def test_the_submission_trains_and_is_evaluated_as_the_stack(spec: str) -> None:
         if step % 10 == 4:
             shown = made["prepare_for_eval"](workload, model, None, None, hyperparameters, None, state, [], step, 0)
             state, model, _ = shown
-            with opt.averaged(label) if label else torch.no_grad():
+            with opt.averaged() if opt.averages else torch.no_grad():
                 assert all(map(torch.equal, model.parameters(), ours.parameters())), step
 
 
@@ -118,6 +118,16 @@ def test_every_function_of_a_submission_takes_what_the_contest_gives() -> None:
         made["get_batch_size"]("nothing")
     names = {"init_optimizer_state", "update_params", "prepare_for_eval", "get_batch_size", "data_selection"}
     assert names <= set(made)
+
+
+def test_bases_with_different_averages_cannot_be_exported() -> None:
+    with pytest.raises(SpecError, match="keep different averages, lookahead and ema: keep one, behind the partition"):
+        submission("partition({'matrix': sgd(lr=0.1) | lookahead, '*': sgd(lr=0.1) | ema})")
+
+
+def test_the_head_of_a_submission_says_how_to_call_it() -> None:
+    for spec in ("sgd(lr=0.1)", "partition({'matrix': sgd(lr=0.1), '*': sgd(lr=0.2)})"):
+        assert "Call `make_optimizer(params, total_steps)` with" in submission(spec)
 
 
 def test_what_cannot_be_ejected_cannot_be_exported() -> None:

@@ -3,7 +3,8 @@
 from typing import Any
 
 from metaopt.ejecting.branches import branches_of
-from metaopt.ejecting.writing import eject_for_any_length
+from metaopt.ejecting.writing import eject_for_any_length, small_stack
+from metaopt.errors import SpecError
 from metaopt.specs.pipeline import as_pipeline
 
 # the names and arguments are those of AlgoPerf's submission functions (algoperf/spec.py)
@@ -121,11 +122,13 @@ SHOWN = """    optimizer_state["shown"].close()
 def submission(spec: Any) -> str:
     """Return a stack as the file `submission.py` of AlgoPerf. Raises SpecError for what `metaopt eject` cannot do."""
     members = "named_parameters" if branches_of(as_pipeline(spec)) else "parameters"
-    wrappers = [part.build_wrapper() for part in as_pipeline(spec) if part.kind == "wrapper"]
-    # of several averages the outermost, as everywhere
-    label = next((w.label for w in reversed(wrappers) if "averaged" in w.implemented_hooks()), None)
-    shown = "" if label is None else SHOWN.format(label=label)
     text = eject_for_any_length(spec, "export --form algoperf")
+    stack = small_stack(spec)
+    if stack.averages and stack.default_average is None:
+        raise SpecError(
+            f"export: the bases keep different averages, {' and '.join(stack.averages)}: keep one, behind the partition"
+        )
+    shown = "" if stack.default_average is None else SHOWN.format(label=stack.default_average)
     first = "from __future__ import annotations\n\n"
     text = text.replace(first, f"{first}from contextlib import ExitStack\n", 1)
     return f"{text}\n{FUNCTIONS.format(shown=shown, members=members)}"

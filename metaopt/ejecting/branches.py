@@ -47,8 +47,11 @@ def check_inside(inner: Mapping[str, tuple[Wrapper, ...]], outer: tuple[Wrapper,
                 )
 
 
-def sample(branches: Mapping[str, Pipeline], text: str = "muon") -> list[tuple[str, torch.nn.Parameter]]:
-    """Return named parameters for a trial: some that each pattern chooses, and no others. Raises SpecError."""
+def sample(branches: Mapping[str, Pipeline], text: str) -> list[tuple[str, torch.nn.Parameter]]:
+    """Return named parameters for a trial of a pipeline: some that each pattern chooses, and no others.
+
+    `text` is the pipeline as text. Raises SpecError.
+    """
     if not branches:
         shapes = SHAPES_OF_MUON if "muon" in text else SHAPES
         return [(f"p{number}", torch.nn.Parameter(torch.ones(shape))) for number, shape in enumerate(shapes)]

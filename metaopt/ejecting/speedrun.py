@@ -8,9 +8,8 @@ import ast
 import re
 from typing import Any
 
-from metaopt.ejecting.writing import eject_for_any_length
+from metaopt.ejecting.writing import defined_names, eject_for_any_length, small_stack
 from metaopt.errors import SpecError
-from metaopt.specs.pipeline import as_pipeline
 
 SCRIPT = "train_gpt_simple.py"
 WHERE = "records/track_3_optimization in github.com/KellerJordan/modded-nanogpt"
@@ -34,15 +33,14 @@ def training_script(spec: Any, script: str, steps: int | None = None) -> str:
     written = eject_for_any_length(spec, "export --form speedrun")
     docstring, _, code = written.partition('"""\n\nfrom __future__ import annotations\n')
     comment = "".join(f"# {line}".rstrip() + "\n" for line in (docstring + _note(spec)).strip('"\n').splitlines())
-    _check_names(code, script)
+    _check_names(code, _replaced(script, OPTIMIZER, lambda old, indent: ""))
     changed = _replaced(script, OPTIMIZER, lambda old, indent: f"{comment}{code.rstrip()}\n")
     return _replaced(changed, HYPERPARAMETERS, lambda old, indent: _hyperparameters(old, indent, steps))
 
 
 def _note(spec: Any) -> str:
-    wrappers = [part.build_wrapper() for part in as_pipeline(spec) if part.kind == "wrapper"]
-    average = next((w.label for w in reversed(wrappers) if "averaged" in w.implemented_hooks()), None)
-    return "" if average is None else f"\nThe script evaluates the weights that are trained, not what {average} keeps."
+    kept = " and ".join(small_stack(spec).averages)
+    return f"\nThe script evaluates the weights that are trained, not the average of {kept}." if kept else ""
 
 
 def _replaced(script: str, title: str, change: Any) -> str:
@@ -67,20 +65,12 @@ def _hyperparameters(old: str, indent: str, steps: int | None) -> str:
     return kept.lstrip("\n") + "".join(lines)
 
 
-def _check_names(code: str, script: str) -> None:
-    """Refuse a script that uses a name of the written code for something else."""
-    before = script.partition(f" {OPTIMIZER} ")[0]
+def _check_names(code: str, others: str) -> None:
+    """Refuse a script that uses a name of the written code for something else; `others` are its other sections."""
     try:
-        theirs = {name for node in ast.parse(before).body for name in _defined(node)}
+        theirs = {name for node in ast.parse(others).body for name in defined_names(node)}
     except SyntaxError as error:
         raise SpecError(f"the script must be {SCRIPT} of {WHERE}, got what is not Python: {error}") from None
-    both = sorted(theirs & {name for node in ast.parse(code).body for name in _defined(node)})
+    both = sorted(theirs & {name for node in ast.parse(code).body for name in defined_names(node)})
     if both:
         raise SpecError(f"the script has {', '.join(both)} already, as the optimizer does: rename it in the script")
-
-
-def _defined(node: ast.stmt) -> list[str]:
-    if isinstance(node, ast.FunctionDef | ast.ClassDef):
-        return [node.name]
-    targets = node.targets if isinstance(node, ast.Assign) else []
-    return [target.id for target in targets if isinstance(target, ast.Name)]

@@ -214,10 +214,10 @@ class Stack(torch.optim.Optimizer):
     def share(self, groups: Any, state: Any) -> None:
         """Use these groups and this state, as the base does."""
         self.param_groups, self.state = groups, state
-        # <schedules_of_branches>
+        # <schedules>
         for part in [*self.parts_before, *self.parts_behind]:
             part.set_values(groups[0]["updates"])
-        # </schedules_of_branches>
+        # </schedules>
         if isinstance(self.base, Branches):
             self.base.share(groups, state)
         self.base.param_groups, self.base.state = groups, state
@@ -459,10 +459,19 @@ class Stack(torch.optim.Optimizer):
     @contextmanager
     def averaged(self, label: str) -> Any:
         """Let the parameters hold the average of the part with this label."""
-        part = next(part for part in self.parts_behind if part.label == label)
+        # <single>
+        kept = [(self, part, group) for part in self.parts_behind if part.label == label for group in self.param_groups]
+        # </single>
+        # <branches>
+        stacks = [self, *(self.base.stacks if isinstance(self.base, Branches) else [])]
+        parts = [(stack, part) for stack in stacks for part in stack.parts_behind if part.label == label]
+        kept = [(stack, part, group) for stack, part in parts for group in stack.param_groups]
+        # </branches>
+        if not kept:
+            raise ValueError(f"no part of the optimizer is called {label}")
         own = [(p, p.detach().clone()) for group in self.param_groups for p in group["params"]]
-        for group in self.param_groups:
-            for view in self.views(part, group, self._updated(part, group)):
+        for stack, part, group in kept:
+            for view in stack.views(part, group, stack._updated(part, group)):
                 torch._foreach_copy_([p.detach() for p in view.params], part.averaged(view))
         try:
             yield

@@ -23,6 +23,7 @@ from metaopt.errors import MetaoptError, SpecError
 from metaopt.registry import registry
 from metaopt.schedule import Schedule
 from metaopt.specs.pipeline import Pipeline, as_pipeline
+from metaopt.stack import Stack
 from metaopt.wrapper import Wrapper
 
 LONGEST = 300
@@ -34,7 +35,7 @@ DROPPED = frozenset({"active_slots", "resets_base_state", "validate", "length", 
 HEAD = '''"""{spec}
 
 Written by `metaopt eject` (metaopt {version}): the same optimizer without metaopt. Call `make_optimizer(params)` with
-parameters or torch's group dicts. On one device it trains as the stack did, bit for bit.
+{given}. On one device it trains as the stack did, bit for bit.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ import torch
 def eject(spec: Any, total_steps: int | None = None) -> str:
     """Return a Python file that trains as the stack does, bit for bit, and does not import metaopt.
 
-    For stacks of metaopt's own parts over one of torch's own bases. The file is run and compared with the stack before
-    it is returned. Raises SpecError for what it cannot do.
+    For stacks of metaopt's own parts over torch's own bases: one, or those of a partition. The file is run and compared
+    with the stack before it is returned. Raises SpecError for what it cannot do.
     """
     whole = as_pipeline(spec)
     # what only looks changes nothing
@@ -66,7 +67,7 @@ def eject(spec: Any, total_steps: int | None = None) -> str:
     inner = {pattern: arrange(branch)[1] for pattern, branch in branches.items()}
     check_inside(inner, outer)
     wrappers = (*(w for own in inner.values() for w in own), *outer)
-    stack = build(sample(branches), pipeline, total_steps=total_steps)
+    stack = small_stack(pipeline, total_steps)
     every = [part for each in (pipeline, *branches.values()) for part in each]
     schedules = [v for part in every for v in part.arguments.values() if isinstance(v, Schedule)]
     kinds = {type(w): _known([other for other in wrappers if type(other) is type(w)]) for w in wrappers}
@@ -79,9 +80,8 @@ def eject(spec: Any, total_steps: int | None = None) -> str:
     )
     made = "\n\n".join(filter(None, [_engine(wrappers, bool(schedules), own, maker), own, maker]))
     _check_names(own, wrappers)
-    head = HEAD.format(spec=whole, version=metaopt.__version__)
-    if branches:
-        head = head.replace("with\nparameters or torch's group dicts.", "with\n`model.named_parameters()`.")
+    given = "`model.named_parameters()`" if branches else "parameters or torch's group dicts"
+    head = HEAD.format(spec=whole, version=metaopt.__version__, given=given)
     if watching:
         left_out = ", ".join(part.label or part.name for part in watching)
         told = '"""Return the optimizer."""'
@@ -93,14 +93,18 @@ def eject(spec: Any, total_steps: int | None = None) -> str:
     return text
 
 
+def small_stack(spec: Any, total_steps: int | None = LENGTH) -> Stack:
+    """Return the stack over a few small parameters, some for each base. Raises SpecError."""
+    pipeline = as_pipeline(spec)
+    return build(sample(branches_of(pipeline), str(pipeline)), pipeline, total_steps=total_steps)
+
+
 def eject_for_any_length(spec: Any, command: str) -> str:
     """Return what `eject` does, with `make_optimizer(params, total_steps)`: the length of the run is given there."""
     text = eject(spec, LENGTH)
     text = re.sub(rf"\b{LENGTH}\b", "total_steps", text)
     text = text.replace("def make_optimizer(params: Any)", "def make_optimizer(params: Any, total_steps: int)")
-    text = text.replace(
-        "`make_optimizer(params)` with\nparameters", "`make_optimizer(params, total_steps)` with\nparameters"
-    )
+    text = text.replace("`make_optimizer(params)`", "`make_optimizer(params, total_steps)`", 1)
     return text.replace("Written by `metaopt eject`", f"Written by `metaopt {command}`", 1)
 
 
@@ -184,7 +188,7 @@ def _helpers(kind: type, source: str) -> Iterator[str]:
     """Yield the imports, functions, constants and errors that the source of a class uses from its module."""
     module = inspect.getsource(import_module(kind.__module__))
     body = ast.parse(module).body
-    defined = {name: node for node in body for name in _names(node)}
+    defined = {name: node for node in body for name in defined_names(node)}
     wanted, seen = _used(source), set[str]()
     found: list[ast.stmt] = []
     while wanted - seen:
@@ -204,7 +208,8 @@ def _helpers(kind: type, source: str) -> Iterator[str]:
         yield ast.get_source_segment(module, node) or ""
 
 
-def _names(node: ast.stmt) -> list[str]:
+def defined_names(node: ast.stmt) -> list[str]:
+    """Return the names that a statement of a module defines."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
@@ -235,7 +240,6 @@ def _engine(wrappers: tuple[Wrapper, ...], scheduled: bool, parts: str, maker: s
         "anchors": any(s.kind == "anchor" for w in wrappers[:-1] for s in w.active_slots().values()),
         "schedules": scheduled,
         "branches": "Branches(" in maker,
-        "schedules_of_branches": scheduled,
         "single": "Branches(" not in maker,
         "acts_behind": bool(hooks & MOVES),
         "averaged": "averaged" in hooks,
@@ -243,7 +247,7 @@ def _engine(wrappers: tuple[Wrapper, ...], scheduled: bool, parts: str, maker: s
     source = inspect.getsource(import_module("metaopt.ejecting.template"))
     source = source[source.index("Tensors = ") :]
     for name, wanted in features.items():
-        if not wanted:  # features inside of features are named differently
+        if not wanted:
             source = re.sub(rf"^ *# <{name}>\n.*?^ *# </{name}>\n", "", source, flags=re.M | re.S)
     source = re.sub(r"^ *# </?\w+>\n", "", source, flags=re.M)
     return _reachable(source, f"{parts}\n{maker}")
@@ -271,7 +275,7 @@ def _reachable(source: str, parts: str) -> str:
 def _assigned_twice(node: ast.Assign, nodes: list[ast.AST]) -> set[str]:
     """Return the names of an assignment that something reads."""
     read = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-    return read & set(_names(node))
+    return read & set(defined_names(node))
 
 
 def _tidy(text: str) -> str:

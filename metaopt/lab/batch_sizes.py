@@ -1,11 +1,9 @@
 """Other batch sizes of a problem: half and twice its own, over as many samples."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
+from collections.abc import Sequence
 
 from metaopt.errors import ProblemError
+from metaopt.lab.batches import tensors
 from metaopt.lab.named import problem_named
 from metaopt.problem_class import Problem
 
@@ -37,7 +35,7 @@ def resized(text: str, problem: Problem, budget: int) -> dict[int, tuple[str, Pr
 
     Raises ProblemError where a batch does not have so many samples, or the budget is too small.
     """
-    own, found = own_batch_size(problem, text), {}
+    own, found, numbers = own_batch_size(problem, text), {}, _numbers(problem)
     for size in (own // 2, 2 * own):
         if not size:
             continue
@@ -47,23 +45,16 @@ def resized(text: str, problem: Problem, budget: int) -> dict[int, tuple[str, Pr
         other, evaluations = problem_named(written), budget * own // size
         if not evaluations:
             raise ProblemError(f"--steps {budget} is less than one batch of {size}: give more, or leave batch_size out")
-        _check_batch(other, size, _numbers(next(problem.batches(0))) * size, own, written)
+        # a batch without tensors is of a kind that nobody can count here: 0 == 0
+        if numbers * size != own * _numbers(other):
+            raise ProblemError(
+                f"--sensitivity batch_size: a batch of {written} does not hold {size} samples, perhaps because the "
+                f"data have fewer: give the problem a batch size of which twice as much is there"
+            )
         found[size] = written, other, evaluations
     return found
 
 
-def _check_batch(problem: Problem, size: int, expected: int, own: int, text: str) -> None:
-    # a batch that holds no tensors is of a kind that nobody can count here
-    if expected and own * _numbers(next(problem.batches(0))) != expected:
-        raise ProblemError(
-            f"--sensitivity batch_size: a batch of {text} does not hold {size} samples, perhaps because the data have "
-            f"fewer: give the problem a batch size of which twice as much is there"
-        )
-
-
-def _numbers(batch: Any) -> int:
+def _numbers(problem: Problem) -> int:
     """Return how many numbers the tensors of a batch hold."""
-    if isinstance(batch, torch.Tensor):
-        return batch.numel()
-    inside = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
-    return sum(map(_numbers, inside))
+    return sum(tensor.numel() for tensor in tensors(next(problem.batches(0))))

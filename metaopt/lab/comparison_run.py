@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from metaopt.errors import LogError
@@ -46,20 +46,25 @@ def report(comparison: Comparison) -> str:
     table = rows(comparison)
     first = [name for name in ("stack", "verdict", "difference [95%]", "p (Holm)") if name in table[0]]
     order = [*first, *(name for name in table[0] if name not in first)]
-    columns = ("", *names(comparison.plan.specs))
-    upright = Table(columns, tuple((name, *(row[name] for row in table)) for name in order))
-    said = "\n".join(f"- {remark}" for remark in remarks(comparison))
-    return f"**{headline(comparison)}**\n\n{upright.markdown()}\n\n{said}\n{_sensitivity(comparison)}"
+    said = _upright(comparison, table, order, remarks(comparison))
+    return f"**{headline(comparison)}**\n\n{said}{_sensitivity(comparison)}"
 
 
 def _sensitivity(comparison: Comparison) -> str:
     table = sensitivity.rows(comparison)
     if not table:
         return ""
+    order = [name for name in table[0] if name != "stack"]
+    return "\n" + _upright(comparison, table, order, sensitivity.remarks(comparison))
+
+
+def _upright(
+    comparison: Comparison, table: Sequence[Mapping[str, str]], order: Sequence[str], said: Sequence[str]
+) -> str:
+    """Return a table with a column per contender, as Markdown, with what has to be said below it."""
     columns = ("", *names(comparison.plan.specs))
-    upright = Table(columns, tuple((name, *(row[name] for row in table)) for name in table[0] if name != "stack"))
-    said = "\n".join(f"- {remark}" for remark in sensitivity.remarks(comparison))
-    return f"\n{upright.markdown()}\n\n{said}\n"
+    upright = Table(columns, tuple((name, *(row[name] for row in table)) for name in order))
+    return "\n".join([f"{upright.markdown()}\n", *(f"- {remark}" for remark in said), ""])
 
 
 def verdict_table(comparison: Comparison) -> dict[str, Any]:

@@ -152,7 +152,8 @@ class Plan:
         evaluations = runs * sum(plan.budget for _, plan in self.at_sizes)
         return (
             f"Then batch sizes {sizes}, over as many samples{', tuned anew' if self.tune else ''}: {most}"
-            f"{runs * len(self.at_sizes)} runs more, {evaluations} gradient evaluations. "
+            f"{runs * len(self.at_sizes)} runs more, {evaluations} gradient evaluations"
+            f"{', and more where the best rate is outermost' if self.moves else ''}. "
         )
 
 

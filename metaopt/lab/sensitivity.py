@@ -1,21 +1,19 @@
 """How much the final loss depends on the learning rate, and on the batch size, as numbers and as a table."""
 
 import math
-from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
 from metaopt.lab.bands import quartiles
-from metaopt.lab.batch_sizes import own_batch_size
+from metaopt.lab.batch_sizes import LR
 from metaopt.lab.comparison import Comparison, Contender, loss_of
-from metaopt.lab.named import problem_named
 from metaopt.lab.statistics import paired_differences, pseudo_median, rank_interval
 
 
 def numbers(comparison: Comparison) -> dict[str, Any]:
     """Return the numbers on the learning rate, and on the batch size if it was asked for, per contender."""
     found: dict[str, Any] = {}
-    if comparison.plan.tune:
+    if _of_rates(comparison):
         found["lr"] = [{"spec": c.spec, **_over_rates(comparison, c)} for c in comparison.contenders]
     if comparison.at_sizes:
         found["batch_size"] = over_batch_sizes(comparison)
@@ -24,9 +22,8 @@ def numbers(comparison: Comparison) -> dict[str, Any]:
 
 def over_batch_sizes(comparison: Comparison) -> list[dict[str, Any]]:
     """Return for each batch size, the problem's own among them, each contender's losses and how they differ."""
-    plan = comparison.plan
-    own = own_batch_size(problem_named(plan.problem), plan.problem)
-    every = {own: (plan.budget, comparison.contenders)}
+    own = max(comparison.at_sizes) // 2  # the others are half of it and twice of it
+    every = {own: (comparison.plan.budget, comparison.contenders)}
     every |= {size: (other.budget, contenders) for size, (other, contenders) in comparison.at_sizes.items()}
     return [
         {
@@ -107,14 +104,14 @@ def _cell(entry: dict[str, Any]) -> str:
 def remarks(comparison: Comparison) -> list[str]:
     """Return what has to be said beside the table."""
     said = []
-    if comparison.plan.tune:
+    if _of_rates(comparison):
         said.append(
             "Loss at other rates: by how much the loss on validation data rises from a study's best rate to its next "
             "lower and its next higher one, the median over studies."
         )
     if comparison.at_sizes:
         each = "; ".join(f"{entry['evaluations']} at {entry['batch_size']}" for entry in over_batch_sizes(comparison))
-        made = _evaluations(comparison)
+        made = sum(t["evaluations"] for _, at in comparison.at_sizes.values() for c in at for t in c.trials)
         again = "tuned anew at each size, by as many studies of as many trials" if comparison.plan.tune else "not tuned"
         said.append(
             f"Batch sizes: every run sees as many samples (gradient evaluations: {each}); contenders are {again}. "
@@ -124,9 +121,5 @@ def remarks(comparison: Comparison) -> list[str]:
     return said
 
 
-def _evaluations(comparison: Comparison) -> int:
-    return sum(_all_evaluations(contenders) for _, contenders in comparison.at_sizes.values())
-
-
-def _all_evaluations(contenders: Sequence[Contender]) -> int:
-    return sum(trial["evaluations"] for contender in contenders for trial in contender.trials)
+def _of_rates(comparison: Comparison) -> bool:
+    return comparison.plan.tune and LR in comparison.plan.sensitivity

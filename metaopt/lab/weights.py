@@ -10,7 +10,7 @@ FAST = "fast"
 
 def evaluated(opt: Stack) -> str:
     """Return the name of the weights that `shown` shows: `fast`, `averaged (lookahead)`, or those of the base's own."""
-    label = _outermost(opt)
+    label = opt.default_average
     if label is not None:
         return f"averaged ({label})"
     return f"{type(opt.base).__name__}'s own" if _has_modes(opt) else FAST
@@ -19,18 +19,13 @@ def evaluated(opt: Stack) -> str:
 @contextmanager
 def shown(opt: Stack) -> Iterator[None]:
     """Hold the weights to evaluate in the model for the length of the context."""
-    label = _outermost(opt)
+    label = opt.default_average
     opt.eval()  # a base such as a schedule-free one trains other weights than it shows
     try:
         with nullcontext() if label is None else opt.averaged(label):
             yield
     finally:
         opt.train()
-
-
-def _outermost(opt: Stack) -> str | None:
-    # of several averages the outermost: it has seen the whole run
-    return next((w.label for w in reversed(opt.wrappers) if "averaged" in w.implemented_hooks()), None)
 
 
 def _has_modes(opt: Stack) -> bool:

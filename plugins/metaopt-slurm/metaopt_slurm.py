@@ -1,7 +1,7 @@
 """Trials on Slurm, by submitit: job arrays whose jobs run several trials each."""
 
-import getpass
 import json
+import os
 import subprocess
 import time
 from collections.abc import Collection, Iterator
@@ -44,7 +44,7 @@ class Queue:
         """Return those that two answers in a row were without: a result may come late on a shared disk."""
         if time.monotonic() - self._asked >= ASK:
             self._asked = time.monotonic()
-            command = ["squeue", "--noheader", "--array", "--format=%i", f"--user={getpass.getuser()}"]
+            command = ["squeue", "--noheader", "--array", "--format=%i", f"--user={os.getuid()}"]
             answer = subprocess.run(command, capture_output=True, text=True)
             # a controller that does not answer has ended nothing
             if answer.returncode == 0:
