@@ -42,16 +42,16 @@ class CompiledStep:
         self._replaced: list[tuple[ParamGroup, ParamGroup]] = []
 
     @torch.no_grad()
-    def __call__(self, run: Run, closure: Closure | None) -> Any:
+    def __call__(self, run: Run, closure: Closure | None, keywords: dict[str, Any]) -> Any:
         loss, due, evaluates = self._begin(run, closure)
         if not due:
             return loss
         try:
             for chain in run.structure.chains:
                 if evaluates:
-                    chain.traced_step(self._replay)
+                    chain.traced_step(self._replay, **keywords)
                 else:
-                    chain.traced_step()
+                    chain.traced_step(**keywords)
         except BaseException:
             self._abandon()
             raise
@@ -64,12 +64,16 @@ class CompiledStep:
         if evaluation is None or evaluation.update is None:
             return None if evaluation is None else evaluation.loss, False, False
         self._evaluation = evaluation
-        if run.structure.multi_base is not None:
-            run.structure.multi_base.assign_groups()
-        for chain in run.structure.chains:
-            if chain.leading_on_update and not chain.needs_weights_before:
-                keep_weights_for_on_update(evaluation.update, chain)
-        self._replace_rates(run)
+        try:
+            if run.structure.multi_base is not None:
+                run.structure.multi_base.assign_groups()
+            for chain in run.structure.chains:
+                if chain.leading_on_update and not chain.needs_weights_before:
+                    keep_weights_for_on_update(evaluation.update, chain)
+            self._replace_rates(run)
+        except BaseException:
+            self.abandon()
+            raise
         return evaluation.loss, True, bool(evaluation.closure_for_base())
 
     def replay(self) -> Any:

@@ -289,7 +289,7 @@ class Stack(torch.optim.Optimizer):
         ScheduleConflict, StepError.
         """
         if torch.compiler.is_compiling():
-            return self._compiled_step(self._run, closure)
+            return self._compiled_step(self._run, closure, keywords)
         if self._run.is_differentiable:
             return step(self._run, closure, keywords)
         return call_without_grad(step, self._run, closure, keywords)

@@ -179,9 +179,9 @@ class Chain:
         """Call the base's own step, without the hooks and the grad mode that the stack's step has handled already."""
         return self._step(self.base, *closure, **keywords)
 
-    def traced_step(self, *closure: Closure) -> None:
+    def traced_step(self, *closure: Closure, **keywords: Any) -> None:
         """Call the base's step with its no_grad decorator, which torch.compile must see."""
-        self._traced_step(self.base, *closure)
+        self._traced_step(self.base, *closure, **keywords)
 
     def step_on(self, group: ParamGroup, members: list[torch.Tensor]) -> None:
         """Step the base over some parameters of one group, and over nothing else."""

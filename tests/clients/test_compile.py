@@ -175,3 +175,68 @@ def test_a_step_inside_a_compiled_function_is_the_same_step() -> None:
     train(model, opt, range(7), call=update)
     train(twin, plain, range(7))
     torch.testing.assert_close(weights(model), weights(twin), rtol=0, atol=1e-6)
+
+
+class Halved(torch.optim.Optimizer):
+    """Gradient descent whose `step()` takes a keyword: the share of the update that is made."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None, *, share: float = 1.0) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.sub_(p.grad, alpha=float(group["lr"]) * share)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_keywords_of_a_compiled_step_reach_the_base() -> None:
+    ends = []
+    for compiled in (True, False):
+        model = small_model()
+        opt = metaopt.wrap(Halved(model.parameters()), "clip_grad_norm(0.5)")
+        step = torch.compile(opt.step, backend="eager") if compiled else opt.step
+        train(model, opt, range(3), call=lambda step=step: step(share=0.5))
+        ends.append(weights(model))
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_keyword_that_the_base_does_not_take_is_refused_by_a_compiled_step_too() -> None:
+    model = small_model()
+    opt = metaopt.build(model.named_parameters(), "adamw(lr=0.01) | lookahead(k=2)")
+    step = torch.compile(opt.step, backend="eager")
+    train(model, opt, range(2), call=step)
+    with pytest.raises(Exception, match="share"):
+        train(model, opt, [2], call=lambda: step(share=0.5))
+    assert opt.updates == 2
+
+
+class EverySecond(metaopt.Wrapper, every="k"):
+    """Halves every k-th update."""
+
+    k: int = metaopt.hyper(2, ge=1)
+
+    def on_update(self, group: metaopt.Group) -> None:
+        for change in group.update:
+            change.mul_(0.5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_step_that_fails_right_before_the_base_leaves_nothing_behind() -> None:
+    model = small_model()
+    part = EverySecond()
+    parts = metaopt.clip_grad_norm(1e-3) | metaopt.adamw(lr=0.01) | part | metaopt.lookahead(k=2)
+    opt = metaopt.build(model.named_parameters(), parts)
+    step = torch.compile(opt.step, backend="eager")
+    k = opt.param_groups[0].pop(f"{part.label}.k")
+    with pytest.raises(KeyError):
+        train(model, opt, [0], call=step)
+    opt.param_groups[0][f"{part.label}.k"] = k
+    assert opt.param_groups[0]["lr"] == 0.01
+    assert "grad_scale" not in vars(opt.base)
+    train(model, opt, range(3), call=step)
+    twin = small_model()
+    plain = metaopt.build(twin.named_parameters(), parts)
+    train(twin, plain, range(3))
+    torch.testing.assert_close(weights(model), weights(twin), rtol=0, atol=1e-6)
