@@ -1,6 +1,7 @@
 """An update that fails half-way loses nothing of the wrappers' state, and leaves no half-made state behind."""
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -188,3 +189,54 @@ def test_an_anchor_over_a_base_without_state_begins_before_the_update_that_faile
     train(model, opt, [1])
     slow = [opt.state[p]["lookahead.slow"] for p in model.parameters()]
     torch.testing.assert_close(slow, start, rtol=0, atol=0)
+
+
+class Failing(metaopt.Wrapper):
+    """Raises at the second update: in `on_update`, which looks at the change of the weights."""
+
+    def on_update(self, group: metaopt.Group) -> None:
+        if group.update and group.updates == 1:
+            raise ArithmeticError("the second update")
+
+
+class FailingBehind(metaopt.Wrapper):
+    """Raises behind the second update: in `after_updates`, for which the weights from before are kept."""
+
+    def after_updates(self, groups: metaopt.Groups) -> None:
+        for group in groups:
+            if group.update and group.updates == 2:
+                raise ArithmeticError("the second update")
+
+
+def memory_of_tensors() -> int:
+    """Return how many bytes all tensors of this process hold."""
+    gc.collect()
+    held = {}
+    for each in gc.get_objects():
+        if type(each) in (torch.Tensor, torch.nn.Parameter):
+            held[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
+    return sum(held.values())
+
+
+@pytest.mark.parametrize("part", [Failing, FailingBehind])
+@pytest.mark.parametrize(
+    "base",
+    [metaopt.adamw(lr=0.01), metaopt.adamw(lr=0.01, foreach=True), metaopt.muon(lr=0.01)],
+    ids=["copies", "blocks", "whole"],
+)
+def test_who_keeps_the_error_of_a_failed_step_keeps_no_copies_of_the_weights(base: Any, part: Any) -> None:
+    model = torch.nn.Linear(64, 64, bias=False)
+    opt = metaopt.build(model.named_parameters(), base | part())
+
+    def fill() -> None:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+
+    fill()
+    opt.step()
+    fill()
+    before = memory_of_tensors()
+    with pytest.raises(ArithmeticError) as error:
+        opt.step()
+    assert error.value.__traceback__ is not None
+    assert memory_of_tensors() - before < 64 * 64 * 4

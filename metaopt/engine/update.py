@@ -295,11 +295,14 @@ class Update:
     # ---- the end
 
     def clean_up(self) -> None:
-        """Remove gradients that wrappers put in, and the base's `grad_scale`, whether or not the update was made."""
+        """Remove replaced gradients, the base's `grad_scale` and copies of weights, also if the update failed."""
         for chain in self.run.structure.chains:
             chain.base.__dict__.pop("grad_scale", None)
         for p in self.with_replaced_grads:
             p.grad = None
+        # the traceback of a failed step holds this object, and may be kept for long
+        self.weights_before, self.change, self.change_memory, self.block_memory = {}, {}, {}, {}
+        self.weights_for_observers, self.change_for_observers = {}, None
 
 
 def _as_tensor(factor: torch.Tensor | float, dtype: torch.dtype = torch.float32) -> torch.Tensor:

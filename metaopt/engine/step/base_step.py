@@ -112,6 +112,7 @@ def _step_in_blocks(update: Update, chain: Chain, group: ParamGroup) -> None:
             copies = update.copies_to_move(block)
             lists.step(group, copies, gradients[part], vars(chain.base).get("grad_scale"), part)
             update.take_change_of_copies(block, copies)
+            del copies  # if a hook fails, its traceback holds what this function holds
         else:
             update.keep_block(block)
             _step_on(chain, group, block, late)
