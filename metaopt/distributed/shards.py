@@ -155,7 +155,8 @@ def _summed(values: torch.Tensor, rows: bool) -> list[int]:
 def total_norm(tensors: list[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
     """Return the p-norm over all elements of all tensors, as one 0-dim tensor that every rank agrees on.
 
-    |g| = (sum_i |g_i|^p)^(1/p), with one reduction for each device mesh; tensors that are not DTensors count once.
+    |g| = (sum_i |g_i|^p)^(1/p), with one reduction for each device mesh and each way to split over it, two if p is
+    infinite; tensors that are not DTensors count once.
     """
     if math.isinf(norm_type):  # which has no value over no elements
         tensors = [tensor for tensor in tensors if tensor.numel()]

@@ -1,6 +1,6 @@
 """A chain: one base with the wrappers around it, over the groups that carry its name; only a chain calls `base.step()`.
 
-It is fixed when a stack is made. It knows how its base is stepped.
+It is fixed when a stack is made, and decides how its base's `step()` is called.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""Update: everything that exists for one `step()` and not longer. It ends with the step, also with one that fails."""
+"""Update: most of what exists for one `step()` and not longer. It ends with the step, also with one that fails."""
 
 from itertools import repeat
 from operator import is_not
@@ -21,7 +21,7 @@ Params = list[torch.Tensor]
 class Update:
     """One update of a run: pending factors and state, the weights before and their change, steps that are put off.
 
-    `averaged()` outside a step uses one in which nothing is pending.
+    `averaged()` and `record()` use one outside a step, in which nothing is pending.
     """
 
     __slots__ = (
@@ -77,7 +77,7 @@ class Update:
         # ---- state
         # wrappers' state of parameters at their first update: stored when the base has made its own
         self.pending_state: dict[torch.Tensor, ParamState] = {}
-        # wrappers' entries taken out of `state[p]` meanwhile, because a base makes its own only if that is empty
+        # what was in `state[p]` before: a base makes its own only if that is empty. It returns if the update fails
         self.state_set_aside: dict[torch.Tensor, ParamState] = {}
 
         # ---- the weights before, and what is added to them (`group.update`): local tensors

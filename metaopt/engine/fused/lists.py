@@ -154,7 +154,7 @@ def fits_kernel(members: Tensors, gradients: Tensors) -> bool:
     """Return whether a fused kernel updates these parameters rightly by these gradients.
 
     It reads no sparse gradient, and on a processor it takes the memory of parameter, gradient and moments in the order
-    in which it lies: numbers with other strides, or with gaps, meet the wrong partners (torch 2.13, without an error).
+    in which it lies: with other strides, or with gaps, elements are paired wrongly (torch 2.13, without an error).
     """
     if any(map(attrgetter("is_sparse"), gradients)):
         return False

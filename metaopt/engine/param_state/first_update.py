@@ -1,7 +1,8 @@
 """The first update of a parameter: what wrappers keep of it is copied before the base moves it, and stored after.
 
 A base such as Adam makes its state only if `state[p]` is empty. So the wrappers' tensors wait in
-`Update.pending_state`, and entries that they had already, after a reset for instance, in `Update.state_set_aside`.
+`Update.pending_state`, also those that they had already, after a reset for instance. `Update.state_set_aside` has what
+was in `state[p]`, for an update that fails.
 """
 
 import torch

@@ -45,9 +45,9 @@ def step(run: Run, closure: Closure | None, keywords: dict[str, Any]) -> Any:
 def begin(run: Run, closure: Closure | None) -> Evaluation | None:
     """Do all that comes before the base's step; return the evaluation, without an update if none is due.
 
-    None: a client stepped with a rate of 0 and gradients of 0 to see the keys of the state, as distributed checkpoints
-    do. It found placeholders, and no update was made. A feature that is not in use costs the test of one
-    flag, so that a stack without wrappers is as fast as its base.
+    Returns None after a template step: a client such as a distributed checkpoint steps with rates and gradients of 0
+    to see the keys of the state, gets placeholders, and no update is made. A feature that is not in use costs the test
+    of one flag, so that a stack without wrappers is as fast as its base.
     """
     run.skipped = None
     structure = run.structure
