@@ -65,7 +65,7 @@ ENGINE = (
     *("exchange.buckets", "exchange.agreement", "exchange.outer_steps"),
     *("checkpoint.report", "checkpoint.matching", "checkpoint.validation", "checkpoint.precedence", "checkpoint.reset"),
     "checkpoint.loading",
-    *("step.points", "step.evaluation", "step.hooks", "step.base_step", "step.order"),
+    *("step.points", "step.hooks", "step.evaluation", "step.base_step", "step.order"),
 )
 TOP = {"lab", "cli", "testing"}
 PACKAGES = {"distributed", "specs", "construction", "explaining", "ejecting", "misuse"}

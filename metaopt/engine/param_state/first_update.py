@@ -53,7 +53,7 @@ def collect_pending_state(update: Update) -> None:
     run = update.run
     if run.state_size != len(run.state):
         run.invalidate()
-    candidates = None if run.incomplete is None else run.incomplete
+    candidates = run.incomplete
     if candidates is not None and not any(p.grad is not None for p in candidates):
         return
     among = None if candidates is None else {id(p) for p in candidates}

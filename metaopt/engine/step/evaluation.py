@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from metaopt.engine.step.hooks import filter_gradients
 from metaopt.engine.update import Update
 from metaopt.errors import StepError
 from metaopt.wrapper import Closure, Wrapper
@@ -20,9 +21,8 @@ class Evaluation:
     It is evaluated again only if the base asks for that (L-BFGS). `update` is None if no update is due.
     """
 
-    def __init__(self, update: Update, closure: Closure | None, filter_gradients: Callable[[Update], None]) -> None:
+    def __init__(self, update: Update, closure: Closure | None) -> None:
         self.run = update.run
-        self._filter_gradients = filter_gradients
         self.update: Update | None = update
         self.loss: Any = None
         self._closure = closure
@@ -68,7 +68,7 @@ class Evaluation:
     def _reevaluate(self) -> Any:
         assert self.update is not None
         loss = self.call_closure()
-        self._filter_gradients(self.update)
+        filter_gradients(self.update)
         for chain in list(self.update.pending_scale):
             self.update.apply_scale(chain)
         return loss

@@ -35,7 +35,7 @@ def filter_gradients(update: Update) -> None:
         placed.wrapper.on_gradients(view)
         view.write_back()
         if update.skip_reason is not None:
-            update.accumulates = placed.wrapper.spans_steps
+            update.accumulates = placed.wrapper.spans_steps is not None
             return
         if placed.wrapper.spans_steps and run.structure.gradient_observers:
             observe_gradients(update, gathered=True)

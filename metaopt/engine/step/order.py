@@ -66,24 +66,16 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
             scheduled.raise_if_changed(group)
     update = Update(run, is_logged=run.metrics.wanted(first[UPDATES] + 1))
     update.step_weight, run.step_weight = run.step_weight, 1.0
-    evaluation = Evaluation(update, closure, filter_gradients)
+    evaluation = Evaluation(update, closure)
     if took_weights and closure is None:
-        return _skip(evaluation, "took the weights of the other replicas")
-    if closure is not None or ((structure.needs_closure or structure.around) and not run.flushing):
-        try:
-            evaluation.evaluate(
-                lambda wrapper, inner: wrapper.around(inner, GroupsView(update, PlacedWrapper(wrapper, None)))
-            )
-            if closure is not None and structure.loss_observers:
-                observe_loss(update, evaluation.call_closure)
-        except BaseException:
-            abandon(update)
-            raise
+        return _skip(update, evaluation, "took the weights of the other replicas")
     try:
+        if closure is not None or ((structure.needs_closure or structure.around) and not run.flushing):
+            _evaluate(update, evaluation, closure)
         if run.second_clip is not None:
             run.second_clip = run.second_clip.look(run.base.param_groups)
         if not any(update.params_and_grads(group)[0] for group in run.base.param_groups) and not run.flushing:
-            return _skip(evaluation, "no gradients")
+            return _skip(update, evaluation, "no gradients")
         if structure.keeps_early_state:
             first_update.add_early_state(update)
         first_update.collect_pending_state(update)
@@ -91,7 +83,7 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
             filter_gradients(update)
             if update.skip_reason is not None:
                 update.clean_up()
-                return _skip(evaluation, update.skip_reason)
+                return _skip(update, evaluation, update.skip_reason)
             if update.with_replaced_grads:  # some had no gradient before
                 first_update.collect_pending_state(update)
         _prepare_base(update)
@@ -101,17 +93,24 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
     return evaluation
 
 
-def _skip(evaluation: Evaluation, reason: str) -> Evaluation:
+def _evaluate(update: Update, evaluation: Evaluation, closure: Closure | None) -> None:
+    """Evaluate the loss, by the wrappers that own the evaluation, and let the parts that only look evaluate it too."""
+    evaluation.evaluate(lambda wrapper, inner: wrapper.around(inner, GroupsView(update, PlacedWrapper(wrapper, None))))
+    if closure is not None and update.run.structure.loss_observers:
+        observe_loss(update, evaluation.call_closure)
+
+
+def _skip(update: Update, evaluation: Evaluation, reason: str) -> Evaluation:
     """End a step that makes no update: no count, schedule or average advances; other replicas are not kept waiting."""
-    run = evaluation.run
+    run = update.run
     run.skipped = reason
-    if run.exchange is not None and evaluation.update is not None:
-        run.exchange.act_in_skipped_step(evaluation.update)
-    if evaluation.update is not None and evaluation.update.accumulates:
+    if run.exchange is not None:
+        run.exchange.act_in_skipped_step(update)
+    if update.accumulates:
         measure_loss(run, evaluation.loss)
         run.metrics.gather_step()
     else:
-        run.metrics.drop_update(gathered=evaluation.update is not None and bool(evaluation.update.with_replaced_grads))
+        run.metrics.drop_update(gathered=bool(update.with_replaced_grads))
     evaluation.update = None
     return evaluation
 
