@@ -69,10 +69,11 @@ class ScheduledValues:
         """Return whether every scheduled value is the very object that was written."""
         return all(group[key] is self._written[key][0] for key in self._curves)
 
-    def raise_if_changed(self, group: dict[str, Any]) -> None:
-        """Raise ScheduleConflict if a scheduled value is not the one that was written; a rate set by hand is a factor.
+    def sync_with_group(self, group: dict[str, Any]) -> None:
+        """Follow a count or a rate that was set by hand; raise ScheduleConflict if anything else has set a value.
 
-        If the count has moved, a client has put a checkpoint's entries into the group: values follow the count.
+        If the count has moved, a client has put a checkpoint's entries into the group: values are written anew. A rate
+        that was set by hand becomes a factor of the schedule.
         """
         if group["metaopt.updates"] != self._count:
             self.write(group)

@@ -20,7 +20,7 @@ from metaopt.engine.checkpoint.reset import reset
 from metaopt.engine.exchange.outer_steps import exchange_of
 from metaopt.engine.param_state.first_update import take_constructor_state
 from metaopt.engine.param_state.placeholders import with_placeholders
-from metaopt.engine.param_state.scratch import fights
+from metaopt.engine.param_state.scratch import bases_undoing_moves
 from metaopt.engine.run.groups import add_group, adopt_groups, complete_groups, know_members
 from metaopt.engine.run.run import BaseStages, Run
 from metaopt.engine.step.order import record, step
@@ -29,7 +29,7 @@ from metaopt.errors import HyperparameterError, LogError, ParameterError, StepEr
 from metaopt.hyperparameters import plain
 from metaopt.lr_reporter import ReadOnlyLRScheduler
 from metaopt.metrics import Metrics
-from metaopt.misuse.base import warn_of_bare_step, warn_of_fight
+from metaopt.misuse.base import warn_of_bare_step, warn_of_undone_moves
 from metaopt.misuse.left_out import LeftOut
 from metaopt.misuse.second_clip import SecondClip
 from metaopt.refusals import validate
@@ -115,8 +115,8 @@ class Stack(torch.optim.Optimizer):
         clips = [w.label for chain in structure.chains for w in chain.ordered if w.clips_gradients]
         if clips and not self._run.has_zero_shard:
             self._run.second_clip = SecondClip(base.param_groups, list(dict.fromkeys(clips)))
-        for chain, movers in fights(structure.chains, base.param_groups, only_modes=True):
-            warn_of_fight(chain.base, movers)
+        for chain, movers in bases_undoing_moves(structure.chains, base.param_groups, only_modes=True):
+            warn_of_undone_moves(chain.base, movers)
 
     # ---- shared with the base, also if a client replaces them
 
@@ -345,7 +345,7 @@ class Stack(torch.optim.Optimizer):
     @property
     def met_replicas(self) -> bool:
         """Whether the last `step()` had an outer step over all replicas: the same answer on all of them."""
-        return self._run.exchange is not None and self._run.exchange.met
+        return self._run.exchange is not None and self._run.exchange.was_due
 
     def train(self, mode: bool = True) -> None:
         """Call the base's `train()` if it has one (schedule-free optimizers do); averages of wrappers stay."""

@@ -62,7 +62,7 @@ ENGINE = (
     "param_state.reset",
     *("views.blocks", "views.params", "views.numbers", "views.group_view", "views.cutting", "views.groups_view"),
     "averages",
-    *("exchange.buckets", "exchange.agreement", "exchange.outer_steps"),
+    *("exchange.buckets", "exchange.initial_sync", "exchange.outer_steps"),
     *("checkpoint.report", "checkpoint.matching", "checkpoint.validation", "checkpoint.precedence", "checkpoint.reset"),
     "checkpoint.loading",
     *("step.points", "step.hooks", "step.evaluation", "step.base_step", "step.order"),

@@ -193,7 +193,7 @@ class Chain:
             self.base.param_groups, group["params"] = groups, params
 
     @property
-    def steps_in_blocks(self) -> bool:
+    def is_elementwise(self) -> bool:
         """Whether the base may be stepped over some parameters at a time with the same result."""
         return type(self.base) in ELEMENTWISE
 

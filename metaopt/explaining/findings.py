@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from metaopt.engine.param_state.scratch import fights
+from metaopt.engine.param_state.scratch import bases_undoing_moves
 from metaopt.explaining.orthogonal import on_layers
 from metaopt.explaining.practice import in_practice, number
 from metaopt.explaining.probing import Characters
@@ -42,7 +42,7 @@ def in_optimizer(
         found += _beside_model(optimizer, model)
     if isinstance(optimizer, Stack):
         found += [*_cycles(optimizer), *_lengths(optimizer)]
-        for chain, movers in fights(optimizer.chains, optimizer.param_groups):
+        for chain, movers in bases_undoing_moves(optimizer.chains, optimizer.param_groups):
             found.append(Finding("base-bound-to-weights", fight(chain.base, movers), FIGHT_FIX.lower()))
         found += in_entries(optimizer.param_groups)
     characters = Characters()

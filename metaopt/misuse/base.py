@@ -26,7 +26,7 @@ def warn_of_kernel(base: torch.optim.Optimizer) -> None:
     )
 
 
-def warn_of_fight(base: torch.optim.Optimizer, movers: Sequence[str]) -> None:
+def warn_of_undone_moves(base: torch.optim.Optimizer, movers: Sequence[str]) -> None:
     """Warn that wrappers move weights, and the base takes the moves back."""
     warn(f"{fight(base, movers)}. {FIGHT_FIX}")
 

@@ -1,1 +1,1 @@
-"""What replicas exchange: the ways that their weights went since the last outer step, averaged over a process group."""
+"""What replicas exchange: how far their weights have moved since the last outer step, averaged over a process group."""

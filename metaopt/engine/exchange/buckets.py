@@ -1,4 +1,4 @@
-"""What of the parameters is exchanged: parts of them in buckets, which are the same on all replicas.
+"""What of the parameters is exchanged: chunks of them in buckets, which are the same on all replicas.
 
 Wrappers' state is made here for parameters that have had no update yet: they may have had one elsewhere.
 """
@@ -27,7 +27,7 @@ from metaopt.wrapper import Wrapper
 
 
 @dataclass
-class Part:
+class Chunk:
     """A parameter, or rows of it, in a bucket."""
 
     group: ParamGroup
@@ -42,19 +42,19 @@ class Part:
 
 @dataclass
 class Bucket:
-    """Parts whose ways are added up in one collective."""
+    """Chunks whose displacements are added up in one collective."""
 
-    parts: list[Part]
+    chunks: list[Chunk]
     sum: Sum | None = None
     # a checkpoint that was taken on the way holds the means
     is_saved: bool = False
 
     def means(self) -> list[torch.Tensor]:
-        """Return the mean way of each part; waits for the collective."""
+        """Return the mean displacement of each chunk; waits for the collective."""
         assert self.sum is not None
-        sizes = [part.shape.numel() for part in self.parts]
+        sizes = [chunk.shape.numel() for chunk in self.chunks]
         pieces = torch.split(self.sum.mean(), sizes)
-        return [piece.view(part.shape) for piece, part in zip(pieces, self.parts, strict=True)]
+        return [piece.view(chunk.shape) for piece, chunk in zip(pieces, self.chunks, strict=True)]
 
 
 def exchanged_params(run: Run, placed: PlacedWrapper) -> list[tuple[ParamGroup, Params]]:
@@ -75,7 +75,7 @@ def exchanged_params(run: Run, placed: PlacedWrapper) -> list[tuple[ParamGroup, 
 
 
 def buckets_of_fragment(run: Run, placed: PlacedWrapper, number: int) -> list[Bucket]:
-    """Return the parts of one fragment in buckets, which depend only on groups and shapes."""
+    """Return the chunks of one fragment in buckets, which depend only on groups and shapes."""
     wrapper, slot = placed.wrapper, placed.wrapper.slots[str(placed.wrapper.anchor_across)]
     members = [(group, p) for group, params in exchanged_params(run, placed) for p in params]
     buckets: list[Bucket] = []
@@ -90,7 +90,7 @@ def buckets_of_fragment(run: Run, placed: PlacedWrapper, number: int) -> list[Bu
             if bucket is None or filled + size > most:
                 bucket, filled = Bucket([]), 0
                 buckets.append(bucket)
-            bucket.parts.append(Part(group, p, rows))
+            bucket.chunks.append(Chunk(group, p, rows))
             filling[kind] = bucket, filled + size
     return buckets
 
@@ -106,12 +106,12 @@ def _fragment(members: list[tuple[ParamGroup, torch.Tensor]], number: int, fragm
         before += size
 
 
-def ways_in_one_tensor(update: Update, wrapper: Wrapper, parts: list[Part]) -> torch.Tensor:
-    """Return the ways of all parts in one tensor, in the dtype in which they are sent."""
-    sizes = [part.shape.numel() for part in parts]
+def displacements_in_one_tensor(update: Update, wrapper: Wrapper, chunks: list[Chunk]) -> torch.Tensor:
+    """Return the displacements of all chunks in one tensor, in the dtype in which they are sent."""
+    sizes = [chunk.shape.numel() for chunk in chunks]
     flat: torch.Tensor | None = None
     pieces: tuple[torch.Tensor, ...] = ()
-    for view, positions in views_of_parts(update, wrapper, parts):
+    for view, positions in views_of_chunks(update, wrapper, chunks):
         anchors = getattr(view, str(wrapper.anchor_across))
         for i, weights, anchor in zip(positions, view.params, anchors, strict=True):
             wide = at_least_float32(anchor.dtype)
@@ -124,16 +124,16 @@ def ways_in_one_tensor(update: Update, wrapper: Wrapper, parts: list[Part]) -> t
     return flat
 
 
-def views_of_parts(update: Update, wrapper: Wrapper, parts: list[Part]) -> Iterator[tuple[GroupView, list[int]]]:
-    """Yield views of the parts of each group, with the positions of their tensors among the parts."""
+def views_of_chunks(update: Update, wrapper: Wrapper, chunks: list[Chunk]) -> Iterator[tuple[GroupView, list[int]]]:
+    """Yield views of the chunks of each group, with the positions of their tensors among the chunks."""
     groups: dict[int, tuple[ParamGroup, list[int]]] = {}
-    for i, part in enumerate(parts):
-        groups.setdefault(id(part.group), (part.group, []))[1].append(i)
+    for i, chunk in enumerate(chunks):
+        groups.setdefault(id(chunk.group), (chunk.group, []))[1].append(i)
     for group, positions in groups.values():
-        chosen = [parts[i] for i in positions]
-        params = [part.parameter for part in chosen]
-        if any(part.rows is not None for part in chosen):
-            yield GroupView(update, group, wrapper, params, [part.rows for part in chosen], positions), positions
+        chosen = [chunks[i] for i in positions]
+        params = [chunk.parameter for chunk in chosen]
+        if any(chunk.rows is not None for chunk in chosen):
+            yield GroupView(update, group, wrapper, params, [chunk.rows for chunk in chosen], positions), positions
             continue
         at = {id(p): i for p, i in zip(params, positions, strict=True)}
         for view in views_of(update, group, wrapper, params):

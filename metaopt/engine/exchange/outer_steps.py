@@ -9,8 +9,14 @@ from collections.abc import Iterator
 import torch
 
 from metaopt.distributed.shards import local
-from metaopt.engine.exchange.agreement import compared, steps_per_round, take_weights
-from metaopt.engine.exchange.buckets import Bucket, Part, buckets_of_fragment, views_of_parts, ways_in_one_tensor
+from metaopt.engine.exchange.buckets import (
+    Bucket,
+    Chunk,
+    buckets_of_fragment,
+    displacements_in_one_tensor,
+    views_of_chunks,
+)
+from metaopt.engine.exchange.initial_sync import compared, steps_per_round, take_weights
 from metaopt.engine.run.entries import STEPS
 from metaopt.engine.run.run import Run
 from metaopt.engine.structure import PlacedWrapper
@@ -30,7 +36,7 @@ class Exchange:
         self.run = run
         self.joined = False
         # whether an exchange was due at the last step: the same answer on all replicas
-        self.met = False
+        self.was_due = False
         # of the step in progress: how many updates all replicas have had the time for, or None between two of these
         self._round: int | None = None
         # by wrapper and fragment, while a delay lasts
@@ -49,7 +55,7 @@ class Exchange:
     def count_step(self) -> None:
         """Count a call of `step()`; with a wrapper that gathers several steps into one update, so many are a round."""
         run = self.run
-        self.met = False
+        self.was_due = False
         each = steps_per_round(self.run)
         if run.replicas.size == 1:
             self._round = run.updates
@@ -73,7 +79,7 @@ class Exchange:
             self.act(update, placed)
 
     def act(self, update: Update, placed: PlacedWrapper) -> None:
-        """Make what is due of one wrapper: send ways, and step along the means that have come."""
+        """Make what is due of one wrapper: send displacements, and step along the means that have come."""
         if self._round is None:
             return
         wrapper = placed.wrapper
@@ -82,10 +88,10 @@ class Exchange:
         for number in range(fragments):
             since = self._round - k * (number + 1) // fragments
             due = since >= 0 and since % k == 0
-            self.met = self.met or due
+            self.was_due = self.was_due or due
             if due and not delay:
                 for bucket in self._sent_in_turn(update, placed, number):
-                    self._step(update, placed, bucket.parts, bucket.means())
+                    self._step(update, placed, bucket.chunks, bucket.means())
             elif due:
                 self._under_way[self._place(placed, number)] = list(self._sent(update, placed, number))
             elif since >= delay and (since - delay) % k == 0:
@@ -110,7 +116,7 @@ class Exchange:
     def _sent(self, update: Update, placed: PlacedWrapper, number: int) -> Iterator[Bucket]:
         """Begin the collectives of a fragment, and yield its buckets."""
         for bucket in buckets_of_fragment(self.run, placed, number):
-            flat = ways_in_one_tensor(update, placed.wrapper, bucket.parts)
+            flat = displacements_in_one_tensor(update, placed.wrapper, bucket.chunks)
             bucket.sum = self.run.replicas.begin_sum(flat)
             yield bucket
 
@@ -130,25 +136,25 @@ class Exchange:
         sent = self._under_way.pop(self._place(placed, number), None)
         # after a load they are in the state
         for bucket in buckets_of_fragment(self.run, placed, number) if sent is None else sent:
-            pending = self._pending(placed, bucket.parts)
+            pending = self._pending(placed, bucket.chunks)
             means = bucket.means() if sent is not None else [kept.clone() for kept in pending]
             for kept in pending if sent is None or bucket.is_saved else ():
                 kept.zero_()
-            self._step(update, placed, bucket.parts, means)
+            self._step(update, placed, bucket.chunks, means)
 
-    def _pending(self, placed: PlacedWrapper, parts: list[Part]) -> list[torch.Tensor]:
+    def _pending(self, placed: PlacedWrapper, chunks: list[Chunk]) -> list[torch.Tensor]:
         key = f"{placed.wrapper.label}.pending"
-        kept = [(local(self.run.state[part.parameter][key]), part.rows) for part in parts]
+        kept = [(local(self.run.state[chunk.parameter][key]), chunk.rows) for chunk in chunks]
         return [tensor if rows is None else tensor[rows[0] : rows[1]] for tensor, rows in kept]
 
-    def _step(self, update: Update, placed: PlacedWrapper, parts: list[Part], means: list[torch.Tensor]) -> None:
+    def _step(self, update: Update, placed: PlacedWrapper, chunks: list[Chunk], means: list[torch.Tensor]) -> None:
         """Let the wrapper make its outer step along means that have come."""
         wrapper = placed.wrapper
-        for view, positions in views_of_parts(update, wrapper, parts):
+        for view, positions in views_of_chunks(update, wrapper, chunks):
             if vars(wrapper)["delay"]:
                 view.kept_share = float(view.blend)
             anchors = getattr(view, str(wrapper.anchor_across))
-            view.means_of_ways = [means[i].to(a) for i, a in zip(positions, anchors, strict=True)]
+            view.mean_displacements = [means[i].to(a) for i, a in zip(positions, anchors, strict=True)]
             wrapper.after_update(view)
             view.write_back()
 
@@ -158,7 +164,7 @@ class Exchange:
             for number in range(int(vars(placed.wrapper)["fragments"])):
                 for bucket in self._under_way.get(self._place(placed, number), ()):
                     bucket.is_saved = True
-                    for kept, mean in zip(self._pending(placed, bucket.parts), bucket.means(), strict=True):
+                    for kept, mean in zip(self._pending(placed, bucket.chunks), bucket.means(), strict=True):
                         kept.copy_(mean)
 
     def forget(self) -> None:

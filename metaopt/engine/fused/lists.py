@@ -34,7 +34,7 @@ class FusedLists:
         self.keys = keys
         self._members = list(members)
         self._states = states
-        self.kept: list[Tensors] = [list(map(itemgetter(key), states)) for key in keys]
+        self.state_lists: list[Tensors] = [list(map(itemgetter(key), states)) for key in keys]
         # the same tensors were updated twice: their counts may move into one tensor
         self._is_settled = False
         # the counts of all members, of which `state[p]["step"]` are views
@@ -63,14 +63,14 @@ class FusedLists:
             held = [list(map(itemgetter(key), self._states)) for key in self.keys]
         except KeyError:
             return False
-        self._is_settled = all(map(are_identical, held, self.kept))
+        self._is_settled = all(map(are_identical, held, self.state_lists))
         return self._is_settled
 
     def are_uniform(self, dtype: torch.dtype) -> bool:
         """Return whether the state can be handed to the kernel as it is; torch would sort it by dtype and device."""
         return all(
             is_uniform(kept, torch.float32 if key == "step" else dtype)
-            for key, kept in zip(self.keys, self.kept, strict=True)
+            for key, kept in zip(self.keys, self.state_lists, strict=True)
         )
 
     def addresses(self, key: Any, tensors: Tensors) -> "array[int] | None":
@@ -100,17 +100,17 @@ class FusedLists:
         # a clip may have taken the norm on another device
         divisor = None if divisor is None else divisor.to(params[0].device)
         kernel = _adam if "step" in self.keys else _sgd
-        kernel(group, params, gradients, [kept[part] for kept in self.kept], divisor)
+        kernel(group, params, gradients, [kept[part] for kept in self.state_lists], divisor)
 
     def _count(self, part: slice) -> None:
         """Add 1 to the counts of some members: one call for all of them, however many tensors they are."""
         if not self._is_settled:
-            torch._foreach_add_(self.kept[-1][part], 1)
+            torch._foreach_add_(self.state_lists[-1][part], 1)
             return
         if self._counts is None:
-            self._counts = torch.stack(self.kept[-1])
-            self.kept[-1] = list(self._counts.unbind())
-            for state, count in zip(self._states, self.kept[-1], strict=True):
+            self._counts = torch.stack(self.state_lists[-1])
+            self.state_lists[-1] = list(self._counts.unbind())
+            for state, count in zip(self._states, self.state_lists[-1], strict=True):
                 state["step"] = count
         (self._counts if part == ALL else self._counts[part]).add_(1)
 

@@ -41,7 +41,7 @@ class PostponedStep:
         if native is None or not native.knows(self.params[0].dtype, lists.kernel):
             return False
         # gradients are new tensors at every update: seen by `lists_for`
-        named = [("param", self.params), ("grad", self.gradients), *zip(lists.keys, lists.kept, strict=True)]
+        named = [("param", self.params), ("grad", self.gradients), *zip(lists.keys, lists.state_lists, strict=True)]
         return all(self._place(key, tensors) is not None for key, tensors in named)
 
     def add(self, graph: Graph, tensors: Mapping[str, tuple[Any, Tensors]], numbers: Mapping[str, Any]) -> bool:

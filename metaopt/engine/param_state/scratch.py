@@ -84,7 +84,7 @@ def _end_after_move(chain: Chain, group: ParamGroup, like: torch.Tensor, move: f
     return weights.detach()
 
 
-def fights(
+def bases_undoing_moves(
     chains: Iterable[Chain], groups: Sequence[ParamGroup], *, only_modes: bool = False
 ) -> list[tuple[Chain, list[str]]]:
     """Return the bases whose next step undoes moves of the weights, with the labels of the wrappers that move them.

@@ -39,7 +39,7 @@ class BaseStages(Protocol):
 class ReplicaExchange(Protocol):
     """What a run calls of its exchange with other replicas (`engine.exchange`); `update` is the update in progress."""
 
-    met: bool
+    was_due: bool
 
     def join(self) -> bool:
         """Agree with the other replicas, once, on the weights; return whether they changed here."""
@@ -214,7 +214,7 @@ class Run:
         """Replace a group's learning rate; a schedule goes on by the same factor. A rate of 0 stays."""
         position = next(i for i, own in enumerate(self.param_groups) if own is group)
         scheduled, current = self.scheduled[position], group.get("lr")
-        scheduled.raise_if_changed(group)
+        scheduled.sync_with_group(group)
         if current is None:
             raise StepError(f"group {group.get('name', position)} has no learning rate that could be changed")
         old = float(current)

@@ -28,7 +28,7 @@ def step_bases(update: Update, closure: tuple[Closure, ...], keywords: dict[str,
     returned = None
     for chain in structure.chains:
         # none of the bases that step in blocks takes keywords: stepped as a whole, they refuse them
-        if chain.leading_on_update and chain.steps_in_blocks and not chain.needs_weights_before and not keywords:
+        if chain.leading_on_update and chain.is_elementwise and not chain.needs_weights_before and not keywords:
             for group in chain.groups_in(update.run.param_groups):
                 _step_in_blocks(update, chain, group)
         else:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from metaopt.engine.step.hooks import filter_gradients
+from metaopt.engine.step.hooks import call_on_gradients
 from metaopt.engine.update import Update
 from metaopt.errors import StepError
 from metaopt.wrapper import Closure, Wrapper
@@ -68,7 +68,7 @@ class Evaluation:
     def _reevaluate(self) -> Any:
         assert self.update is not None
         loss = self.call_closure()
-        filter_gradients(self.update)
+        call_on_gradients(self.update)
         for chain in list(self.update.pending_scale):
             self.update.apply_scale(chain)
         return loss

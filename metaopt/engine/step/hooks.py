@@ -15,7 +15,7 @@ from metaopt.group import Group
 from metaopt.wrapper import Closure, Wrapper
 
 
-def filter_gradients(update: Update) -> None:
+def call_on_gradients(update: Update) -> None:
     """Let the wrappers on gradients act, once per evaluation of the loss, until one of them skips the update."""
     run = update.run
     update.skip_reason = None

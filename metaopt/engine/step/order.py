@@ -1,4 +1,4 @@
-"""The order of one update: evaluate, filter gradients, step the base, let wrappers act; count, skip or abandon it."""
+"""The order of one update: evaluate, change gradients, step the base, let wrappers act; count, skip or abandon it."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from metaopt.engine.run.groups import adopt_groups
 from metaopt.engine.run.run import Run
 from metaopt.engine.step.base_step import step_bases, turn_off_kernel_for_gradients, turn_off_unfit_kernels
 from metaopt.engine.step.evaluation import Evaluation
-from metaopt.engine.step.hooks import act_behind, call, due_groups, filter_gradients, observe, observe_loss
+from metaopt.engine.step.hooks import act_behind, call, call_on_gradients, due_groups, observe, observe_loss
 from metaopt.engine.step.points import measure, measure_loss
 from metaopt.engine.structure import PlacedWrapper
 from metaopt.engine.update import Update
@@ -63,7 +63,7 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
         run.left_out = run.left_out.look(run.param_groups)
     if run.has_schedules:
         for scheduled, group in zip(run.scheduled, run.base.param_groups, strict=True):
-            scheduled.raise_if_changed(group)
+            scheduled.sync_with_group(group)
     update = Update(run, is_logged=run.metrics.wanted(first[UPDATES] + 1))
     update.step_weight, run.step_weight = run.step_weight, 1.0
     evaluation = Evaluation(update, closure)
@@ -80,7 +80,7 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
             first_update.add_early_state(update)
         first_update.collect_pending_state(update)
         if structure.on_gradients or structure.gradient_observers or update.is_logged:
-            filter_gradients(update)
+            call_on_gradients(update)
             if update.skip_reason is not None:
                 update.clean_up()
                 return _skip(update, evaluation, update.skip_reason)

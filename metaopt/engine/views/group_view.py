@@ -53,7 +53,7 @@ class GroupView(GroupNumbers):
         # slots kept on another device: copies here, with the originals and their versions
         self._fetched: dict[str, tuple[list[torch.Tensor], list[torch.Tensor], list[int]]] = {}
         # set by an exchange: the means that came from it, and the share of their own that the weights keep
-        self.means_of_ways: list[torch.Tensor] | None = None
+        self.mean_displacements: list[torch.Tensor] | None = None
         self.kept_share = 0.0
 
     @property
@@ -304,8 +304,8 @@ class GroupView(GroupNumbers):
 
     @property
     def mean_way(self) -> list[torch.Tensor]:
-        if self.means_of_ways is not None:
-            return self.means_of_ways
+        if self.mean_displacements is not None:
+            return self.mean_displacements
         anchor = self._wrapper.anchor_across
         if anchor is None:
             raise AttributeError(f"{self._wrapper.label} has no mean_way: its class statement lacks across=")
