@@ -11,6 +11,8 @@ from metaopt.schedule import Curve, Schedule
 
 # group entry: the product of all that a scheduled rate was multiplied with in the middle of the run
 LR_FACTOR = "metaopt.lr_factor"
+# group entry: the proportion in which this group's rate is to the stack's, by the user's `lr_scale`
+LR_SCALE = "metaopt.lr_scale"
 # a rate that is set by hand before so many updates in a row has another driver
 DRIVEN = 3
 
@@ -32,7 +34,7 @@ class ScheduledValues:
     def value(self, key: str, t: int, group: dict[str, Any]) -> Any:
         """Return the value of one hyperparameter after `t` updates, with the group's own factors of the rate."""
         value = self._curves[key](t)
-        return value * group.get("metaopt.lr_scale", 1.0) * group.get(LR_FACTOR, 1.0) if key == "lr" else value
+        return value * group.get(LR_SCALE, 1.0) * group.get(LR_FACTOR, 1.0) if key == "lr" else value
 
     def write(self, group: dict[str, Any]) -> None:
         """Set every scheduled value for the update that comes next."""
@@ -103,7 +105,7 @@ class ScheduledValues:
         a driver too.
         """
         rate = float(group["lr"])  # may wait for the device, once
-        scheduled = self._curves["lr"](self._count) * group.get("metaopt.lr_scale", 1.0)
+        scheduled = self._curves["lr"](self._count) * group.get(LR_SCALE, 1.0)
         self._in_a_row = self._in_a_row + 1 if self._set_at == self._count - 1 else 1
         self._set_at = self._count
         is_driven = "initial_lr" in group or self._in_a_row >= DRIVEN

@@ -10,6 +10,7 @@ import torch
 from metaopt.engine.chain import RUN_FLAGS, ParamGroup
 from metaopt.registry import registry
 from metaopt.schedule import Schedule
+from metaopt.scheduled_values import LR_SCALE
 from metaopt.specs.pipeline import Part, Pipeline
 from metaopt.stack import Stack
 
@@ -82,11 +83,7 @@ def _live(part: Part, groups: list[ParamGroup], stack: Stack) -> Part:
             value = group[key]
             # what differs between groups, and what a group scales or schedules, belongs to the groups
             scheduled = any(key in stack.schedules_of(other) for other in groups)
-            if (
-                scheduled
-                or not _same(groups, key)
-                or (name == "lr" and not prefix and group["metaopt.lr_scale"] != 1.0)
-            ):
+            if scheduled or not _same(groups, key) or (name == "lr" and not prefix and group[LR_SCALE] != 1.0):
                 continue
             if name in given or value != hyperparameter.default:
                 given[name] = value

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from metaopt.construction.grouping import Group, same_tensor
-from metaopt.engine.chain import RUN_FLAGS, Chain, has_fused_kernel
+from metaopt.engine.chain import PART, RUN_FLAGS, Chain, has_fused_kernel
 from metaopt.engine.multi_base import MultiBase, Partitioner
 from metaopt.errors import HyperparameterError, ParameterError, SpecError, did_you_mean
 from metaopt.group_entries import NO_DECAY, TIED, take_value
@@ -121,7 +121,7 @@ def make_partition(
         own = scheduled(base_part, wrappers)
         base, fused = make_base(members, base_part, own, total_steps, around=(*outer, *wrappers), exact=exact)
         for entry in base.param_groups:
-            entry["metaopt.part"] = part
+            entry[PART] = part
         chains.append(Chain(base, wrappers, own, outer=outer, name=part, fused_by_default=fused))
     return MultiBase(chains, partitioner)
 

@@ -11,6 +11,7 @@ from metaopt.engine.step.points import rate_tags
 from metaopt.errors import SpecError
 from metaopt.logger import RunPage
 from metaopt.schedule import Schedule
+from metaopt.scheduled_values import LR_SCALE
 from metaopt.stack import Stack
 
 
@@ -30,7 +31,7 @@ def stack_value(stack: Stack, key: str) -> Any:
     """Return the value of a group entry for the stack: what all groups hold, or what the stack was built with."""
     groups = stack.param_groups
     if key == "lr":  # a scaled group has its own
-        groups = [group for group in groups if group["metaopt.lr_scale"] == 1.0] or groups
+        groups = [group for group in groups if group[LR_SCALE] == 1.0] or groups
     first = groups[0].get(key)
     if isinstance(first, torch.Tensor) or all(group.get(key) == first for group in groups[1:]):
         return first

@@ -19,7 +19,7 @@ from metaopt.errors import HyperparameterError, SpecError
 from metaopt.group_entries import NO_DECAY, OWN_VALUES, is_decay
 from metaopt.refusals import validate
 from metaopt.schedule import Curve, Schedule, as_schedule
-from metaopt.scheduled_values import LR_FACTOR
+from metaopt.scheduled_values import LR_FACTOR, LR_SCALE
 from metaopt.specs.pipeline import Part
 from metaopt.torch_internals import HOOKS
 from metaopt.wrapper import Wrapper
@@ -169,7 +169,7 @@ class Stages:
             _refill(group, made, old, gone)
             group[STAGE] = number
             if "lr" in group and "lr" not in stage.schedules:
-                group["lr"] = group["lr"] * group.get("metaopt.lr_scale", 1.0)
+                group["lr"] = group["lr"] * group.get(LR_SCALE, 1.0)
         run.constructor_state = {p: held for p, held in base.state.items() if isinstance(p, torch.Tensor)}
         run.constructor_chains = {""} if run.constructor_state else set()
         for name in HOOKS:

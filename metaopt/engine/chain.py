@@ -22,6 +22,8 @@ from metaopt.wrapper import Closure, Wrapper
 ParamGroup = dict[str, Any]
 ParamState = dict[str, Any]
 
+# group entry: the name of the chain that a group belongs to, in a stack of several bases
+PART = "metaopt.part"
 # state[p][PLACEHOLDER]: 1 if the base has yet to make its state of a parameter, whose entries, if any, only show which
 # keys there will be (param_state); an old key, kept for checkpoints
 PLACEHOLDER = "metaopt.anew"
@@ -132,7 +134,7 @@ class Chain:
 
     def has_group(self, group: ParamGroup) -> bool:
         """Return whether a group belongs to this chain; without a name every group does."""
-        return not self.name or group.get("metaopt.part") == self.name
+        return not self.name or group.get(PART) == self.name
 
     def groups_in(self, groups: list[ParamGroup]) -> list[ParamGroup]:
         """Return the groups that belong to this chain."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from metaopt.engine.chain import Chain, ParamGroup
+from metaopt.engine.chain import PART, Chain, ParamGroup
 from metaopt.errors import ParameterError, did_you_mean
 
 
@@ -87,13 +87,13 @@ class MultiBase(torch.optim.Optimizer):
                 raise ParameterError("a parameter of the new group is in another group already")
         self.assign_groups()
         chain.base.add_param_group(param_group)
-        param_group["metaopt.part"] = chain.name
+        param_group[PART] = chain.name
         self.param_groups.append(chain.base.param_groups[-1])
 
     def chain_for(self, group: ParamGroup) -> Chain:
         """Return the chain that a new group belongs to, by its `metaopt.part` or its names. Raises ParameterError."""
         named = {chain.name: chain for chain in self.chains}
-        part = group.get("metaopt.part")
+        part = group.get(PART)
         if part is not None:
             if part not in named:
                 raise ParameterError(
@@ -115,7 +115,7 @@ class MultiBase(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let each base load what belongs to it, group by group in the order of the live groups."""
         self.assign_groups()
-        parts = [group["metaopt.part"] for group in self.param_groups]
+        parts = [group[PART] for group in self.param_groups]
         state: defaultdict[torch.Tensor, Any] = defaultdict(dict)
         loaded = {}
         for chain in self.chains:
@@ -127,6 +127,6 @@ class MultiBase(torch.optim.Optimizer):
             loaded[chain.name] = iter(chain.base.param_groups)
         self.param_groups = [next(loaded[part]) for part in parts]
         for part, group in zip(parts, self.param_groups, strict=True):
-            group["metaopt.part"] = part
+            group[PART] = part
         self.state = state
         self.assign_groups()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from metaopt.engine.chain import Chain, ParamGroup
+from metaopt.engine.chain import PART, Chain, ParamGroup
 from metaopt.engine.multi_base import MultiBase
 from metaopt.schedule import Schedule
 from metaopt.wrapper import Wrapper
@@ -58,7 +58,7 @@ class Structure:
 
     def chain_of(self, group: ParamGroup) -> Chain:
         """Return the chain that a group belongs to."""
-        return self._by_name[group["metaopt.part"]] if self._by_name else self.chains[0]
+        return self._by_name[group[PART]] if self._by_name else self.chains[0]
 
     def schedules_of(self, group: ParamGroup) -> dict[str, Schedule]:
         """Return the schedules that drive a group's entries, by key."""

@@ -9,6 +9,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from metaopt.engine.param_state.scratch import bases_undoing_moves
+from metaopt.engine.run.entries import AVERAGE_SHOWN
 from metaopt.explaining.orthogonal import on_layers
 from metaopt.explaining.practice import in_practice, number
 from metaopt.explaining.probing import Characters
@@ -54,7 +55,7 @@ def in_optimizer(
 
 def in_entries(entries: Sequence[Entry]) -> Iterator[Finding]:
     """Find what the group entries alone tell; those of a checkpoint will do."""
-    swapped = next((entry["metaopt.swapped"] for entry in entries if entry.get("metaopt.swapped")), None)
+    swapped = next((entry[AVERAGE_SHOWN] for entry in entries if entry.get(AVERAGE_SHOWN)), None)
     if swapped:
         yield Finding(
             "inside-averaged",

@@ -8,12 +8,13 @@ import torch
 
 from metaopt.checkpoint_file import read_saved
 from metaopt.engine.checkpoint.precedence import count_of
+from metaopt.engine.run.entries import TOTAL_STEPS
 from metaopt.errors import CheckpointError, ParameterError, SpecError
 from metaopt.explaining import findings
 from metaopt.explaining.paths import paths
 from metaopt.explaining.table import Explanation, Row, table
 from metaopt.logger import Table
-from metaopt.scheduled_values import LR_FACTOR
+from metaopt.scheduled_values import LR_FACTOR, LR_SCALE
 from metaopt.stack import Stack
 from metaopt.wrapper import Wrapper
 
@@ -115,7 +116,7 @@ def explain_checkpoint(path: str | Path) -> Explanation:
     return Explanation(
         optimizer=f"checkpoint {path}",
         updates=None if counted == "nowhere" else updates,
-        total_steps=first.get("metaopt.total_steps"),
+        total_steps=first.get(TOTAL_STEPS),
         rows=rows,
         findings=tuple(findings.in_entries(entries)),
     )
@@ -208,7 +209,7 @@ def _peak_and_end(stack: Stack | None, entry: dict[str, Any], rate: float | None
         return None, None
     curve = schedule.curve(run, run)
     stride = max(1, last // SAMPLES)
-    scale = float(entry.get("metaopt.lr_scale", 1.0)) * float(entry.get(LR_FACTOR, 1.0))
+    scale = float(entry.get(LR_SCALE, 1.0)) * float(entry.get(LR_FACTOR, 1.0))
     # the last update runs at the value after last - 1 updates
     return scale * max(curve(t) for t in range(0, last, stride)), scale * curve(last - 1)
 

@@ -8,11 +8,12 @@ import torch
 from metaopt.engine.checkpoint.matching import Matched, matched
 from metaopt.engine.checkpoint.precedence import count_of, same
 from metaopt.engine.checkpoint.report import shown_first
+from metaopt.engine.run.entries import FORMAT_KEY, LABELS, TOTAL_STEPS, UPDATES
 from metaopt.errors import CheckpointError
 from metaopt.lab.saved_optimizers import SavedOptimizer
 
 # entries of a group that say which parameters it has, not what is done to them
-NOT_VALUES = {"params", "param_names", "name", "metaopt.labels", "metaopt.updates", "metaopt.total_steps"}
+NOT_VALUES = {"params", "param_names", "name", LABELS, UPDATES, TOTAL_STEPS}
 
 
 def summary(saved: SavedOptimizer) -> str:
@@ -40,7 +41,7 @@ def _of_whole(a: SavedOptimizer, b: SavedOptimizer) -> Iterator[str]:
     counts = [_count(saved) for saved in (a, b)]
     if counts[0] != counts[1]:
         yield f"updates     {counts[0]} -> {counts[1]}"
-    for key, what in (("metaopt.total_steps", "total_steps"), ("metaopt.format", "format")):
+    for key, what in ((TOTAL_STEPS, "total_steps"), (FORMAT_KEY, "format")):
         values = [saved.groups[0].get(key) if saved.groups else None for saved in (a, b)]
         if values[0] != values[1]:
             yield f"{what:<11} {values[0]} -> {values[1]}"
@@ -58,7 +59,7 @@ def _count(saved: SavedOptimizer) -> int | None:
 def _labels(saved: SavedOptimizer) -> set[str]:
     found: set[str] = set()
     for group in saved.groups:
-        found |= {label for label in str(group.get("metaopt.labels", "")).split(",") if label}
+        found |= {label for label in str(group.get(LABELS, "")).split(",") if label}
     return found
 
 
@@ -77,7 +78,7 @@ def _of_values(a: SavedOptimizer, b: SavedOptimizer, pairs: Matched) -> Iterator
         called = f" in group {group.get('name', position)}" if len(b.groups) > 1 else ""
         for key in dict.fromkeys([*(key for source in sources for key in source), *group]):
             before = [source[key] for source in sources if key in source]
-            if key in NOT_VALUES or key == "metaopt.format" or not sources:
+            if key in NOT_VALUES or key == FORMAT_KEY or not sources:
                 continue
             if not before or key not in group:
                 shown = _text(group[key]) if key in group else _text(before[0])

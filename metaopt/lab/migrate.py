@@ -12,9 +12,11 @@ import torch
 
 from metaopt.construction.building import build
 from metaopt.engine.chain import RUN_FLAGS
+from metaopt.engine.run.entries import TOTAL_STEPS
 from metaopt.errors import CheckpointError, MetaoptWarning
 from metaopt.lab.holding import scratch_of
 from metaopt.lab.saved_optimizers import SavedOptimizer
+from metaopt.scheduled_values import LR_SCALE
 from metaopt.stack import Stack
 
 
@@ -103,7 +105,7 @@ def migrate(
     groups stay, because they are the groups' own.
     """
     groups = [_parameters(saved, group) for group in saved.groups]
-    length = saved.groups[0].get("metaopt.total_steps") if saved.groups else None
+    length = saved.groups[0].get(TOTAL_STEPS) if saved.groups else None
     stack = build(groups, spec, total_steps=length if total_steps is None else total_steps)
     if len(stack.param_groups) == len(saved.groups):
         _keep_own_values(stack, saved.groups)
@@ -154,8 +156,8 @@ def _keep_own_values(stack: Stack, saved: list[dict[str, Any]]) -> None:
             values = [other[key] for other in saved if key in other]
             if key in old and key not in schedules and any(value != values[0] for value in values):
                 group[key] = old[key]
-        if "metaopt.lr_scale" in old:
-            group["metaopt.lr_scale"] = old["metaopt.lr_scale"]
+        if LR_SCALE in old:
+            group[LR_SCALE] = old[LR_SCALE]
 
 
 def _counted(keys: Counter[str]) -> str:

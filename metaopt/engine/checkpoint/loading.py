@@ -15,7 +15,7 @@ from metaopt.engine.checkpoint.report import Choice, LoadReport
 from metaopt.engine.checkpoint.validation import state_after_step, validate_fit, validate_form
 from metaopt.engine.param_state.placeholders import remove_placeholders
 from metaopt.engine.param_state.slot_values import copy_for_slot
-from metaopt.engine.run.entries import TEMPLATE, UPDATES
+from metaopt.engine.run.entries import LABELS, TEMPLATE, TOTAL_STEPS, UPDATES
 from metaopt.engine.run.groups import place_scalars
 from metaopt.engine.run.run import Run
 from metaopt.torch_internals import only_class_hooks
@@ -76,7 +76,7 @@ def _report(run: Run, found: Matched) -> LoadReport:
     own = run.structure.labels()
     is_bare = not any(UPDATES in group for group in found.groups)
     updates, counted = count_of(found.groups, found.state, counts_of_bases(run) if is_bare else {})
-    total, length = found.groups[0].get("metaopt.total_steps"), run.structure.total_steps
+    total, length = found.groups[0].get(TOTAL_STEPS), run.structure.total_steps
     return LoadReport(
         taken=["base", *(label for label in own if label in saved)],
         fresh=[label for label in own if label not in saved],
@@ -92,7 +92,7 @@ def _report(run: Run, found: Matched) -> LoadReport:
 
 
 def _saved_labels(group: ParamGroup) -> list[str]:
-    named = [label for label in str(group.get("metaopt.labels", "")).split(",") if label]
+    named = [label for label in str(group.get(LABELS, "")).split(",") if label]
     return named + [key.split(".")[0] for key in group if "." in key and not key.startswith("metaopt.")]
 
 

@@ -11,17 +11,26 @@ from typing import Any, Literal
 
 import torch
 
-from metaopt.engine.chain import RUN_FLAGS, ParamGroup
+from metaopt.engine.chain import PART, RUN_FLAGS, ParamGroup
 from metaopt.engine.checkpoint.matching import Matched
 from metaopt.engine.checkpoint.report import Choice, Difference, LoadReport
 from metaopt.engine.param_state.scratch import scratch_step
-from metaopt.engine.run.entries import AVERAGE_SHOWN, BUILT_LR, FORMAT, FORMAT_KEY, OWN_SCHEDULES, TEMPLATE, UPDATES
+from metaopt.engine.run.entries import (
+    AVERAGE_SHOWN,
+    BUILT_LR,
+    FORMAT,
+    FORMAT_KEY,
+    LABELS,
+    OWN_SCHEDULES,
+    TEMPLATE,
+    TOTAL_STEPS,
+    UPDATES,
+)
 from metaopt.engine.run.run import Run
 from metaopt.errors import CheckpointError, HyperparameterError
-from metaopt.scheduled_values import ScheduledValues
+from metaopt.scheduled_values import LR_SCALE, ScheduledValues
 from metaopt.wrapper import Wrapper
 
-LR_SCALE = "metaopt.lr_scale"
 # where a bare optimizer counts its updates, in state[p] or in a group, and its count after the first
 Counts = Mapping[tuple[Literal["state", "group"], str], int]
 COUNTS_OF_MOST: Counts = {("state", "step"): 1, ("group", "step"): 1}
@@ -74,7 +83,7 @@ def _whole(value: Any) -> int | None:
 
 
 # group entries that say what the group is in this stack
-OF_THIS_STACK = (OWN_SCHEDULES, "metaopt.part", "metaopt.undecayed")
+OF_THIS_STACK = (OWN_SCHEDULES, PART, "metaopt.undecayed")
 
 
 def merged_groups(run: Run, found: Matched, choice: Choice, report: LoadReport) -> list[ParamGroup]:
@@ -106,8 +115,8 @@ def merged_groups(run: Run, found: Matched, choice: Choice, report: LoadReport) 
             AVERAGE_SHOWN: first.get(AVERAGE_SHOWN, ""),
             TEMPLATE: kept.get(TEMPLATE, first.get(TEMPLATE, "")),
             FORMAT_KEY: FORMAT,
-            "metaopt.total_steps": group["metaopt.total_steps"],
-            "metaopt.labels": group["metaopt.labels"],
+            TOTAL_STEPS: group[TOTAL_STEPS],
+            LABELS: group[LABELS],
         }
         merge.report_schedules(saved, kept)
         merged.append(kept)
@@ -153,8 +162,8 @@ class _Merge:
         return kept
 
     def saved_groups_of_chain(self) -> list[ParamGroup]:
-        part = self.group.get("metaopt.part")
-        return [group for group in self.found.groups if part is None or group.get("metaopt.part", part) == part]
+        part = self.group.get(PART)
+        return [group for group in self.found.groups if part is None or group.get(PART, part) == part]
 
     def settings(self, saved: ParamGroup) -> ParamGroup:
         """Return the saved entries with the hyperparameters that are to be in force."""

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from metaopt.engine.chain import RUN_FLAGS, Chain, ParamGroup, ParamState
+from metaopt.engine.chain import PART, RUN_FLAGS, Chain, ParamGroup, ParamState
 from metaopt.engine.checkpoint.matching import Matched
 from metaopt.engine.checkpoint.report import Choice
 from metaopt.engine.param_state.scratch import scratch_step
-from metaopt.engine.run.entries import AVERAGE_SHOWN, FORMAT, FORMAT_KEY, UPDATES
+from metaopt.engine.run.entries import AVERAGE_SHOWN, FORMAT, FORMAT_KEY, TOTAL_STEPS, UPDATES
 from metaopt.engine.run.run import Run
 from metaopt.errors import CheckpointError
 
@@ -52,7 +52,7 @@ def validate_fit(run: Run, found: Matched, choice: Choice, count: int) -> None:
                 f"others, or another order: build the stack over the same parameters"
             )
     for saved in found.groups:
-        _validate_total_steps(run, saved.get("metaopt.total_steps"), choice, count)
+        _validate_total_steps(run, saved.get(TOTAL_STEPS), choice, count)
     _validate_counts(run, found.groups)
     label = found.groups[0].get(AVERAGE_SHOWN) if found.groups else ""
     if label and label not in run.structure.averages():
@@ -90,8 +90,8 @@ def _validate_base_keys(chain: Chain, saved: ParamGroup, group: ParamGroup, posi
 
 def _validate_part(saved: ParamGroup, group: ParamGroup, position: int) -> None:
     """Refuse moments that another part's base has made."""
-    part = group.get("metaopt.part")
-    if part is not None and saved.get("metaopt.part", part) != part:
+    part = group.get(PART)
+    if part is not None and saved.get(PART, part) != part:
         raise CheckpointError(
             f"the checkpoint's group {position} belongs to the part {saved['metaopt.part']!r} and here to {part!r}: "
             f"build the stack with the same parts, over the same parameters"

@@ -1,7 +1,15 @@
-"""Keys of the engine's own entries in a group that several modules use; most of them are in a checkpoint."""
+"""Keys of the engine's own entries in a group that several modules use; most of them are in a checkpoint.
+
+Those that modules below this one use are there: `PART` in `engine.chain`, `LR_SCALE` and `LR_FACTOR` in
+`scheduled_values`, those of settings in `group_entries`.
+"""
 
 # group entries of the engine: the count of updates is the run's, the same in every group
 UPDATES = "metaopt.updates"
+# the length of the run, None if it was not given
+TOTAL_STEPS = "metaopt.total_steps"
+# the labels of the wrappers that act on the group: the state of a part without hyperparameters is known as its by this
+LABELS = "metaopt.labels"
 # the label of the average that the parameters hold now, or "" (a key of old, kept for checkpoints)
 AVERAGE_SHOWN = "metaopt.swapped"
 # "", or the state holds only placeholders (see param_state): "asked" and the group entries that the base adds, if a

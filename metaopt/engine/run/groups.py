@@ -7,15 +7,17 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from metaopt.engine.chain import MOST_NUMBERS, Chain, ParamGroup, number_of
+from metaopt.engine.chain import MOST_NUMBERS, PART, Chain, ParamGroup, number_of
 from metaopt.engine.run.entries import (
     AVERAGE_SHOWN,
     BUILT_LR,
     FORMAT,
     FORMAT_KEY,
+    LABELS,
     OWN_SCHEDULES,
     STEPS,
     TEMPLATE,
+    TOTAL_STEPS,
     UPDATES,
 )
 from metaopt.engine.run.run import Run
@@ -34,6 +36,7 @@ from metaopt.group_entries import (
 )
 from metaopt.hyperparameters import from_signature
 from metaopt.schedule import Schedule, as_schedule
+from metaopt.scheduled_values import LR_SCALE
 from metaopt.slots import Scalar
 from metaopt.space import find_spaces
 from metaopt.wrapper import Wrapper
@@ -62,7 +65,7 @@ def adopt_groups(run: Run) -> None:
         if UPDATES in group:
             continue
         if run.structure.multi_base is not None:
-            group["metaopt.part"] = run.structure.multi_base.chain_for(group).name
+            group[PART] = run.structure.multi_base.chain_for(group).name
         shared, defaults = run.structure.schedules_of(group), run.structure.chain_of(group).base.defaults
         given = {k for k in group if "." in k or (k in shared and group[k] != defaults.get(k))}
         validate_group(run, group, position, given)
@@ -81,7 +84,7 @@ def add_group(run: Run, param_group: ParamGroup) -> None:
     group = with_list(param_group)
     run.adopt_rates()
     if run.structure.multi_base is not None:
-        group["metaopt.part"] = run.structure.multi_base.chain_for(group).name
+        group[PART] = run.structure.multi_base.chain_for(group).name
     mark_no_decay(group)
     validate_group(run, group, len(run.param_groups), group.keys())
     name_like_others(group, run.param_groups)
@@ -161,15 +164,15 @@ def complete_group(run: Run, group: ParamGroup) -> None:
     group[FORMAT_KEY] = FORMAT
     if run.structure.exchanges:
         group.setdefault(STEPS, next((g[STEPS] for g in run.param_groups if STEPS in g), 0))
-    group.setdefault("metaopt.total_steps", run.structure.total_steps)
+    group.setdefault(TOTAL_STEPS, run.structure.total_steps)
     group.setdefault(AVERAGE_SHOWN, "")
     group.setdefault(TEMPLATE, "")
     if OWN_VALUES in group:
         run.own_schedules.append(group.pop(OWN_VALUES))
         group[OWN_SCHEDULES] = len(run.own_schedules) - 1
     scale = lr_scale_of(group)
-    if "metaopt.lr_scale" not in group:
-        group["metaopt.lr_scale"] = scale
+    if LR_SCALE not in group:
+        group[LR_SCALE] = scale
         if scale != 1.0 and "lr" not in run.schedules_of(group):
             if group.get("lr") is None:
                 raise HyperparameterError(
@@ -180,8 +183,7 @@ def complete_group(run: Run, group: ParamGroup) -> None:
     group.setdefault(BUILT_LR, None if "lr" in run.schedules_of(group) else rate_of(group))
     group.pop(NO_DECAY, None)
     group.pop(TIED, None)
-    # the state of a part without hyperparameters is known as that part's by this entry
-    group["metaopt.labels"] = ",".join(chain.labelled)
+    group[LABELS] = ",".join(chain.labelled)
     for key, (wrapper, name) in chain.hyperparameters.items():
         value = getattr(wrapper, name)
         group.setdefault(key, 0.0 if isinstance(value, Schedule) else value)
