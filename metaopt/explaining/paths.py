@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 
 from metaopt.engine.chain import Chain, ParamGroup
-from metaopt.engine.fused.lists import CAREFUL, LARGE, is_uniform
+from metaopt.engine.fused.lists import LARGE, why_no_lists
 from metaopt.programs import kernels, library
 from metaopt.rules import Rule
 from metaopt.stack import Stack
@@ -24,7 +24,7 @@ def paths(stack: Stack) -> tuple[str, ...]:
 def _path(stack: Stack, chain: Chain) -> str:
     base = type(chain.base).__name__
     groups = chain.groups_in(stack.param_groups)
-    reasons = (_why_its_own_step(chain, group, len(groups) > 1) for group in groups)
+    reasons = (_why_its_own_step(group, len(groups) > 1) for group in groups)
     own = _why_no_direct_call(chain) or next(filter(None, reasons), None)
     if own is not None:
         return f"{base}.step(); torch's fused kernel is not called directly, because {own}"
@@ -59,28 +59,11 @@ def _why_no_direct_call(chain: Chain) -> str | None:
     return "that is done for torch's own Adam, AdamW and SGD only"
 
 
-def _why_its_own_step(chain: Chain, group: ParamGroup, is_one_of_many: bool) -> str | None:
-    """Return why the base steps a group itself; None if torch's kernel is called for it."""
-    members = [p for p in group["params"] if p.requires_grad]
+def _why_its_own_step(group: ParamGroup, is_one_of_many: bool) -> str | None:
+    """Return why the base steps a group itself, naming the group; None if torch's kernel is called for it."""
+    reason = why_no_lists(group, [p for p in group["params"] if p.requires_grad])
     where = f"of group {group['name']}: " if is_one_of_many and "name" in group else ""
-    elsewhere = next((p.device.type for p in members if not p.is_cpu), None)
-    if elsewhere is not None:
-        return f"{where}that is done for parameters in main memory only, and some are on {elsewhere}"
-    careful = next((name for name in CAREFUL if group.get(name)), None)
-    if careful is not None:
-        return f"{where}{careful}=True"
-    tensor = next((key for key in ("lr", "betas") if _has_tensor(group.get(key))), None)
-    if tensor is not None:
-        return f"{where}{tensor} is a tensor"
-    if not group.get("fused"):
-        return f"{where}fused={group.get('fused')}"
-    if members and not (is_uniform(members, members[0].dtype) and members[0].dtype.is_floating_point):
-        return f"{where}its parameters are not plain contiguous tensors of one floating dtype"
-    return None
-
-
-def _has_tensor(value: object) -> bool:
-    return any(isinstance(v, torch.Tensor) for v in (value if isinstance(value, tuple) else (value,)))
+    return None if reason is None else f"{where}{reason}"
 
 
 # ---- the library

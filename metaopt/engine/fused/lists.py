@@ -139,6 +139,28 @@ def lists_for(
     return lists
 
 
+def why_no_lists(group: ParamGroup, members: Tensors) -> str | None:
+    """Return why `lists_for` gives no lists for a group whose base has its state; None if it does.
+
+    The conditions are those of `lists_for`, which is called at every update and therefore makes no text.
+    """
+    elsewhere = next((p.device.type for p in members if not p.is_cpu), None)
+    if elsewhere is not None:
+        return f"that is done for parameters in main memory only, and some are on {elsewhere}"
+    careful = next((name for name in CAREFUL if group.get(name)), None)
+    if careful is not None:
+        return f"{careful}=True"
+    numbers = {"lr": (group.get("lr"),), "betas": group.get("betas", ())}
+    tensor = next((key for key, given in numbers.items() if any(isinstance(n, torch.Tensor) for n in given)), None)
+    if tensor is not None:
+        return f"{tensor} is a tensor"
+    if not group.get("fused"):
+        return f"fused={group.get('fused')}"
+    if members and not (is_uniform(members, members[0].dtype) and members[0].dtype.is_floating_point):
+        return "its parameters are not plain contiguous tensors of one floating dtype"
+    return None
+
+
 def is_uniform(tensors: Tensors, dtype: torch.dtype) -> bool:
     """Return whether all are ordinary dense tensors of one dtype, row by row in the processor's memory."""
     return (
