@@ -35,7 +35,7 @@ from metaopt.misuse.second_clip import SecondClip
 from metaopt.refusals import validate
 from metaopt.schedule import Schedule
 from metaopt.torch_internals import (
-    HOOKS,
+    HOOK_TABLES,
     call_without_grad,
     only_class_hooks,
     optimizer_parts,
@@ -506,7 +506,7 @@ class Stack(torch.optim.Optimizer):
         }
         memory = {name: getattr(self._run, name) for name in _REMEMBERED}
         # a copy logs nowhere, and has no hooks, as torch's own copies
-        derived = {"_run", "_compiled_step", "step", "_opt_called", *HOOKS}
+        derived = {"_run", "_compiled_step", "step", "_opt_called", *HOOK_TABLES}
         own = {key: value for key, value in self.__dict__.items() if key not in derived}
         return {"base": optimizer_parts(self._run.base), "parts": parts, "memory": memory, "own": own}
 

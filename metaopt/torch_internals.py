@@ -26,7 +26,7 @@ CHECKPOINT_HOOKS = (
     "_optimizer_load_state_dict_post_hooks",
 )
 # every optimizer has these attributes
-HOOKS = (*STEP_HOOKS, *CHECKPOINT_HOOKS)
+HOOK_TABLES = (*STEP_HOOKS, *CHECKPOINT_HOOKS)
 
 
 # ---- what torch wraps around a step
@@ -120,7 +120,7 @@ def share_hooks(base: Optimizer, stack: Optimizer) -> None:
 
     Hooks that the base's class registered for itself keep getting the base, of which they know.
     """
-    for name in HOOKS:
+    for name in HOOK_TABLES:
         hooks: Hooks = getattr(base, name)
         if name in STEP_HOOKS:
             # the stack calls the bare step, around which no hook runs
@@ -189,7 +189,7 @@ def _with_base(hook: Callable[..., Any], base: Optimizer, stack: Any, *rest: Any
 # ---- copies of optimizers
 
 # a step that a torch scheduler replaced, and what GradScaler and the engine set for one step
-_TEMPORARY = frozenset(["step", "_opt_called", "grad_scale", "found_inf", *HOOKS])
+_TEMPORARY = frozenset(["step", "_opt_called", "grad_scale", "found_inf", *HOOK_TABLES])
 
 
 def optimizer_parts(base: Optimizer) -> tuple[type[Optimizer], dict[str, Any]]:
@@ -212,7 +212,7 @@ def optimizer_parts(base: Optimizer) -> tuple[type[Optimizer], dict[str, Any]]:
 def restored_optimizer(cls: type[Optimizer], attributes: dict[str, Any]) -> Optimizer:
     """Return the optimizer that `optimizer_parts` described, without hooks of users, as torch's own copies."""
     base = cls.__new__(cls)
-    base.__dict__.update({name: OrderedDict() for name in HOOKS})
+    base.__dict__.update({name: OrderedDict() for name in HOOK_TABLES})
     base.__dict__.update(attributes)
     base._patch_step_function()
     return base

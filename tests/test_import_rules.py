@@ -59,7 +59,7 @@ ENGINE = (
     *("run.entries", "run.run", "run.groups"),
     "update",
     *("param_state.scratch", "param_state.slot_values", "param_state.placeholders", "param_state.first_update"),
-    "param_state.reset",
+    "param_state.base_reset",
     *("views.blocks", "views.params", "views.numbers", "views.group_view", "views.cutting", "views.groups_view"),
     "averages",
     *("exchange.buckets", "exchange.initial_sync", "exchange.outer_steps"),

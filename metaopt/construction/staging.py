@@ -21,7 +21,7 @@ from metaopt.refusals import validate
 from metaopt.schedule import Curve, Schedule, as_schedule
 from metaopt.scheduled_values import LR_FACTOR, LR_SCALE
 from metaopt.specs.pipeline import Part
-from metaopt.torch_internals import HOOKS
+from metaopt.torch_internals import HOOK_TABLES
 from metaopt.wrapper import Wrapper
 
 # group entries: which stage is on, and that nothing is to decay this group, whatever the base
@@ -172,7 +172,7 @@ class Stages:
                 group["lr"] = group["lr"] * group.get(LR_SCALE, 1.0)
         run.constructor_state = {p: held for p, held in base.state.items() if isinstance(p, torch.Tensor)}
         run.constructor_chains = {""} if run.constructor_state else set()
-        for name in HOOKS:
+        for name in HOOK_TABLES:
             setattr(base, name, getattr(run.base, name))
         base.param_groups, base.state = groups, state
         run.base, run.structure = base, self._structure(stage, base, fused)

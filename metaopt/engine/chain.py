@@ -162,7 +162,7 @@ class Chain:
             inner_anchor_keys=tuple(k.key for k in self.slots if k.slot.kind == "anchor" and id(k.wrapper) in inner),
         )
 
-    def averages(self, group: ParamGroup) -> list[tuple[str, str]]:
+    def frequent_averages(self, group: ParamGroup) -> list[tuple[str, str]]:
         """Return the keys of averages that move at least every few updates, and what keeps each in float32."""
         found = []
         for key, wrapper, slot in (

@@ -60,8 +60,8 @@ class Structure:
         """Return the chain that a group belongs to."""
         return self._by_name[group[PART]] if self._by_name else self.chains[0]
 
-    def schedules_of(self, group: ParamGroup) -> dict[str, Schedule]:
-        """Return the schedules that drive a group's entries, by key."""
+    def shared_schedules_of(self, group: ParamGroup) -> dict[str, Schedule]:
+        """Return the schedules, by key, that drive the entries for which a group has none of its own."""
         return {**self.chain_of(group).schedules, **self.schedules} if self._by_name else self.schedules
 
     def chains_of(self, placed: PlacedWrapper) -> tuple[Chain, ...]:

@@ -66,7 +66,7 @@ def adopt_groups(run: Run) -> None:
             continue
         if run.structure.multi_base is not None:
             group[PART] = run.structure.multi_base.chain_for(group).name
-        shared, defaults = run.structure.schedules_of(group), run.structure.chain_of(group).base.defaults
+        shared, defaults = run.structure.shared_schedules_of(group), run.structure.chain_of(group).base.defaults
         given = {k for k in group if "." in k or (k in shared and group[k] != defaults.get(k))}
         validate_group(run, group, position, given)
         group[UPDATES] = count
@@ -110,7 +110,7 @@ def validate_group(run: Run, group: ParamGroup, position: int, given: Collection
     updates = run.updates if has_begun else None
     where = f"group {group.get('name', position)}"
     chain = structure.chain_of(group)
-    schedules, known = structure.schedules_of(group), chain.hyperparameters
+    schedules, known = structure.shared_schedules_of(group), chain.hyperparameters
     if group.get("differentiable") and chain.ordered:
         raise HyperparameterError(
             f"{where}: differentiable=True: {chain.ordered[0].label} changes tensors in place and cannot be "

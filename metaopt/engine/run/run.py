@@ -169,14 +169,14 @@ class Run:
         """After the first update: keep samples of weights and averages of 16 bits, to see whether they move."""
         if not self._watched_16_bits:
             self._watched_16_bits = True
-            slots = [(group, self.structure.chain_of(group).averages(group)) for group in self.param_groups]
+            slots = [(group, self.structure.chain_of(group).frequent_averages(group)) for group in self.param_groups]
             self.still_watch = still_watch(slots, self.state, self.names, self.updates) if rank() == 0 else None
 
     # ---- schedules
 
     def schedules_of(self, group: ParamGroup) -> dict[str, Schedule]:
         """Return the schedules that drive a group's entries, by key: its own, and the stack's for what it leaves."""
-        shared = self.structure.schedules_of(group)
+        shared = self.structure.shared_schedules_of(group)
         if OWN_SCHEDULES not in group:
             return shared
         if group[OWN_SCHEDULES] >= len(self.own_schedules):

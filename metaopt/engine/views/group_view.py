@@ -12,7 +12,7 @@ from metaopt.distributed.shards import all_local, dense, like_parameter, local
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState, is_moment
 from metaopt.engine.fused.lists import are_identical
 from metaopt.engine.fused.postponed import PostponedStep
-from metaopt.engine.param_state.reset import forget_base_state
+from metaopt.engine.param_state.base_reset import forget_base_state
 from metaopt.engine.run.entries import UPDATES
 from metaopt.engine.update import Params, Update
 from metaopt.engine.views.blocks import Rows, block_size, row_ranges
