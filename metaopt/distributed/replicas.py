@@ -140,11 +140,17 @@ def _as_group(given: Any) -> Any:
 
 
 def _buckets(tensors: Iterable[torch.Tensor]) -> list[list[int]]:
-    """Return the positions of tensors of one dtype and device, of so many bytes together; a larger one is alone."""
+    return in_buckets(((tensor.dtype, tensor.device), tensor.nbytes) for tensor in tensors)
+
+
+def in_buckets(members: Iterable[tuple[Any, int]]) -> list[list[int]]:
+    """Return the positions of members of one kind, of so many bytes together; a larger one is alone.
+
+    A member is a kind, such as dtype and device, and a number of bytes.
+    """
     found: list[list[int]] = []
-    filling: dict[tuple[torch.dtype, torch.device], tuple[list[int], int]] = {}
-    for i, tensor in enumerate(tensors):
-        kind, size = (tensor.dtype, tensor.device), tensor.numel() * tensor.element_size()
+    filling: dict[Any, tuple[list[int], int]] = {}
+    for i, (kind, size) in enumerate(members):
         bucket, filled = filling.get(kind, ([], 0))
         if not bucket or filled + size > BUCKET:
             bucket, filled = [], 0

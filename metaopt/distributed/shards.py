@@ -63,7 +63,7 @@ def norm_over_shards(values: torch.Tensor, parameter: torch.Tensor, *, rows: boo
     With `rows` one norm for each index of the first dimension, kept in shape; a vector counts as one row.
     """
     norm: torch.Tensor = torch.linalg.vector_norm(
-        values, dim=_summed(values, rows), keepdim=rows, dtype=_wide(values.dtype)
+        values, dim=_summed(values, rows), keepdim=rows, dtype=at_least_float32(values.dtype)
     )
     if not is_sharded(parameter):
         return norm
@@ -72,7 +72,7 @@ def norm_over_shards(values: torch.Tensor, parameter: torch.Tensor, *, rows: boo
 
 def norms_over_shards(values: list[torch.Tensor], parameters: list[torch.Tensor]) -> list[torch.Tensor]:
     """Return the 2-norm of each of many local parts over all its shards; see `sums_over_shards`."""
-    norms = [torch.linalg.vector_norm(v, dtype=_wide(v.dtype)) for v in values]
+    norms = [torch.linalg.vector_norm(v, dtype=at_least_float32(v.dtype)) for v in values]
     if not any(map(is_sharded, parameters)):
         return norms
     return [total.sqrt() for total in sums_over_shards([norm.square() for norm in norms], parameters)]
@@ -99,7 +99,7 @@ def mean_over_shards(values: torch.Tensor, parameter: torch.Tensor, *, rows: boo
     count = parameter.numel()
     if rows and parameter.dim() > 1:
         count //= max(1, parameter.shape[0])
-    dims, wide = _summed(values, rows), _wide(values.dtype)
+    dims, wide = _summed(values, rows), at_least_float32(values.dtype)
     total = values.sum(dim=dims, keepdim=rows, dtype=wide) if dims else values.to(wide)
     return sum_over_shards(total, parameter, rows=rows) / max(1, count)
 
@@ -117,7 +117,7 @@ def dots_over_shards(
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    wide = _wide(torch.promote_types(a.dtype, b.dtype))
+    wide = at_least_float32(torch.promote_types(a.dtype, b.dtype))
     product = torch.vdot(a.reshape(-1).to(wide), b.reshape(-1).to(wide))
     return product.real if wide.is_complex else product
 
@@ -140,7 +140,7 @@ def sum_over_shards(sums: torch.Tensor, parameter: torch.Tensor, *, rows: bool =
     return added
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which many numbers of this one are added up: 16 bits hold no sum beyond 65504."""
     return torch.promote_types(dtype, torch.float32)
 
@@ -274,7 +274,7 @@ def random_like(values: torch.Tensor, parameter: torch.Tensor, key: str, distrib
     seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
     generator = torch.Generator(values.device).manual_seed(seed)
     # drawn in one dtype, so that the stream does not depend on that of the weights; float64 keeps its own digits
-    dtype = _wide(values.dtype)
+    dtype = at_least_float32(values.dtype)
     draw = torch.rand if distribution == "uniform" else torch.randn
     noise = draw(tuple(whole), dtype=dtype, device=values.device, generator=generator)
     if is_sharded(parameter) and whole == parameter.shape:

@@ -166,17 +166,17 @@ def test_all_groups_are_sent_together() -> None:
 
 @on_two_ranks
 def test_many_weights_are_sent_in_buckets() -> None:
-    from metaopt.engine.exchange import buckets
+    from metaopt.distributed import replicas
 
     expected = trained(stack(f"{INNER} | {DILOCO.format(k=4, momentum=0.9)}"), 1, 20)
-    before, buckets.BUCKET = buckets.BUCKET, 8 * 7
+    before, replicas.BUCKET = replicas.BUCKET, 8 * 7
     try:
         opt = stack(f"{INNER} | {DILOCO.format(k=4, momentum=0.9)}")
         opt.join_replicas()
         with counted() as traffic:
             found = trained(opt, 1, 20)
     finally:
-        buckets.BUCKET = before
+        replicas.BUCKET = before
     # 6 | 4 of 12 | 4 of 12 | 4 of 12 and 1 | 6 of 10 | 4 of 10, by whole rows
     assert traffic.collectives == ["allreduce_"] * 5 * 6
     assert_same(found, expected)

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from metaopt.distributed.replicas import BUCKET, Sum
-from metaopt.distributed.shards import local
+from metaopt.distributed import replicas
+from metaopt.distributed.replicas import Sum, in_buckets
+from metaopt.distributed.shards import at_least_float32, local
 from metaopt.engine.chain import ParamGroup
 from metaopt.engine.param_state.first_update import add_state_of
 from metaopt.engine.param_state.placeholders import remove_placeholders
@@ -78,21 +79,15 @@ def buckets_of_fragment(run: Run, placed: PlacedWrapper, number: int) -> list[Bu
     """Return the chunks of one fragment in buckets, which depend only on groups and shapes."""
     wrapper, slot = placed.wrapper, placed.wrapper.slots[str(placed.wrapper.anchor_across)]
     members = [(group, p) for group, params in exchanged_params(run, placed) for p in params]
-    buckets: list[Bucket] = []
-    filling: dict[Any, tuple[Bucket, int]] = {}
+    chunks: list[Chunk] = []
+    sizes: list[tuple[Any, int]] = []
     for group, p in _fragment(members, number, int(vars(wrapper)["fragments"])):
         dtype = at_least_float32(slot_dtype(slot, vars(wrapper), p))
         whole = run.structure.chain_of(group).slots_of(wrapper).keeps_moments
-        most = BUCKET // dtype.itemsize
-        for rows, size in [(None, local(p).numel())] if whole else row_ranges(local(p), most):
-            kind = dtype, p.device
-            bucket, filled = filling.get(kind, (None, 0))
-            if bucket is None or filled + size > most:
-                bucket, filled = Bucket([]), 0
-                buckets.append(bucket)
-            bucket.chunks.append(Chunk(group, p, rows))
-            filling[kind] = bucket, filled + size
-    return buckets
+        cuts = [(None, local(p).numel())] if whole else row_ranges(local(p), replicas.BUCKET // dtype.itemsize)
+        chunks += [Chunk(group, p, rows) for rows, _ in cuts]
+        sizes += [((dtype, p.device), size * dtype.itemsize) for _, size in cuts]
+    return [Bucket([chunks[i] for i in positions]) for positions in in_buckets(sizes)]
 
 
 def _fragment(members: list[tuple[ParamGroup, torch.Tensor]], number: int, fragments: int) -> Iterable[Any]:
@@ -138,7 +133,3 @@ def views_of_chunks(update: Update, wrapper: Wrapper, chunks: list[Chunk]) -> It
         at = {id(p): i for p, i in zip(params, positions, strict=True)}
         for view in views_of(update, group, wrapper, params):
             yield view, [at[id(p)] for p in view.parameters]
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
