@@ -987,6 +987,16 @@ class _Uniform(_Part):
 
 uniform: _Uniform
 
+class _Gp(_Part):
+    def __call__(self, spread: _Rate = 0.33) -> Tuner:
+        """Evenly spread settings, then those from which a Gaussian process expects the largest improvement.
+
+        Args:
+            spread: the share of the trials that are spread evenly, before the others
+        """
+
+gp: _Gp
+
 class _Halving(_Part):
     def __call__(self, keep: int = 3, rungs: int = 3) -> Tuner:
         """Train all settings for a part of the run, the better ones for longer, the best to its end. arXiv:1502.07943

@@ -165,7 +165,7 @@ def test_the_command_takes_the_tracks_own_script(tmp_path: Path, capsys: pytest.
         main([*command, "--into", str(own), "--steps", "25", "--out", str(out)])
     assert not ended.value.code
     assert "train_steps = 25" in out.read_text()
-    assert "# The script evaluates the weights that are trained, not what lookahead keeps." in out.read_text()
+    assert "# The script evaluates the weights that are trained, not the average of lookahead." in out.read_text()
     capsys.readouterr()
     for more, told in (((), "--into"), (("--into", str(tmp_path / "none.py")), "cannot be read")):
         with pytest.raises(SystemExit) as ended:

@@ -3,7 +3,9 @@
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -14,8 +16,10 @@ import metaopt
 from metaopt.cli import main
 from metaopt.lab import tune
 from metaopt.lab.search import draw, points, with_rate_space
+from metaopt.lab.tuning import tuner_named
 from metaopt.specs.pipeline import parse
 from metaopt.specs.spaces import spaces_of
+from metaopt.tuner import Point, Task, Tried
 
 SPEC = "sgd(lr=log(1e-2, 1), momentum=uniform(0, 0.9))"
 SMALL = {"problem": "xor", "trials": 6, "steps": 12}
@@ -119,6 +123,50 @@ def test_halving_gives_most_settings_up_and_counts_what_it_spent(tmp_path: Path)
     assert found.best in alone.trials
 
 
+class Formula(Task):
+    """A search whose losses are a formula of the values."""
+
+    def __init__(self, spaces: str, formula: Any, trials: int, seed: int = 0) -> None:
+        self.spaces, self.formula = spaces_of(parse(f"sgd({spaces})")), formula
+        self.trials, self.seed, self.jobs, self.budget = trials, seed, 1, 100
+        self.name, self.folder = "formula", Path("nowhere")
+
+    def points(self, count: int) -> list[Point]:
+        return points(len(self.spaces), count, self.seed)
+
+    def losses(self, tried: Sequence[Tried]) -> list[float]:
+        return [self.loss(each) for each in tried]
+
+    def loss(self, tried: Tried) -> float:
+        return float(self.formula(*self.values(tried.point).values()))
+
+
+def bowl(lr: float, momentum: float, weight_decay: float) -> float:
+    """Return a bowl over three axes, of which two act together; its least value is 0."""
+    x, y, z = math.log10(lr) + 1.3, momentum - 0.8, math.log10(weight_decay) + 2.0
+    return x * x + 4.0 * y * y + 0.3 * z * z + 2.0 * x * y
+
+
+def test_a_gaussian_process_comes_nearer_than_boxes_and_these_nearer_than_even_settings() -> None:
+    spaces = "lr=log(1e-4, 1), momentum=uniform(0, 1), weight_decay=log(1e-3, 1)"
+    tasks = [Formula(spaces, bowl, 24, seed) for seed in range(3)]
+    gp, boxes, even = (
+        median(min(map(task.loss, tuner_named(method).run(task))) for task in tasks)
+        for method in ("gp", "sobol", "sobol(near=0)")
+    )
+    assert gp < boxes / 2 < even / 4
+
+
+def test_a_gaussian_process_tries_every_option_before_one_again() -> None:
+    for options in ("integers(1, 7)", "choice(7, 3, 6, 4, 1, 5, 2)"):
+        task = Formula(f"lr=log(1e-2, 1), momentum={options}", lambda lr, momentum: momentum, 3)
+        alone = Formula(f"momentum={options}", lambda momentum: momentum, 9)
+        tried = [next(iter(alone.values(each.point).values())) for each in tuner_named("gp").run(alone)]
+        distinct = len(set(tried[:3]))
+        assert set(tried[: 3 + 7 - distinct]) == set(range(1, 8)) and len(tried) == 9
+        assert len(tuner_named("gp").run(task)) == 3
+
+
 def test_two_gradients_an_update_are_counted_as_two(tmp_path: Path) -> None:
     found = tune("sam | sgd(lr=log(1e-2, 1))", problem="xor", trials=3, steps=36, method="halving", out=tmp_path)
     assert [trial.evaluations for trial in found.trials] == [4, 4, 4, 12, 36]
@@ -156,7 +204,7 @@ def test_the_command_prints_the_best_spec_first(tmp_path: Path, capsys: pytest.C
     printed = capsys.readouterr().out
     best = tune(SPEC, **SMALL, out=tmp_path).best
     assert not ended.value.code and printed.splitlines()[0] == best.spec == str(parse(best.spec))
-    assert "6 settings, 72 gradient evaluations, by sobol" in printed
+    assert "6 settings, 72 gradient evaluations, by gp" in printed
     with pytest.raises(SystemExit):
         main([*arguments, "--json"])
     assert json.loads(capsys.readouterr().out) == results(tmp_path)

@@ -29,7 +29,7 @@ def tune(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(metavar="TUNER", help="See: metaopt list tuners. By default sobol; long runs: halving."),
+        typer.Option(metavar="TUNER", help="See: metaopt list tuners. By default gp; long runs: halving."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the search.")] = 0,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, one thread each; the result is the same.")] = 2,

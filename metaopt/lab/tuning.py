@@ -184,7 +184,7 @@ def tune(
 
     `tune("adamw(lr=log(1e-4, 1e-1), betas=(choice(0.9, 0.95), 0.999))", problem="digits").best.spec` is text to paste.
     A spec without a space has its learning rate searched. `method` is a tuner as text, such as `sobol` or
-    `halving(keep=4)`; by default halving for runs of 2,000 gradient evaluations or more, otherwise sobol. Results are
+    `halving(keep=4)`; by default halving for runs of 2,000 gradient evaluations or more, otherwise gp. Results are
     in `out`: a search that was interrupted goes on there, with the same outcome. Raises MetaoptError.
     """
     if trials < 2 or jobs < 1 or (steps is not None and steps < 1):
@@ -192,7 +192,7 @@ def tune(
     problem = text_of(problem, jobs)
     made, pipeline = problem_named(problem), with_rate_space(as_pipeline(spec))
     budget = steps or made.default_steps
-    method = method or ("halving" if budget >= LONG else "sobol")
+    method = method or ("halving" if budget >= LONG else "gp")
     tuner = tuner_named(method)
     device = usable_device(device)
     common = digest(circumstances(problem, [pipeline], device, plugins))
