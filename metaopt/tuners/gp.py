@@ -5,9 +5,9 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from metaopt import Space, Task, Tried, Tuner, hookimpl, hyper
-from metaopt.errors import MissingExtra
-from metaopt.tuner import Point
+from metaopt import MissingExtra, Space, Task, Tried, Tuner, hookimpl, hyper
+
+Point = tuple[float, ...]
 
 # trials between two looks at the losses: so many processes are busy at a time
 ROUND = 2
