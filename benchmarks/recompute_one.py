@@ -223,6 +223,13 @@ def _state(runs: Sequence[Row]) -> str:
     return f"{int(run['state_bytes']) / int(run['parameters_bytes']):.2f} x parameters{peak}"
 
 
+def _evaluations(difference: float, low: float, high: float, **_: float) -> str:
+    if np.isinf([difference, low, high]).any():
+        said = {-math.inf: "the baseline mostly misses it", math.inf: "mostly misses it"}
+        return said.get(difference, f"{difference:+.0f}")
+    return f"{difference:+.0f} [{low:+.0f}, {high:+.0f}]"
+
+
 def _verdict_cells(verdict: Numbers, times: Numbers | None, found: Numbers, shown: str) -> dict[str, str]:
     cells = {
         "difference [95%]": "{difference:+.4f} [{low:+.4f}, {high:+.4f}]".format(**verdict),
@@ -232,6 +239,5 @@ def _verdict_cells(verdict: Numbers, times: Numbers | None, found: Numbers, show
         "could have shown": shown,
     }
     if times is not None:
-        numbers = "{difference:+.0f} [{low:+.0f}, {high:+.0f}], p {corrected_p:.3g}".format(**times)
-        cells["time to target"] = numbers
+        cells["time to target"] = f"{_evaluations(**times)}, p {times['corrected_p']:.3g}"
     return cells

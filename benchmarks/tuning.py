@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--problem", action="append", help=f"one of {', '.join(PROBLEMS)}; all by default")
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--method", default="sobol")
+    parser.add_argument("--method", default="gp")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print("| problem | updates | default | best of grid | median distance | worst |\n|" + " --- |" * 6)

@@ -380,6 +380,14 @@ def test_the_time_to_the_target_has_a_verdict_of_its_own(tmp_path: Path) -> None
     row = rows(comparison)[1]
     assert row["verdict"] == "no difference shown"
     assert row["time to target"].startswith("sooner: ") and row["time to target"].endswith("p 0.00781")
+    # infinitely many evaluations more are said in words
+    changed(comparison, 0, losses, [math.inf] * 7 + [90])
+    judge(comparison)
+    assert rows(comparison)[1]["time to target"] == "sooner: the baseline mostly misses it, p 0.00781"
+    changed(comparison, 0, losses, [math.inf] * 2 + [50, 61, 63, 70, 51, 66])
+    changed(comparison, 1, losses, [50, math.inf, 50, 61, 63, 70, 51, 66])
+    judge(comparison)
+    assert rows(comparison)[1]["time to target"] == "no difference shown: +0, p 1"
     # a tie of two that miss it shows nothing, and where nobody meets it there is nothing to say
     changed(comparison, 0, losses, [math.inf] * 8)
     changed(comparison, 1, losses, [math.inf] * 8)
