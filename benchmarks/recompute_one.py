@@ -225,9 +225,8 @@ def _state(runs: Sequence[Row]) -> str:
 
 def _evaluations(difference: float, low: float, high: float, **_: float) -> str:
     if np.isinf([difference, low, high]).any():
-        said = {-math.inf: "the baseline mostly misses it", math.inf: "mostly misses it"}
-        return said.get(difference, f"{difference:+.0f}")
-    return f"{difference:+.0f} [{low:+.0f}, {high:+.0f}]"
+        return "" if math.isinf(difference) else f"{difference:+.0f}, "
+    return f"{difference:+.0f} [{low:+.0f}, {high:+.0f}], "
 
 
 def _verdict_cells(verdict: Numbers, times: Numbers | None, found: Numbers, shown: str) -> dict[str, str]:
@@ -239,5 +238,5 @@ def _verdict_cells(verdict: Numbers, times: Numbers | None, found: Numbers, show
         "could have shown": shown,
     }
     if times is not None:
-        cells["time to target"] = f"{_evaluations(**times)}, p {times['corrected_p']:.3g}"
+        cells["time to target"] = f"{_evaluations(**times)}p {times['corrected_p']:.3g}"
     return cells

@@ -240,3 +240,21 @@ def test_who_keeps_the_error_of_a_failed_step_keeps_no_copies_of_the_weights(bas
         opt.step()
     assert error.value.__traceback__ is not None
     assert memory_of_tensors() - before < 64 * 64 * 4
+
+
+class FailingAtFirst(metaopt.Wrapper):
+    """Raises in the first update, when the wrappers' copies of the weights are made and not stored yet."""
+
+    def on_gradients(self, group: metaopt.Group) -> None:
+        raise ArithmeticError("the first update")
+
+
+def test_who_keeps_the_error_of_a_failed_first_step_keeps_no_slow_weights() -> None:
+    model = torch.nn.Linear(64, 64, bias=False)
+    opt = metaopt.build(model.named_parameters(), FailingAtFirst() | metaopt.adamw(lr=0.01) | metaopt.lookahead(k=2))
+    model.weight.grad = torch.ones_like(model.weight)
+    before = memory_of_tensors()
+    with pytest.raises(ArithmeticError) as error:
+        opt.step()
+    assert error.value.__traceback__ is not None
+    assert memory_of_tensors() - before < 64 * 64 * 4

@@ -167,6 +167,13 @@ def test_a_gaussian_process_tries_every_option_before_one_again() -> None:
         assert len(tuner_named("gp").run(task)) == 3
 
 
+def test_a_gaussian_process_leaves_the_half_that_diverges() -> None:
+    for seed in range(4):
+        task = Formula("lr=log(1e-2, 1)", lambda lr: lr if lr < 0.1 else math.inf, 6, seed)
+        losses = [task.loss(each) for each in tuner_named("gp").run(task)]
+        assert sum(map(math.isfinite, losses[:2])) == 1 and sum(map(math.isfinite, losses[2:])) == 4
+
+
 def test_two_gradients_an_update_are_counted_as_two(tmp_path: Path) -> None:
     found = tune("sam | sgd(lr=log(1e-2, 1))", problem="xor", trials=3, steps=36, method="halving", out=tmp_path)
     assert [trial.evaluations for trial in found.trials] == [4, 4, 4, 12, 36]

@@ -117,15 +117,16 @@ def _time(comparison: Comparison, contender: Contender) -> str:
     if verdict is None:
         return ""
     word = {"better": "sooner", "worse": "later"}.get(verdict.word, verdict.word)
-    return f"{_qualified(comparison, contender, verdict, word)}: {_evaluations(verdict)}, p {verdict.corrected_p:.3g}"
+    said = f"{_qualified(comparison, contender, verdict, word)}: {_evaluations(verdict)}"
+    return f"{said}p {verdict.corrected_p:.3g}"
 
 
 def _evaluations(verdict: Verdict) -> str:
-    """Return how many evaluations more it takes to the target; a study that misses the target takes infinitely many."""
+    """Return how many evaluations more it takes to the target, without infinite numbers: those of missed targets."""
     if math.isinf(verdict.difference):
-        return "the baseline mostly misses it" if verdict.difference < 0 else "mostly misses it"
+        return ""
     interval = f" [{verdict.low:+.0f}, {verdict.high:+.0f}]" if math.isfinite(verdict.low + verdict.high) else ""
-    return f"{verdict.difference:+.0f}{interval}"
+    return f"{verdict.difference:+.0f}{interval}, "
 
 
 def word_of(comparison: Comparison, contender: Contender) -> str:

@@ -1,4 +1,4 @@
-"""Bayesian search: what is tried next is what a Gaussian process of the losses so far expects the most of."""
+"""Bayesian search: a Gaussian process of the losses so far chooses the next setting."""
 
 import math
 import warnings
@@ -95,7 +95,7 @@ def _features(spaces: Sequence[Space], point: Sequence[float]) -> list[float]:
         if options is None:
             found.append(u)
             continue
-        position = list(options).index(space.value(u))
+        position = options.index(space.value(u))
         if space.ordered:
             found.append(position / max(1, len(options) - 1))
         else:
@@ -108,9 +108,9 @@ def _comparable(losses: Sequence[float], floor: float) -> list[float]:
     import numpy as np
 
     finite = sorted(loss for loss in losses if math.isfinite(loss))
-    if not finite or finite[0] == finite[-1]:
+    if not finite or finite[0] == max(losses):
         return [0.0] * len(losses)
-    middle = finite[len(finite) // 2] - finite[0] or finite[-1] - finite[0]
+    middle = finite[len(finite) // 2] - finite[0] or finite[-1] - finite[0] or 1.0
     excess = [min((loss - finite[0]) / middle, CUT) for loss in losses]
     found = np.log(floor + np.array(excess))
     return [float(value) for value in (found - found.mean()) / found.std()]

@@ -93,7 +93,7 @@ def _validate_part(saved: ParamGroup, group: ParamGroup, position: int) -> None:
     part = group.get(PART)
     if part is not None and saved.get(PART, part) != part:
         raise CheckpointError(
-            f"the checkpoint's group {position} belongs to the part {saved['metaopt.part']!r} and here to {part!r}: "
+            f"the checkpoint's group {position} belongs to the part {saved[PART]!r} and here to {part!r}: "
             f"build the stack with the same parts, over the same parameters"
         )
 

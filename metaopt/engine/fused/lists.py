@@ -140,9 +140,9 @@ def lists_for(
 
 
 def why_no_lists(group: ParamGroup, members: Tensors) -> str | None:
-    """Return why `lists_for` gives no lists for a group whose base has its state; None if it does.
+    """Return why `lists_for` gives no lists for a group whose base has its state, as far as the group itself tells.
 
-    The conditions are those of `lists_for`, which is called at every update and therefore makes no text.
+    None if nothing in the group is against it. `lists_for` is called at every update and therefore makes no text.
     """
     elsewhere = next((p.device.type for p in members if not p.is_cpu), None)
     if elsewhere is not None:
