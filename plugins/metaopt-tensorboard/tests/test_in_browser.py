@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.slow,
 ]
 
-playwright.expect.set_options(timeout=15_000)
+playwright.expect.set_options(timeout=40_000)
 PICTURES = Path(__file__).parents[3] / "build" / "screenshots"
 # what TensorBoard loads into the tab
 ENTRY = "data/plugin_entry.html?name=metaopt_stack"
@@ -117,7 +117,7 @@ class Page:
     def __init__(self, browser, server, page):
         self._server = server
         self.window = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
-        self.window.set_default_timeout(15_000)
+        self.window.set_default_timeout(40_000)
         self.errors, self.asked = [], []
         self.window.on("pageerror", lambda error: self.errors.append(error))
         self.window.on("request", lambda request: self.asked.append(request.url))
