@@ -65,6 +65,8 @@ def _promising(
     process = _fitted(clone(process), known, found)
     chosen: list[Point] = []
     for _ in range(count):
+        if chosen:
+            process = process.set_params(kernel=process.kernel_, optimizer=None).fit(known, found)
         mean, deviation = process.predict(features, return_std=True)
         better = found.min() - mean - LEAST
         z = better / np.maximum(deviation, 1e-9)
@@ -74,7 +76,6 @@ def _promising(
         position = int(np.argmax(np.where(new, expected, expected - 1e9) if new.any() else expected))
         chosen.append(candidates[position])
         known, found = np.vstack([known, features[position]]), np.append(found, mean[position])
-        process = process.set_params(kernel=process.kernel_, optimizer=None).fit(known, found)
     return chosen
 
 

@@ -159,6 +159,7 @@ def restore_wrapper_state(update: Update) -> None:
             _store(run, chain, p, update.pending_state[p])
         elif p in update.state_set_aside:
             run.state[p] = update.state_set_aside[p]
+    update.pending_state, update.state_set_aside = {}, {}  # a traceback that is kept holds the update
 
 
 def _has_moved(chain: Chain, p: torch.Tensor, copies: ParamState) -> bool:

@@ -121,7 +121,6 @@ def abandon(update: Update) -> None:
         group[key] = before
     update.run.metrics.drop_update()
     first_update.restore_wrapper_state(update)
-    update.pending_state, update.state_set_aside = {}, {}  # a traceback that is kept holds the update
     update.run.invalidate()
     update.clean_up()
 
