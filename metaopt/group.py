@@ -251,7 +251,7 @@ class Groups(_Log):
 
     @abstractmethod
     def change_lr(self, change: Callable[[float], float]) -> None:
-        """Replace the base's learning rate of every group by `change(rate)`, from the next update on.
+        """Replace the base's learning rate of every group by `change(rate)`, at once.
 
         A schedule goes on by the same factor; a rate of 0 stays. Reads a rate that is a tensor from its device.
         """

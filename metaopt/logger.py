@@ -59,7 +59,7 @@ class RunPage:
 
 
 class Logger(ABC):
-    """Where measurements go. One logger serves one run; only rank 0 calls it.
+    """Where measurements go. One logger serves one run; only rank 0 writes to it.
 
     `place` is what only one run at a time may write to, such as a file's path; None: any number of runs may.
     A logger need only take scalars: histograms, texts, images, tables and the layout of a dashboard are dropped by

@@ -17,9 +17,9 @@ class Metrics:
     """Collects measurements without waiting for a device, and writes a point every `every` updates (50).
 
     A point is the mean over the updates since the point before that measured its tag: the loss at every update, what
-    costs extra (a norm) at the update of the point alone. `latest()` is of the last update. The last, shorter window
-    is written by `close`, or when the program ends. `run` is what `describe` takes; `spec` and `hparams` may be
-    callables, asked when the run opens: a checkpoint has been loaded by then.
+    costs extra (a norm) at the update of the point alone. `latest()` is of the last update that measured a tag. The
+    last, shorter window is written by `close`, or when the program ends. `run` is what `describe` takes; `spec` and
+    `hparams` may be callables, asked when the run opens: a checkpoint has been loaded by then.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Metrics:
     def wanted(self, update: int, within: int = 1) -> bool:
         """Return whether a point is written after this update (counted from 1), or after one of the next `within - 1`.
 
-        Never, if there is no log and nobody has called `latest`.
+        Never, if nobody reads it: there is no log, `latest` was not called, and `every` was not given.
 
         What happens every k updates asks with `within=k`: else only common multiples of k and `every` would be seen.
         """

@@ -264,7 +264,7 @@ class Stack(torch.optim.Optimizer):
                 record(self._run, name, value)
 
     def metrics(self) -> dict[str, float]:
-        """Return the latest measurements as `{tag: float}`; waits for the device once."""
+        """Return the latest measurements as `{tag: float}`; waits for the device."""
         return self._run.metrics.latest()
 
     def close(self) -> None:
@@ -463,8 +463,8 @@ class Stack(torch.optim.Optimizer):
         warning that lists those that differ; `keep="saved"` takes them without it, `keep="live"` keeps this stack's.
         `extend=True` allows a checkpoint of a run with other `total_steps`. Parameters are matched by name; `names`
         gives those of a checkpoint that has none, in its order: `names=model.named_parameters()`. What is not given
-        is as `resume_with` said. Raises CheckpointError, before anything changes, for another base or other shapes,
-        for parameters that cannot be matched, and for other total steps if schedules depend on them.
+        is as `resume_with` said. Raises CheckpointError for another base or other shapes, for parameters that cannot
+        be matched, and for other total steps if schedules depend on them; the stack is then as before.
         """
         base, choice = self._run.base, changed_choice(self._choice, keep, extend, names)
         adopt_groups(self._run)

@@ -258,3 +258,18 @@ def test_who_keeps_the_error_of_a_failed_first_step_keeps_no_slow_weights() -> N
         opt.step()
     assert error.value.__traceback__ is not None
     assert memory_of_tensors() - before < 64 * 64 * 4
+
+
+def test_who_keeps_the_error_of_a_failed_step_keeps_no_gradients() -> None:
+    model = torch.nn.Linear(64, 64, bias=False)
+    opt = metaopt.build(model.named_parameters(), metaopt.adamw(lr=0.01) | FailingBehind())
+    before = memory_of_tensors()
+    model.weight.grad = torch.ones_like(model.weight)
+    opt.step()
+    model.weight.grad = torch.ones_like(model.weight)
+    with pytest.raises(ArithmeticError) as error:
+        opt.step()
+    model.zero_grad()
+    assert error.value.__traceback__ is not None
+    # the two moments, and no gradient
+    assert memory_of_tensors() - before < 3 * 64 * 64 * 4

@@ -245,3 +245,35 @@ def test_a_wrapper_behind_the_base_reads_the_gradients_that_the_base_used(made: 
         opt.step()
     assert made
     assert all(torch.allclose(gradient, torch.full((1 << 18,), 2.0**-9)) for gradient in seen)
+
+
+class Raises(torch.optim.SGD):
+    """SGD that raises in its third step."""
+
+    steps = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.steps += 1
+        if self.steps == 3:
+            raise ArithmeticError
+        return super().step(closure)
+
+
+def test_what_the_first_base_of_a_failed_update_has_done_stays_with_and_without_the_library(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ends = []
+    for library in (kernels, lambda: None):
+        monkeypatch.setattr(postponed, "kernels", library)
+        parts = metaopt.partition({"0.*": "adamw(lr=0.1) | lookahead(k=1)", "*": Raises})
+        model = small_model()
+        opt = metaopt.build(model, parts)
+        for step in range(3):
+            for p in model.parameters():
+                p.grad = torch.full_like(p, step + 1.0)
+            if step < 2:
+                opt.step()
+        with pytest.raises(ArithmeticError):
+            opt.step()
+        ends.append([p.detach() for p in model.parameters()])
+    assert all(map(torch.equal, *ends))

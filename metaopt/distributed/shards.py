@@ -3,7 +3,6 @@
 import hashlib
 import math
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,7 +43,11 @@ def dense(gradient: torch.Tensor) -> torch.Tensor:
 
 def like_parameter(parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Return local values as a tensor like their parameter: a DTensor if it is one, in its dtype."""
-    values = values if values.dtype == parameter.dtype else values.to(parameter.dtype)
+    return placed_like(parameter, values if values.dtype == parameter.dtype else values.to(parameter.dtype))
+
+
+def placed_like(parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Return local values as a DTensor placed as their parameter, if that is one; otherwise themselves."""
     if not is_sharded(parameter):
         return values
     sharded: Any = parameter
@@ -104,15 +107,10 @@ def mean_over_shards(values: torch.Tensor, parameter: torch.Tensor, *, rows: boo
     return sum_over_shards(total, parameter, rows=rows) / max(1, count)
 
 
-def dot_over_shards(a: torch.Tensor, b: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Return the real inner product of local parts of two tensors like `parameter`, over all shards; >= float32."""
-    return sum_over_shards(_dot(a, b), parameter)
-
-
 def dots_over_shards(
     a: list[torch.Tensor], b: list[torch.Tensor], parameters: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """Return the real inner product of each two local parts over all shards; see `sums_over_shards`."""
+    """Return the real inner product of each two local parts over all shards, at least float32; see `sums_over_shards`."""
     return sums_over_shards([_dot(x, y) for x, y in zip(a, b, strict=True)], parameters)
 
 
@@ -176,7 +174,7 @@ def total_norm(tensors: list[torch.Tensor], norm_type: float = 2.0) -> torch.Ten
     parts = [_norm_over_mesh(members, mesh, split, norm_type, module) for (mesh, split), members in meshes.items()]
     if plain:
         parts.append(_norm_here(plain, norm_type).to(parts[0].device))
-    return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), norm_type)
+    return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack([part.to(parts[0].device) for part in parts]), norm_type)
 
 
 def _norm_here(tensors: list[torch.Tensor], p: float) -> torch.Tensor:
@@ -242,9 +240,9 @@ def _without_partial(tensor: Any, module: Any) -> Any:
     return tensor.redistribute(placements=done)
 
 
-def total_dot(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+def total_dot(a: list[torch.Tensor], b: list[torch.Tensor], parameters: list[torch.Tensor]) -> torch.Tensor:
     """Return the real inner product of two aligned lists of local tensors, over all shards, as one 0-dim tensor."""
-    return torch.stack([dot_over_shards(*each) for each in zip(a, b, parameters, strict=True)]).sum()
+    return torch.stack(dots_over_shards(a, b, parameters)).sum()
 
 
 def holders_of_other_shards(parameter: torch.Tensor) -> set[int]:

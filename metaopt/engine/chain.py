@@ -1,6 +1,6 @@
 """A chain: one base with the wrappers around it, over the groups that carry its name; only a chain calls `base.step()`.
 
-It is fixed when a stack is made, and decides how its base's `step()` is called.
+It is fixed when a stack is made, and holds what the way in which its base is stepped depends on.
 """
 
 import inspect

@@ -12,7 +12,7 @@ from metaopt.engine.fused.postponed import PostponedStep
 from metaopt.engine.run.entries import UPDATES
 from metaopt.engine.run.run import Run
 
-# gradients wider than this many bytes are not scaled by a fused kernel: its factor is float32
+# of parameters wider than this many bytes an element, gradients are not scaled by a fused kernel: its factor is float32
 WIDEST_FOLDED = 4
 
 Params = list[torch.Tensor]
@@ -295,14 +295,18 @@ class Update:
     # ---- the end
 
     def clean_up(self) -> None:
-        """Remove replaced gradients, the base's `grad_scale` and copies of weights, also if the update failed."""
+        """Remove replaced gradients and the base's `grad_scale`, also if the update failed."""
         for chain in self.run.structure.chains:
             chain.base.__dict__.pop("grad_scale", None)
         for p in self.with_replaced_grads:
             p.grad = None
-        # the traceback of a failed step holds this object, and may be kept for long
+
+    def release(self) -> None:
+        """Let go of all tensors: the traceback of a failed step holds this object, and may be kept for long."""
         self.weights_before, self.change, self.change_memory, self.block_memory = {}, {}, {}, {}
         self.weights_for_observers, self.change_for_observers = {}, None
+        self.postponed, self.grads_to_divide = {}, {}
+        self.gradients_changed()
 
 
 def _as_tensor(factor: torch.Tensor | float, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -239,3 +239,17 @@ def test_a_compiled_step_that_fails_right_before_the_base_leaves_nothing_behind(
     plain = metaopt.build(twin.named_parameters(), parts)
     train(twin, plain, range(3))
     torch.testing.assert_close(weights(model), weights(twin), rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_fused_step_over_gradients_in_other_strides_pairs_them_rightly() -> None:
+    ends = []
+    for compiled in (True, False):
+        p = torch.nn.Parameter(torch.arange(12.0).view(3, 4))
+        opt = metaopt.build([p], "adamw(lr=0.01)", exact=not compiled)
+        step = torch.compile(opt.step, backend="eager") if compiled else opt.step
+        for i in range(3):
+            p.grad = torch.randn(4, 3, generator=torch.Generator().manual_seed(i)).t()
+            step()
+        ends.append(p.detach())
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-6)

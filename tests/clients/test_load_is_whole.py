@@ -61,6 +61,9 @@ DAMAGES: dict[str, Damage] = {
     "an alpha of no type": replaced("lookahead.alpha", "half", group=1),
     "another length of the run": replaced("metaopt.total_steps", 21),
     "a count that is no number": replaced("metaopt.updates", "five"),
+    "a count that is no number, of another length": lambda state: state["param_groups"][0].update(
+        {"metaopt.updates": "five", "metaopt.total_steps": 21}
+    ),
     "groups that count apart": replaced("metaopt.updates", 4, group=1),
 }
 

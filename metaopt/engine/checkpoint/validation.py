@@ -1,4 +1,4 @@
-"""What a load refuses, before anything of the checkpoint is applied; scratch bases are stepped to see what fits."""
+"""What a load refuses before anything of it is applied: another model, base or run. Steps scratch bases to see."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -51,9 +51,9 @@ def validate_fit(run: Run, found: Matched, choice: Choice, count: int) -> None:
                 f"the state of {type(chain.base).__name__} is one vector over all parameters, and the checkpoint has "
                 f"others, or another order: build the stack over the same parameters"
             )
+    _validate_counts(run, found.groups)
     for saved in found.groups:
         _validate_total_steps(run, saved.get(TOTAL_STEPS), choice, count)
-    _validate_counts(run, found.groups)
     label = found.groups[0].get(AVERAGE_SHOWN) if found.groups else ""
     if label and label not in run.structure.averages():
         raise CheckpointError(
@@ -131,11 +131,12 @@ def _validate_counts(run: Run, groups: list[ParamGroup]) -> None:
     counters = {key: initial for chain in run.structure.chains for key, initial in chain.counters.items()}
     for key, initial in {UPDATES: 0, **counters}.items():
         counts = [group[key] for group in groups if key in group]
-        if isinstance(initial, float):
-            if any(not isinstance(count, float) for count in counts):
-                raise CheckpointError(f"the checkpoint's {key} is {counts[0]!r}, expected a float")
-        elif any(isinstance(count, bool) or not isinstance(count, int) or count < 0 for count in counts):
-            raise CheckpointError(f"the checkpoint's {key} is {counts[0]!r}, expected an integer from 0 up")
+        for count in counts:
+            if isinstance(initial, float):
+                if not isinstance(count, float):
+                    raise CheckpointError(f"the checkpoint's {key} is {count!r}, expected a float")
+            elif isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise CheckpointError(f"the checkpoint's {key} is {count!r}, expected an integer from 0 up")
         if len(set(counts)) > 1:
             raise CheckpointError(
                 f"the checkpoint's groups have different {key}, {', '.join(map(str, counts))}: a run has one count; "

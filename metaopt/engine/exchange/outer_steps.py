@@ -1,7 +1,8 @@
 """Outer steps over replicas: when a wrapper that takes means is due, and what is on its way to or from others.
 
 All replicas call `step()` equally often, whether or not one of them skips an update. So it is the count of steps that
-says when an exchange is due, and every replica takes part with what it has.
+says when an exchange is due, and every replica takes part with what it has. A step that raises is not counted: a replica
+that goes on after one has another count than the rest.
 """
 
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ class Exchange:
         self.joined = False
         # whether an exchange was due at the last step: the same answer on all replicas
         self.was_due = False
-        # of the step in progress: how many updates all replicas have had the time for, or None between two of these
+        # the number of the round that the step in progress ends, or None if it ends none
         self._round: int | None = None
         # by wrapper and fragment, while a delay lasts
         self._under_way: dict[tuple[str, str, int], list[Bucket]] = {}

@@ -1,7 +1,7 @@
 """torch's fused kernels, called directly: the lists that `torch.optim` gathers anew in every step are kept by group.
 
-They serve torch's own Adam, AdamW and SGD on a processor, as soon as the base has its state of every parameter (SGD
-without momentum: at once); `lists_for` decides. Everything else goes through the base's own `step()`.
+They serve torch's own Adam, AdamW and SGD on a processor, as soon as the base has its state of every parameter with a
+gradient (SGD without momentum: at once); `lists_for` decides. Everything else goes through the base's own `step()`.
 """
 
 from array import array

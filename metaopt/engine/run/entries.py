@@ -20,7 +20,8 @@ OWN_SCHEDULES = "metaopt.own_schedules"
 # the rate that a group was built with, None under a schedule: a client that changes the rate later has not asked for
 # another setting
 BUILT_LR = "metaopt.built_lr"
-# how often `step()` was called, if wrappers exchange means over replicas: skipped or not, all replicas make the same
+# how many calls of `step()` did not raise, if wrappers exchange means over replicas: skipped or not, all replicas make
+# the same; `flush()` counts on to the end of the round
 STEPS = "metaopt.steps"
 # of the entries of a checkpoint; 1 is everything before the entry itself (docs/upgrading.md)
 FORMAT_KEY, FORMAT = "metaopt.format", 2

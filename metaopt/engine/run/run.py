@@ -242,7 +242,7 @@ class Run:
         self.write_schedules()
 
     def lr_set_by_client(self, position: int) -> bool:
-        """Return whether user code changed a group's learning rate since a schedule wrote it or the run was made."""
+        """Return whether the rate of a group is a user's own: changed since a schedule wrote it, or built as it is."""
         group = self.param_groups[position]
         if "lr" in self.schedules_of(group):
             return not self.scheduled[position].are_unchanged(group)

@@ -1,4 +1,4 @@
-"""The closure of one `step()`: evaluated once before the base, and again only if the base asks for that (L-BFGS).
+"""The closure of one `step()`: the base gets the loss of one evaluation, and a new one if it asks again (L-BFGS).
 
 It changes gradients, through the closure and the wrappers around it.
 """
@@ -16,9 +16,9 @@ from metaopt.wrapper import Closure, Wrapper
 
 
 class Evaluation:
-    """The closure of one `step()`: evaluated once before the base, its loss then handed to the base.
+    """The closure of one `step()`, evaluated before the base, which then gets its loss.
 
-    It is evaluated again only if the base asks for that (L-BFGS). `update` is None if no update is due.
+    Wrappers may evaluate it more often (SAM); so may the base (L-BFGS). `update` is None if no update is due.
     """
 
     def __init__(self, update: Update, closure: Closure | None) -> None:

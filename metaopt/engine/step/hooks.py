@@ -16,7 +16,7 @@ from metaopt.wrapper import Closure, Wrapper
 
 
 def call_on_gradients(update: Update) -> None:
-    """Let the wrappers on gradients act, once per evaluation of the loss, until one of them skips the update."""
+    """Let the wrappers on gradients act until one skips the update: before the base, and when it evaluates again."""
     run = update.run
     update.skip_reason = None
     update.pending_scale.clear()

@@ -116,13 +116,18 @@ def _skip(update: Update, evaluation: Evaluation, reason: str) -> Evaluation:
 
 
 def abandon(update: Update) -> None:
-    """Leave an update that failed: wrappers' entries and counters return, nothing measured counts."""
+    """Leave an update that failed: wrappers' entries and counters return, nothing measured counts.
+
+    What a base has done stays, also if it is one of several and its step was put off.
+    """
+    update.make_postponed()
     for group, key, before in reversed(update.counters_before):
         group[key] = before
     update.run.metrics.drop_update()
     first_update.restore_wrapper_state(update)
     update.run.invalidate()
     update.clean_up()
+    update.release()
 
 
 def _prepare_base(update: Update) -> None:
@@ -177,6 +182,7 @@ def finish(update: Update, loss: Any) -> None:
     except BaseException:
         run.metrics.drop_update()
         update.make_postponed()
+        update.release()
         raise
     finally:
         update.clean_up()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from metaopt.distributed.shards import dense, is_sharded, like_parameter, total_dot, total_norm
+from metaopt.distributed.shards import dense, placed_like, total_dot, total_norm
 from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.run.entries import UPDATES
 from metaopt.engine.structure import PlacedWrapper
@@ -70,9 +70,7 @@ class GroupsView(Groups):
 
     def norm_of(self, name: str) -> torch.Tensor:
         tensors = [
-            like_parameter(p, t.to(p.dtype)) if is_sharded(p) else t
-            for view in self
-            for p, t in zip(view.parameters, getattr(view, name), strict=True)
+            placed_like(p, t) for view in self for p, t in zip(view.parameters, getattr(view, name), strict=True)
         ]
         return total_norm(tensors)
 
