@@ -110,7 +110,7 @@ def mean_over_shards(values: torch.Tensor, parameter: torch.Tensor, *, rows: boo
 def dots_over_shards(
     a: list[torch.Tensor], b: list[torch.Tensor], parameters: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """Return the real inner product of each two local parts over all shards, at least float32; see `sums_over_shards`."""
+    """Return the real inner product of each two local parts over all shards, as `sums_over_shards` does; >= float32."""
     return sums_over_shards([_dot(x, y) for x, y in zip(a, b, strict=True)], parameters)
 
 
@@ -174,7 +174,9 @@ def total_norm(tensors: list[torch.Tensor], norm_type: float = 2.0) -> torch.Ten
     parts = [_norm_over_mesh(members, mesh, split, norm_type, module) for (mesh, split), members in meshes.items()]
     if plain:
         parts.append(_norm_here(plain, norm_type).to(parts[0].device))
-    return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack([part.to(parts[0].device) for part in parts]), norm_type)
+    if len(parts) == 1:
+        return parts[0]
+    return torch.linalg.vector_norm(torch.stack([part.to(parts[0].device) for part in parts]), norm_type)
 
 
 def _norm_here(tensors: list[torch.Tensor], p: float) -> torch.Tensor:
