@@ -146,6 +146,7 @@ STACKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", STACKS, ids=" | ".join)
 def test_several_parts_follow_their_papers_together(parts: tuple[str, ...]) -> None:
     for base in ("sgd(lr=0.1, momentum=0.9)", "adam(lr=0.1)"):

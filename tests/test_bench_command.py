@@ -14,6 +14,7 @@ from metaopt.lab.timing import Runner, count_updates, ratios, spread, time_inter
 WHOLE = "clip_grad_norm(1.0) | adamw | lookahead(k=5)"
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_json(tmp_path):
     arguments = ["bench", WHOLE, "adamw | ema", "--shapes", "tiny", "--rounds", "2", "--threads", "1"]
     status, out, errors = warm.run([*arguments, "--json", "found.json"], tmp_path)

@@ -60,6 +60,7 @@ def some_are_equal(found: Comparison, random: np.random.Generator) -> None:
             trial[split]["loss"] = round(trial[split]["loss"], 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [as_it_ran, some_met_the_target, one_is_later_always, some_diverged, some_are_equal],

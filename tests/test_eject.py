@@ -57,6 +57,7 @@ def trains_alike(text: str, spec: str, steps: int = RUN, dtype: torch.dtype = to
     return stack, other, ours, theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec",
     [
@@ -89,6 +90,7 @@ PARTITIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", PARTITIONS)
 def test_a_partition_trains_as_the_stack_does(spec: str) -> None:
     text = eject(spec, RUN)

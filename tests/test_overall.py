@@ -113,6 +113,7 @@ def test_every_number_over_all_problems_follows_from_the_tables_of_trials(overal
     assert list(recompute.disagreements_over_all(overall.out)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("effect", [0.0, 0.6])
 def test_a_winner_is_named_where_the_definitions_name_one(effect: float) -> None:
     times = drawn(np.random.default_rng(3), effect, 2)

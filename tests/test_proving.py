@@ -74,6 +74,7 @@ def test_a_user_s_mistake_is_one_line_and_status_2(capsys, arguments, told):
     assert told in printed.err
 
 
+@pytest.mark.slow
 def test_the_command_shows_every_claim_of_a_sound_part(capsys):
     with pytest.raises(SystemExit) as left:
         main(["check", "sgd(lr=0.1)"])

@@ -32,6 +32,7 @@ SPECS += [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS)
 def test_resumed_at_every_step_in_a_new_process(spec: str, tmp_path: Path) -> None:
     expected = resume_worker.save_at_every_step(spec, tmp_path / "saved.pt")

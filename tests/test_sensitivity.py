@@ -117,6 +117,7 @@ def test_report_and_figure_say_it(found: Comparison) -> None:
     found.figure("batch_size").draw_without_rendering()
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on_within_the_other_batch_sizes(found: Comparison, tmp_path: Path) -> None:
     def stop(done: int, total: int) -> None:
         if done == 40:  # of 24, and 48 more

@@ -249,6 +249,7 @@ def coarse(random: np.random.Generator) -> np.ndarray:
     return random.integers(0, 4, (4, 10)) / 4.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("losses", [normal, skewed, heavy_tailed, sometimes_diverging, coarse])
 def test_a_thousand_comparisons_without_a_difference_give_few_false_verdicts(losses) -> None:  # type: ignore[no-untyped-def]
     random, false = np.random.default_rng(0), 0

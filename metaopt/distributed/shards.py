@@ -176,7 +176,8 @@ def total_norm(tensors: list[torch.Tensor], norm_type: float = 2.0) -> torch.Ten
         parts.append(_norm_here(plain, norm_type).to(parts[0].device))
     if len(parts) == 1:
         return parts[0]
-    return torch.linalg.vector_norm(torch.stack([part.to(parts[0].device) for part in parts]), norm_type)
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack([p.to(parts[0].device) for p in parts]), norm_type)
+    return norm
 
 
 def _norm_here(tensors: list[torch.Tensor], p: float) -> torch.Tensor:

@@ -12,6 +12,7 @@ from metaopt.lab.named import problem_named
 from metaopt.lab.trial import Trial, run_trial
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("problem", "steps"), [("xor", 30), ("digits", 8)])
 def test_runs_side_by_side_are_the_lab_s_own_runs(problem: str, steps: int) -> None:
     seeds, rates = [3, 3, 4], [0.01, 0.1, 0.05]

@@ -31,6 +31,7 @@ def zero(model: nn.Module, spec: str = SHARED_OUT) -> ZeroRedundancyOptimizer:
     return ZeroRedundancyOptimizer(model.parameters(), optimizer_class=factory)
 
 
+@pytest.mark.slow
 @on_two_ranks
 def test_the_noise_scale_over_ddp_ranks_is_that_of_one_process_that_accumulates_their_batches() -> None:
     rank, batches = torch.distributed.get_rank(), torch.Generator().manual_seed(5)
