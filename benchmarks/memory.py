@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-_LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "hipLaunchKernel", "hipExtLaunchKernel", "hipModuleLaunchKernel")
+# kernels, and what else the host starts on the device: copies, fills and whole graphs
+_LAUNCHES = (
+    *("cudaLaunchKernel", "cuLaunchKernel", "hipLaunchKernel", "hipExtLaunchKernel", "hipModuleLaunchKernel"),
+    *("cudaMemcpyAsync", "cudaMemsetAsync", "cudaGraphLaunch", "hipMemcpy", "hipMemset", "hipGraphLaunch"),
+)
 
 
 @dataclass(frozen=True)

@@ -101,15 +101,31 @@ class CompiledStep:
     def _replace_rates(self, run: Run) -> None:
         for position, group in enumerate(run.param_groups):
             base = run.structure.chain_of(group).base
-            if not type(base).__module__.startswith("torch.optim.") or not isinstance(group.get("lr"), float):
+            lends = type(base).__module__.startswith("torch.optim.") and isinstance(group.get("lr"), float)
+            # the tracer sets `capturable` where the base begins on an accelerator, for good
+            kept = ("capturable", "lr", "foreach") if lends else ("capturable",)
+            self._replaced.append((group, {key: group[key] for key in kept if key in group}))
+            if not lends:
                 continue
-            # the same tensor at every step, or each would be another input
-            rate = self._rates.setdefault(position, torch.zeros((), dtype=torch.float64))
-            self._replaced.append((group, {key: group[key] for key in ("lr", "foreach") if key in group}))
-            group["lr"] = rate.fill_(group["lr"])
+            group["lr"] = self._rate_for(position, group).fill_(group["lr"])
             if group.get("foreach"):
                 # run eagerly after all (a retrace too many), a multi-tensor Adam that was asked for refuses a tensor
                 group["foreach"] = None
+
+    def _rate_for(self, position: int, group: ParamGroup) -> torch.Tensor:
+        """Return the tensor for a group's rate: the same one at every step, or each would be another input.
+
+        It is in main memory, whatever the default device is: from a device, a fused kernel of CUDA would read it as
+        float32. Where the update may be captured, it is in float32 beside the parameters: torch makes no CUDA graph of
+        what reads main memory.
+        """
+        captured = group["params"][0].device if group.get("capturable") and group["params"] else None
+        device = torch.device("cpu") if captured is None else captured
+        rate = self._rates.get(position)
+        if rate is None or rate.device != device:
+            dtype = torch.float64 if device.type == "cpu" else torch.float32
+            rate = self._rates[position] = torch.zeros((), dtype=dtype, device=device)
+        return rate
 
     def _end(self) -> tuple[Update, Any]:
         for group, own in self._replaced:

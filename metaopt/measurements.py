@@ -1,7 +1,7 @@
 """Numbers that were measured: kept on their device, summed up there, and read all at once."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -76,22 +76,57 @@ def kept(tag: str, value: Value) -> Value:
     return (value.reshape(()) if value.dim() else value).to(dtype, copy=True)
 
 
+class Reading:
+    """Numbers on their way to main memory. A CUDA device copies them behind its work, for which nobody has to wait."""
+
+    def __init__(self, values: Mapping[Key, Sequence[Value]]) -> None:
+        places: dict[torch.device, list[tuple[Key, int]]] = {}
+        self._numbers: dict[Any, list[list[float]]] = {}
+        for tag, listed in values.items():
+            self._numbers[tag] = [[] if isinstance(value, torch.Tensor) else [value] for value in listed]
+            for index, value in enumerate(listed):
+                if isinstance(value, torch.Tensor):
+                    places.setdefault(value.device, []).append((tag, index))
+        # by device: how many numbers go where, all numbers one after the other, and what says that they are there
+        self._parts: list[tuple[list[tuple[Any, int, int]], torch.Tensor, torch.cuda.Event | None]] = []
+        for device, where in places.items():
+            tensors = [t for tag, index in where if isinstance(t := values[tag][index], torch.Tensor)]
+            dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+            joined = torch.cat([t.to(dtype).reshape(-1) for t in tensors])
+            sizes = [(*place, tensor.numel()) for place, tensor in zip(where, tensors, strict=True)]
+            if device.type == "cuda":
+                self._parts.append((sizes, *_copied_behind(joined)))
+            else:
+                self._parts.append((sizes, joined, None))
+
+    def is_ready(self) -> bool:
+        """Return whether `numbers` would not wait; without CUDA, it reads at once what may have to be waited for."""
+        return all(event is None or event.query() for _, _, event in self._parts)  # type: ignore[no-untyped-call]
+
+    def numbers(self) -> dict[Any, list[float]]:
+        """Return all values as floats, those of a longer tensor one after the other: one wait for each device."""
+        for sizes, joined, event in self._parts:
+            if event is not None:
+                event.synchronize()
+            read_here = iter(joined.tolist())
+            for tag, index, size in sizes:
+                self._numbers[tag][index] = [next(read_here) for _ in range(size)]
+        self._parts = []
+        return {tag: [number for found in listed for number in found] for tag, listed in self._numbers.items()}
+
+
+def _copied_behind(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
+    """Have a CUDA device copy numbers to main memory behind its work; the event says when that is done."""
+    copy = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
+    copy.copy_(numbers, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(numbers.device))
+    return copy, event
+
+
 def read(values: Mapping[Key, Sequence[Value]]) -> dict[Key, list[float]]:
     """Return all values as floats, those of a longer tensor one after the other: one wait for each device."""
-    places: dict[torch.device, list[tuple[Key, int]]] = {}
-    numbers: dict[Key, list[list[float]]] = {}
-    for tag, listed in values.items():
-        numbers[tag] = [[] if isinstance(value, torch.Tensor) else [value] for value in listed]
-        for index, value in enumerate(listed):
-            if isinstance(value, torch.Tensor):
-                places.setdefault(value.device, []).append((tag, index))
-    for where in places.values():
-        tensors = [t for tag, index in where if isinstance(t := values[tag][index], torch.Tensor)]
-        dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-        read_here = iter(torch.cat([t.to(dtype).reshape(-1) for t in tensors]).tolist())
-        for (tag, index), tensor in zip(where, tensors, strict=True):
-            numbers[tag][index] = [next(read_here) for _ in range(tensor.numel())]
-    return {tag: [number for found in listed for number in found] for tag, listed in numbers.items()}
+    return Reading(values).numbers()
 
 
 class OfTensors:
@@ -127,3 +162,21 @@ class OfBins:
     def __init__(self, edges: Sequence[float], counts: torch.Tensor) -> None:
         self.edges = tuple(edges)
         self.values = counts.detach().to(torch.float32, copy=True)
+
+
+class Point:
+    """What was measured up to an update, its numbers on their way to main memory."""
+
+    def __init__(
+        self,
+        update: int,
+        tallies: Mapping[str, Tally],
+        many: Mapping[str, OfTensors | OfBins],
+        alone: Sequence[tuple[int, str, Value]],
+    ) -> None:
+        self.update, self.tallies, self.many, self.alone = update, tallies, many, alone
+        values: dict[tuple[str, str | int], Sequence[Value]] = {}
+        values.update({("mean", tag): tally.values for tag, tally in tallies.items()})
+        values.update({("alone", i): [value] for i, (_, _, value) in enumerate(alone)})
+        values.update({("many", tag): [found.values] for tag, found in many.items()})
+        self.reading = Reading(values)

@@ -1,4 +1,7 @@
-"""What is measured, kept on its device until a point is written, and the loggers that points go to."""
+"""What is measured, kept on its device until a point is written, and the loggers that points go to.
+
+A point of a CUDA device is copied behind the device's work, and written at a later update, when the copy is there.
+"""
 
 import os
 import sys
@@ -10,7 +13,7 @@ import torch
 
 from metaopt.errors import LogError
 from metaopt.logger import Histogram, HyperValue, Logger, RunPage, show_page, takes_pages
-from metaopt.measurements import OfBins, OfTensors, Parts, Reduce, Tally, Value, kept, read
+from metaopt.measurements import OfBins, OfTensors, Parts, Point, Reduce, Tally, Value, kept, read
 
 
 class Metrics:
@@ -151,8 +154,10 @@ class Metrics:
         if self._window.updates is None or update <= self._window.updates:
             self._open(self._window, update - 1)  # for the first time, or the count went back: a checkpoint was loaded
         self._window.add(update, now, many)
+        if self._window.under_way:
+            self._window.write_what_is_read(wait=False)
         if self.wanted(update):
-            self._window.flush()
+            self._window.flush(wait=False)
 
     def flush(self) -> None:
         """Write what was measured since the last point: one synchronisation per device."""
@@ -204,6 +209,7 @@ class _Window:
         self._many: dict[str, OfTensors | OfBins] = {}
         self._names: dict[str, dict[str, None]] = {}  # of tensors that were shown, by tag
         self.points: list[tuple[int, str, Value]] = []  # that stand for themselves
+        self.under_way: list[Point] = []  # to be written, in this order, when their numbers are in main memory
         self._closed = False
 
     def open(
@@ -217,6 +223,7 @@ class _Window:
         self._tallies.clear()
         self._many.clear()
         self.points.clear()
+        self.write_what_is_read()
         self._occupy()
         self.updates = step
         self._try("could not be opened", self.logger.open, step=step, tags=tags, spec=spec, hparams=dict(hparams))
@@ -242,30 +249,36 @@ class _Window:
         for tag, value in values.items():
             self._tallies.setdefault(tag, Tally()).add(value)
 
-    def flush(self) -> None:
+    def flush(self, *, wait: bool = True) -> None:
+        """Write what was added since the last point; without `wait` as soon as it can be read without waiting."""
         tallies, self._tallies = self._tallies, {}
-        points, self.points = self.points, []
+        alone, self.points = self.points, []
         many, self._many = self._many, {}
-        if self.updates is None:
-            return
-        sums = {("mean", tag): tally.values for tag, tally in tallies.items()}
-        alone: dict[tuple[str, str], list[Value]] = {("point", str(i)): [point[2]] for i, point in enumerate(points)}
-        numbers = read({**sums, **alone, **{("many", tag): [found.values] for tag, found in many.items()}})
-        means = {tag: sum(numbers["mean", tag]) / tally.count for tag, tally in tallies.items()}
-        histograms = {}
-        for tag, found in many.items():
-            if isinstance(found, OfBins):
-                histograms[tag] = Histogram(found.edges, tuple(numbers["many", tag]))
-            else:
-                shown = found.shown(numbers["many", tag], self._names.setdefault(tag, {}))
-                means.update({f"{tag}/{name}": number for name, number in shown.items()})
-        if means:
-            self._try(f"could not write update {self.updates}", self.logger.scalars, self.updates, means)
-        if histograms:
-            self._try(f"could not write update {self.updates}", self.logger.histograms, self.updates, histograms)
-        self._write_alone(points, [numbers["point", str(i)][0] for i in range(len(points))])
+        if self.updates is not None:
+            self.under_way.append(Point(self.updates, tallies, many, alone))
+            self.write_what_is_read(wait=wait)
+
+    def write_what_is_read(self, *, wait: bool = True) -> None:
+        """Write the points on their way whose numbers have come; all of them with `wait`."""
+        while self.under_way and (wait or self.under_way[0].reading.is_ready()):
+            point = self.under_way.pop(0)
+            numbers = point.reading.numbers()
+            means = {tag: sum(numbers["mean", tag]) / tally.count for tag, tally in point.tallies.items()}
+            histograms = {}
+            for tag, found in point.many.items():
+                if isinstance(found, OfBins):
+                    histograms[tag] = Histogram(found.edges, tuple(numbers["many", tag]))
+                else:
+                    shown = found.shown(numbers["many", tag], self._names.setdefault(tag, {}))
+                    means.update({f"{tag}/{name}": number for name, number in shown.items()})
+            if means:
+                self._try(f"could not write update {point.update}", self.logger.scalars, point.update, means)
+            if histograms:
+                self._try(f"could not write update {point.update}", self.logger.histograms, point.update, histograms)
+            self._write_alone(point.alone, [numbers["alone", i][0] for i in range(len(point.alone))])
 
     def write_points(self) -> None:
+        self.write_what_is_read()
         points, self.points = self.points, []
         numbers = read({i: [value] for i, (_, _, value) in enumerate(points)})
         self._write_alone(points, [numbers[i][0] for i in range(len(points))])

@@ -112,6 +112,19 @@ class Versions:
         torch._C._autograd._unsafe_set_version_counter(self._tensors, versions)
 
 
+def is_capturing(kind: str) -> bool:
+    """Return whether the work that is given to the current device of a type now is captured into a graph."""
+    asked = getattr(getattr(torch, kind, None), "is_current_stream_capturing", None)
+    if asked is None:
+        return False
+    try:
+        return bool(asked())
+    except RuntimeError:
+        if getattr(torch, kind).is_available():
+            raise
+        return False  # fake tensors, of a device for which this torch was not built
+
+
 # ---- hooks that base and stack share
 
 

@@ -53,7 +53,7 @@ BELOW_ENGINE = {
 # the modules of the engine, the lowest first: each imports only from those above it here
 ENGINE = (
     "chain",
-    *("fused.lists", "fused.postponed"),
+    *("fused.probes", "fused.lists", "fused.postponed"),
     "multi_base",
     "structure",
     *("run.entries", "run.run", "run.groups"),
@@ -65,7 +65,7 @@ ENGINE = (
     *("exchange.buckets", "exchange.initial_sync", "exchange.outer_steps"),
     *("checkpoint.report", "checkpoint.matching", "checkpoint.validation", "checkpoint.precedence", "checkpoint.reset"),
     "checkpoint.loading",
-    *("step.points", "step.hooks", "step.evaluation", "step.base_step", "step.order"),
+    *("step.points", "step.hooks", "step.evaluation", "step.base_step", "step.capture", "step.order"),
 )
 TOP = {"lab", "cli", "testing"}
 PACKAGES = {"distributed", "specs", "construction", "explaining", "ejecting", "misuse"}

@@ -13,7 +13,9 @@ from clients.ranks import meet
 
 import metaopt
 from metaopt import LogError, Logger
+from metaopt.measurements import Reading
 from metaopt.metrics import Metrics, as_logger
+from metaopt.testing.watching import waits_raise
 
 
 class Memory(Logger):
@@ -115,17 +117,51 @@ def test_measuring_never_reads_a_tensor():
         metrics.end_update(update)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_measuring_never_waits_for_a_gpu():
-    metrics = Metrics(Memory(), every=10)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for update in range(1, 10):
-            metrics.measure("train/loss", torch.ones((), device="cuda"))
+    log = Memory()
+    metrics = Metrics(log, every=10)
+    loss = torch.ones((), device="cuda")
+    with waits_raise():
+        for update in range(1, 22):
+            metrics.measure("train/loss", loss)
             metrics.end_update(update)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    metrics.close()
+    assert [step for step, _ in log.points] == [10, 20, 21]
     assert metrics.latest() == {"train/loss": 1.0}
+
+
+def test_points_are_written_in_their_order_when_their_numbers_have_come(monkeypatch):
+    has_come = []
+    monkeypatch.setattr(Reading, "is_ready", lambda self: bool(has_come))
+    log = Memory()
+    metrics = Metrics(log, every=2)
+    train(metrics, [1.0, 3.0, 5.0, 7.0, 9.0])
+    assert log.points == []  # two points are on their way
+    has_come.append(True)
+    train(metrics, [11.0], first=6)
+    assert log.points == [(2, {"train/loss": 2.0}), (4, {"train/loss": 6.0}), (6, {"train/loss": 10.0})]
+    has_come.clear()
+    train(metrics, [2.0, 4.0], first=7)
+    metrics.close()
+    assert log.points[3:] == [(8, {"train/loss": 3.0})]
+
+
+@pytest.mark.parametrize("ends_by", ["a checkpoint", "an earlier checkpoint that is loaded", "flush"])
+def test_what_is_on_its_way_is_written_before_anything_that_follows(ends_by, monkeypatch):
+    monkeypatch.setattr(Reading, "is_ready", lambda self: False)
+    log = Memory()
+    metrics = Metrics(log, every=2)
+    train(metrics, [1.0, 3.0])
+    assert log.points == []
+    if ends_by == "a checkpoint":
+        metrics.write_points()
+    elif ends_by == "flush":
+        metrics.flush()
+    else:
+        train(metrics, [1.0], first=1)
+        assert [step for step, *_ in log.opened] == [0, 0]
+    assert log.points == [(2, {"train/loss": 2.0})]
 
 
 def test_one_read_serves_all_tags_of_a_device(monkeypatch):

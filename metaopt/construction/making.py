@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from metaopt.construction.grouping import Group, same_tensor
-from metaopt.engine.chain import PART, RUN_FLAGS, Chain, has_fused_kernel
+from metaopt.engine.chain import PART, Chain
+from metaopt.engine.fused.probes import has_fused_kernel
 from metaopt.engine.multi_base import MultiBase, Partitioner
 from metaopt.errors import HyperparameterError, ParameterError, SpecError, did_you_mean
 from metaopt.group_entries import NO_DECAY, TIED, take_value
@@ -188,8 +189,11 @@ def _fuse(groups: list[Group], base: Part, given: dict[str, Any]) -> bool:
     """Choose the fused kernel where torch has one for every parameter, unless the user chose how to run."""
     if "fused" not in base.hyperparameters or not base.target.__module__.startswith("torch.optim."):
         return False
-    chosen = RUN_FLAGS & (given.keys() | {key for group in groups for key in group})
-    if chosen or any(isinstance(value, torch.Tensor) for value in given.values()):
+    # capturable and the rest say what the kernel must allow, not which it is: the constructor below refuses it or not
+    chosen = {"fused", "foreach"} & (given.keys() | {key for group in groups for key in group})
+    if chosen or any(group.get("differentiable") for group in groups):
+        return False
+    if any(isinstance(value, torch.Tensor) for value in given.values()):
         return False
     try:
         base.target([torch.zeros(1, requires_grad=True)], **given, fused=True)

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.optim import SGD, Adagrad, Adam, AdamW
-from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+from torch.optim import SGD, Adam, AdamW
 
-from metaopt.distributed.shards import is_sharded
 from metaopt.errors import HyperparameterError
 from metaopt.schedule import Schedule
 from metaopt.slots import Scalar, Slot
@@ -249,27 +247,6 @@ def _first_leading_on_update(behind: Sequence[Wrapper]) -> tuple[Wrapper, ...]:
         if hooks & {"after_update", "after_updates"}:
             break
     return tuple(found)
-
-
-def has_fused_kernel(kind: type[torch.optim.Optimizer], params: Sequence[torch.Tensor]) -> bool:
-    """Return whether torch's `kind(..., fused=True)` updates all of these parameters, and rightly.
-
-    What torch 2.13 lacks: kernels for complex and sparse parameters, sharding rules for SGD and Adagrad, Adagrad off
-    the CPU; SGD leaves vectors of 16-bit parameters unmoved on a CPU (pytorch#191763). A test asks torch again.
-    """
-    devices = _get_fused_kernels_supported_devices()
-    if kind not in (SGD, Adagrad, Adam, AdamW):
-        return False
-    for p in params:
-        if p.device.type not in devices or not p.is_floating_point() or p.is_sparse:
-            return False
-        if kind in (SGD, Adagrad) and is_sharded(p):
-            return False
-        if kind is Adagrad and p.device.type != "cpu":
-            return False
-        if kind is SGD and p.device.type == "cpu" and p.element_size() == 2:
-            return False
-    return True
 
 
 def is_moment(value: Any, key: str, parameter: torch.Tensor) -> bool:

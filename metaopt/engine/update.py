@@ -9,6 +9,7 @@ import torch
 from metaopt.distributed.shards import dense, local
 from metaopt.engine.chain import Chain, ParamGroup, ParamState
 from metaopt.engine.fused.postponed import PostponedStep
+from metaopt.engine.fused.probes import takes_factor
 from metaopt.engine.run.entries import UPDATES
 from metaopt.engine.run.run import Run
 
@@ -181,6 +182,10 @@ class Update:
             and not chain.needs_closure
             and all(group.get("fused") for group in groups)
             and all(p.element_size() <= WIDEST_FOLDED for group in groups for p in group["params"])
+            and (
+                self.run.accelerators == ()
+                or takes_factor(type(chain.base), [p for group in groups for p in group["params"]])
+            )
         )
         if not foldable:
             self.apply_scale(chain)

@@ -10,6 +10,7 @@ from torch import nn
 
 from metaopt.errors import MetaoptError, ProblemError
 from metaopt.lab.batches import examples, part
+from metaopt.lab.device import random_state, set_random_state
 from metaopt.problem_class import Problem
 
 # relative; the sums of two examples differ by rounding
@@ -43,10 +44,10 @@ def tried(problem: Problem, model: nn.Module, batch: Any) -> Dealing:
             problem.loss(model, part(batch, 0, 2)).backward()  # type: ignore[no-untyped-call]
             unused = any(p.requires_grad and p.grad is None for p in model.parameters())
             model.eval()  # one example has no statistics of a batch, and nothing is dropped
-            before = _random_state()
+            before = _random_state(model)
             each = [problem.loss(model, part(batch, i, i + 1)) for i in range(min(size, 2))]
             both = problem.loss(model, part(batch, 0, 2))
-            is_random = any(not torch.equal(*pair) for pair in zip(before, _random_state(), strict=True))
+            is_random = any(not torch.equal(*pair) for pair in zip(before, _random_state(model), strict=True))
     except MetaoptError:
         raise
     except RuntimeError as error:
@@ -69,22 +70,26 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     """Put modes, buffers, gradients and random numbers back."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
+    before = _random_state(model)
     try:
-        with torch.random.fork_rng(devices=devices):
-            yield
+        yield
     finally:
+        torch.set_rng_state(before[0])
+        set_random_state(_device_of(model), before[1] if len(before) > 1 else None)
         for module, mode in modes:
             module.training = mode
         with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for buffer, kept in buffers:
+                buffer.copy_(kept)
         for p in model.parameters():
             p.grad = None
 
 
-def _random_state() -> list[torch.Tensor]:
-    found = [torch.get_rng_state()]
-    if torch.cuda.is_available():
-        found.append(torch.cuda.get_rng_state())
-    return found
+def _random_state(model: nn.Module) -> list[torch.Tensor]:
+    """Return the states of the generators that a model's loss may draw from."""
+    own = random_state(_device_of(model))
+    return [torch.get_rng_state(), *([] if own is None else [own])]
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

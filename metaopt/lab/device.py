@@ -1,4 +1,6 @@
-"""The device that a user names, checked before anything is trained on it."""
+"""The device that a user names, checked before anything is trained on it, and its own random numbers."""
+
+from typing import Any
 
 import torch
 
@@ -15,3 +17,21 @@ def usable_device(name: str) -> str:
         reason = str(error).splitlines()[0][:80]
         raise ProblemError(f"--device {name}: cannot be used here ({reason}); present: {present}") from None
     return name
+
+
+def random_state(device: str | torch.device) -> torch.Tensor | None:
+    """Return the state of an accelerator's own generator; None for the processor, and where there is none."""
+    device = torch.device(device)
+    module: Any = None if device.type == "cpu" else getattr(torch, device.type, None)
+    if not hasattr(module, "get_rng_state"):
+        return None
+    # Apple's has one device, and takes none
+    state: torch.Tensor = module.get_rng_state(*([] if device.type == "mps" else [device]))
+    return state
+
+
+def set_random_state(device: str | torch.device, state: torch.Tensor | None) -> None:
+    """Set an accelerator's own generator to what `random_state` returned."""
+    device = torch.device(device)
+    if state is not None:
+        getattr(torch, device.type).set_rng_state(state, *([] if device.type == "mps" else [device]))

@@ -8,17 +8,19 @@ import torch
 
 from metaopt.errors import CheckpointError, MetaoptWarning
 from metaopt.lab import checkpoint
+from metaopt.lab.device import random_state, set_random_state
 from metaopt.lab.ranks import Ranks
 from metaopt.stack import Stack
 
 _WAYS = {"spec": "; --keep live takes the new one, --keep saved the old values", "steps": "; --extend allows it"}
 
 
-def content_of(run: dict[str, Any], step: int, model: torch.nn.Module, opt: Stack) -> dict[str, Any]:
+def content_of(run: dict[str, Any], step: int, model: torch.nn.Module, opt: Stack, device: str) -> dict[str, Any]:
     """Return what a checkpoint holds: everything that matters to the next step."""
     random = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state()
+    own = random_state(device)
+    if own is not None:
+        random[torch.device(device).type] = own
     return {"run": run, "step": step, "model": model.state_dict(), "stack": opt.state_dict(), "random": random}
 
 
@@ -64,8 +66,8 @@ def resume(
     # a rank that the run did not have gets the numbers of the first
     random = content["random"][ranks.rank if ranks.rank < len(content["random"]) else 0]
     torch.set_rng_state(random["cpu"])
-    if ranks.device.startswith("cuda") and "cuda" in random:
-        torch.cuda.set_rng_state(random["cuda"])
+    if torch.device(ranks.device).type != "cpu":
+        set_random_state(ranks.device, random.get(torch.device(ranks.device).type))
     return step
 
 

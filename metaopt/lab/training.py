@@ -106,7 +106,7 @@ def train(
                 if saver is not None and (step % checkpoint_every == 0 or step == steps or stops):
                     # read here alone, so that no update in between waits for the device
                     _check_finite(loss, model, step, saver)
-                    saver.save(step, resuming.content_of(run, step, model, opt))
+                    saver.save(step, resuming.content_of(run, step, model, opt, device))
                 if saver is not None:
                     saver.check()
                 if progress is not None:
@@ -199,10 +199,16 @@ def _check_finite(loss: Any, model: torch.nn.Module, step: int, saver: Saver | N
     """Raise ProblemError for a loss, or for weights made by the update after it, that are not finite."""
     value = float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
     what = None if math.isfinite(value) else f"the loss is {value}"
-    if what is None and not all(bool(local(p.detach()).isfinite().all()) for p in model.parameters()):
+    if what is None and not _all_finite([local(p.detach()) for p in model.parameters()]):
         what = "a weight is not finite"
     if what is not None:
         if saver is not None:
             saver.settle()
         folder = None if saver is None else saver.folder
         raise ProblemError(f"{what} at step {step}: lower lr or clip. {checkpoint.newest(folder)}")
+
+
+def _all_finite(tensors: list[torch.Tensor]) -> bool:
+    """Return whether all numbers are finite; waits for a device once, not for each tensor."""
+    found = [tensor.isfinite().all() for tensor in tensors]
+    return not found or bool(torch.stack([one.to(found[0].device) for one in found]).all())

@@ -240,7 +240,7 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 def _settle(device: str) -> None:
     """Wait for what was queued on an accelerator: its time belongs to the training, not to the evaluation."""
     if not device.startswith("cpu"):
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(torch.device(device))  # it need not be the current one
 
 
 def _finite(value: float) -> float | None:

@@ -1,11 +1,8 @@
 """Checks of the contract's laws: no waiting for the device, order of anchors, what stands in front of the base."""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import Any
-
-import torch
 
 from metaopt.errors import MetaoptError
 from metaopt.group import Group
@@ -16,7 +13,7 @@ from metaopt.testing.comparing import same
 from metaopt.testing.feeding import STEPS
 from metaopt.testing.outcome import CheckFailed, NotApplicable, check
 from metaopt.testing.subject import StackSubject, refused, weights
-from metaopt.testing.watching import Descent, FunctionWatch, OperatorWatch
+from metaopt.testing.watching import Descent, FunctionWatch, OperatorWatch, waits_raise
 from metaopt.wrapper import Wrapper
 
 
@@ -31,7 +28,8 @@ def waits_for_no_device(subject: StackSubject) -> None:
 
     def watched(closure: Any = None) -> Any:
         descent.add([p.grad for p in model.parameters()])
-        with FunctionWatch(descent), OperatorWatch(descent), _told_by_the_device(subject):
+        on_the_device = waits_raise() if subject.device.type == "cuda" else nullcontext()
+        with FunctionWatch(descent), OperatorWatch(descent), on_the_device:
             return plain(closure) if closure is not None else plain()
 
     opt.step = watched  # type: ignore[assignment, method-assign]
@@ -44,20 +42,6 @@ def waits_for_no_device(subject: StackSubject) -> None:
             "Compute with 0-dim tensors (torch.where, clamp, a tensor factor) instead of .item(), float() or `if`; a "
             "wrapper that cannot do without sets syncs_device = True",
         )
-
-
-@contextmanager
-def _told_by_the_device(subject: StackSubject) -> Iterator[None]:
-    """On CUDA let torch itself raise at the first wait."""
-    if subject.device.type != "cuda":
-        yield
-        return
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 class Witness(Wrapper):

@@ -2,12 +2,15 @@
 
 On a CPU every read is free, so none can be measured. What would live on the device is known by descent: parameters,
 gradients, what is computed from them, and what is made with `device=`. A counter that an optimizer makes on the host,
-such as `torch.tensor(0.0)`, may be read.
+such as `torch.tensor(0.0)`, may be read. Blocking copies between host and device (`copy_`, `.to(other.device)`,
+`torch.tensor(number, device=...)`) look like any other operator here: only a run on a device tells, see `waits_raise`.
 """
 
 import os
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -124,9 +127,29 @@ class FunctionWatch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in METHODS and self.descent.among(args[:1]):
+        if (name in METHODS or _copies_to_the_host(name, args, kwargs)) and self.descent.among(args[:1]):
             self.descent.read(f"Tensor.{name}")
         result = func(*args, **kwargs)
         if name in MAKERS and kwargs.get("device") is not None:
             self.descent.add(result)
         return result
+
+
+def _copies_to_the_host(name: str, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether this is a `tensor.to("cpu")` that waits until the copy is there."""
+    targets = [value for value in (*args[1:], kwargs.get("device")) if isinstance(value, str)]
+    return name == "to" and "cpu" in targets and not kwargs.get("non_blocking")
+
+
+@contextmanager
+def waits_raise() -> Iterator[None]:
+    """Let torch itself raise where the host waits for a CUDA device."""
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        with warnings.catch_warnings():
+            # torch says so once in a process: as an error it would leave the mode set
+            warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -15,6 +15,7 @@ from benchmarks.measure import least_bytes, make_runner, measure, time_contender
 from benchmarks.targets import Settings, check_targets, wrappers_alone
 from benchmarks.training_step import text_model
 from metaopt.lab.shapes import make_tensor_set, shapes_of
+from metaopt.testing.watching import waits_raise
 
 WHOLE = "clip_grad_norm(1.0) | adamw | lookahead(k=5)"
 
@@ -219,13 +220,10 @@ def test_no_update_on_cuda_waits_for_the_device(spec):
     for _ in range(6):
         tensors.restore(runner.parameters)
         runner.update.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_raise():
         for _ in range(10):
             tensors.restore(runner.parameters)
             runner.update.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.cuda

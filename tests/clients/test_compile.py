@@ -253,3 +253,37 @@ def test_a_compiled_fused_step_over_gradients_in_other_strides_pairs_them_rightl
             step()
         ends.append(p.detach())
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_rate_that_the_tracer_gets_is_in_main_memory_whatever_the_default_device_is() -> None:
+    ends = []
+    for default in ("cpu", "meta"):
+        model = small_model()
+        opt = metaopt.build(model.named_parameters(), "sgd(lr=cosine(0.1), momentum=0.9, foreach=True)", total_steps=9)
+        step = torch.compile(opt.step, backend="eager")
+        for number in range(4):
+            opt.zero_grad()
+            loss_of(model, number).backward()
+            with torch.device(default):  # where a new tensor has no numbers
+                step()
+        ends.append(weights(model))
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
+
+
+class CapturableFromNowOn(torch.optim.AdamW):
+    """Sets the flag that torch's tracer sets where all parameters are on CUDA."""
+
+    def _init_group(self, group: Any, *lists: Any) -> Any:
+        group["capturable"] = True
+        return super()._init_group(group, *lists)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_group_is_capturable_after_a_compiled_step_only_if_it_was_before() -> None:
+    model = small_model()
+    opt = metaopt.wrap(CapturableFromNowOn(model.parameters(), lr=0.01, foreach=True), "lookahead(k=2)")
+    step = torch.compile(opt.step, backend="eager")
+    train(model, opt, range(2), call=step)
+    assert opt.param_groups[0]["capturable"] is False
+    assert opt.updates == 2

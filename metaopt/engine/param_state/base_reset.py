@@ -17,4 +17,6 @@ def forget_base_state(run: Run, params: Sequence[torch.Tensor], chain: Chain) ->
         param_state = run.state[p]
         for key in [key for key in param_state if chain.is_base_key(key)]:
             del param_state[key]
+    accelerators = run.accelerators  # no parameter has moved to another one
     run.invalidate()
+    run.accelerators = accelerators

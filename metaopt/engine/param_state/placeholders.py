@@ -26,15 +26,25 @@ def without_placeholders(chain: Chain, param_state: ParamState) -> ParamState:
 def is_template_step(run: Run) -> bool:
     """Return whether this `step()` is of a client that set `lr` to 0 on a stack without state, gradients all zero.
 
-    Reads gradients from the device, but only if the state is empty and every rate is 0.
+    Reads gradients from the device, but only if the state is empty and every rate is 0; of a run that goes on so, as a
+    base without state may, once. A rate on a device is not read: no such client sets one.
     """
     if run.state or not run.param_groups:
         return False
     for position, group in enumerate(run.param_groups):
-        if group.get("lr") is None or float(group["lr"]) != 0.0 or not run.lr_set_by_client(position):
+        if not _is_zero(group.get("lr")) or not run.lr_set_by_client(position):
+            run.trains_at_zero = False
             return False
+    if run.trains_at_zero:
+        return False
     gradients = [p.grad for group in run.param_groups for p in group["params"] if p.grad is not None]
-    return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
+    run.trains_at_zero = any(bool(gradient.any()) for gradient in gradients)
+    return bool(gradients) and not run.trains_at_zero
+
+
+def _is_zero(rate: Any) -> bool:
+    """Return whether a rate is 0, as far as that is known without waiting for a device."""
+    return rate is not None and (not isinstance(rate, torch.Tensor) or rate.is_cpu) and float(rate) == 0.0
 
 
 def add_placeholders(run: Run) -> None:

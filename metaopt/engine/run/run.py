@@ -157,6 +157,15 @@ class Run:
         self.without_momentum: dict[int, list[torch.Tensor]] = {}
         # by group: what its fused kernel takes
         self.fused_lists: dict[int, FusedLists] = {}
+        # the types of the devices beside the processor that hold parameters; None: not known
+        self.accelerators: tuple[str, ...] | None = None
+        # steps at a rate of 0 had gradients: no client is looking for keys (see `placeholders.is_template_step`)
+        self.trains_at_zero = False
+
+    def find_accelerators(self) -> tuple[str, ...]:
+        """Return the types of the devices beside the processor that hold parameters now."""
+        elsewhere = {p.device.type for group in self.param_groups for p in group["params"] if not p.is_cpu}
+        return tuple(sorted(elsewhere))
 
     def await_copies(self) -> None:
         """Wait for copies to main memory, before anything but the device reads them."""

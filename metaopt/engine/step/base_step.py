@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, has_fused_kernel
+from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup
 from metaopt.engine.fused.lists import LARGE, FusedLists, fits_kernel, lists_for
 from metaopt.engine.fused.postponed import postponed_step
+from metaopt.engine.fused.probes import has_fused_kernel
 from metaopt.engine.run.run import Run
 from metaopt.engine.step.hooks import call_on_update, call_on_update_of_chain, is_due, keep_weights_for_on_update
 from metaopt.engine.update import Params, Update

@@ -8,6 +8,7 @@ from metaopt.engine.run.entries import AVERAGE_SHOWN, TEMPLATE, UPDATES
 from metaopt.engine.run.groups import adopt_groups
 from metaopt.engine.run.run import Run
 from metaopt.engine.step.base_step import step_bases, turn_off_kernel_for_gradients, turn_off_unfit_kernels
+from metaopt.engine.step.capture import refuse_capture
 from metaopt.engine.step.evaluation import Evaluation
 from metaopt.engine.step.hooks import act_behind, call, call_on_gradients, due_groups, observe, observe_loss
 from metaopt.engine.step.points import measure, measure_loss
@@ -52,6 +53,8 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
     run.skipped = None
     structure = run.structure
     adopt_groups(run)
+    if run.accelerators != ():
+        refuse_capture(run)
     first = run.base.param_groups[0]
     if first[AVERAGE_SHOWN]:
         averages.before_step(run)
@@ -167,6 +170,8 @@ def finish(update: Update, loss: Any) -> None:
         if update.pending_state or run.incomplete is None:
             first_update.store_pending_state(update)
             first_update.find_incomplete(run)
+            if run.accelerators is None:
+                run.accelerators = run.find_accelerators()
             run.watch_16_bits()
         run.state_size = len(run.base.state)
         if run.exchange is not None:
