@@ -133,6 +133,38 @@ class Group(_Log):
         """
 
     @abstractmethod
+    def matrices(self) -> Sequence["Group"]:
+        """Return the same without vectors and numbers, as a list of one group; of none if there is nothing else."""
+
+    @abstractmethod
+    def rows_of(self, tensors: list[torch.Tensor]) -> "Rows":
+        """Return the rows of tensors (aligned with `params`); a vector is one row."""
+
+    @abstractmethod
+    def stack(self, numbers: list[torch.Tensor]) -> torch.Tensor:
+        """Return 0-dim tensors, such as those of `norms` and `dots`, as one tensor."""
+
+    @abstractmethod
+    def multiply(self, tensors: list[torch.Tensor], numbers: torch.Tensor) -> None:
+        """Multiply each tensor in place by its own number, such as `stack` returns."""
+
+    @abstractmethod
+    def add_multiples(self, tensors: list[torch.Tensor], others: list[torch.Tensor], numbers: torch.Tensor) -> None:
+        """Add other tensors in place, each times its own number."""
+
+    @abstractmethod
+    def copies(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return copies of tensors, by one call where each call costs a launch."""
+
+    @abstractmethod
+    def cast(self, tensors: list[torch.Tensor], dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+        """Return tensors in a dtype, float32 at least if none is given: the very same ones if they have it."""
+
+    @abstractmethod
+    def add(self, tensors: list[torch.Tensor], others: list[torch.Tensor], *, alpha: float = 1.0) -> None:
+        """Add `alpha` times other tensors in place; if their dtypes differ, each sum is rounded once."""
+
+    @abstractmethod
     def replace_grads(self, gradients: list[torch.Tensor]) -> None:
         """Let these be the gradients until the end of this `step()`; afterwards the parameters have none.
 
@@ -171,6 +203,29 @@ class Group(_Log):
         A group is one of several: what all of them measure in one update is averaged, or with "norm" is the norm of
         the whole that their norms belong to.
         """
+
+
+class Rows(ABC):
+    """The rows of several tensors, a row being an index of the first dimension; their numbers are one tensor.
+
+    Two lists of tensors of the same shapes have their rows in the same order.
+    """
+
+    @abstractmethod
+    def norms(self) -> torch.Tensor:
+        """Return the 2-norm of each row, over all shards of it, in float32 at least."""
+
+    @abstractmethod
+    def means(self) -> torch.Tensor:
+        """Return the mean of each row, over all shards of it, in float32 at least."""
+
+    @abstractmethod
+    def multiply(self, numbers: torch.Tensor) -> None:
+        """Multiply each row of the tensors in place by its own number, once."""
+
+    @abstractmethod
+    def subtract(self, numbers: torch.Tensor) -> None:
+        """Subtract from each row of the tensors in place its own number, once."""
 
 
 class Groups(_Log):

@@ -14,6 +14,7 @@ import torch
 
 from metaopt.errors import SpecError
 from metaopt.group import Group
+from metaopt.multi_tensor import copies, lerp_
 
 # what an operation returns: a number for each element, for each tensor, or for the group
 LIST, TENSOR, NUMBER = "list", "tensor", "number"
@@ -245,9 +246,9 @@ def _operation(symbol: Symbol, args: list[Any], free: list[bool], group: Group) 
         each = zip(*(a if isinstance(a, list | tuple) else [a] * len(_first(lists)) for a in lists), strict=True)
         return [_ON_ELEMENTS[name](*parts, free[0]) for parts in each]
     if name == "lerp" and lists[0][0].dtype != lists[1][0].dtype:
-        # a multi-tensor lerp refuses mixed dtypes; cast one at a time, or all weights would be copied at once
-        ends = zip(lists[0], lists[1], strict=True)
-        return [(s if free[0] else s.clone()).lerp_(e.to(s.dtype), lists[2]) for s, e in ends]
+        starts = lists[0] if free[0] else copies(lists[0])
+        lerp_(starts, lists[1], lists[2])
+        return starts
     function = getattr(torch, f"_foreach_{name}{'_' if free[0] else ''}")
     result = function(*lists)
     return lists[0] if free[0] else list(result)

@@ -17,7 +17,9 @@ HEAVY = {"tensorboard", "typer", "rich", "matplotlib", "sklearn"}
 # module -> what it may import from metaopt, the lowest first; a group of modules may import one another
 BOTTOM: dict[str, set[str]] = {
     "errors": set(),
-    "distributed": {"errors", "distributed"},
+    "multi_tensor": set(),
+    "flat_memory": {"multi_tensor"},
+    "distributed": {"errors", "distributed", "multi_tensor", "flat_memory"},
     "hooks": set(),
     "docstrings": set(),
     "hyperparameters": {"errors"},
@@ -34,7 +36,7 @@ BOTTOM: dict[str, set[str]] = {
     "module_buffers": set(),
     "slots": set(),
     "group": set(),
-    "rules": {"errors", "group"},
+    "rules": {"errors", "group", "multi_tensor"},
     "programs": {"rules"},
     "wrapper": {"errors", "hyperparameters", "schedule", "slots", "group", "rules"},
     "problem_class": {"errors", "hyperparameters"},
@@ -47,7 +49,7 @@ BOTTOM: dict[str, set[str]] = {
 # what a stack is made of works without pluggy and without any registered part
 BELOW_ENGINE = {
     *("errors", "hyperparameters", "deferred", "space", "schedule", "slots", "group", "rules", "programs", "wrapper"),
-    *("metrics", "logger", "measurements"),
+    *("metrics", "logger", "measurements", "multi_tensor", "flat_memory"),
     *("group_entries", "misuse", "module_buffers", "distributed", "scheduled_values", "torch_internals"),
 }
 # the modules of the engine, the lowest first: each imports only from those above it here
@@ -60,7 +62,15 @@ ENGINE = (
     "update",
     *("param_state.scratch", "param_state.slot_values", "param_state.placeholders", "param_state.first_update"),
     "param_state.base_reset",
-    *("views.blocks", "views.params", "views.numbers", "views.group_view", "views.cutting", "views.groups_view"),
+    *(
+        "views.blocks",
+        "views.params",
+        "views.rows",
+        "views.numbers",
+        "views.group_view",
+        "views.cutting",
+        "views.groups_view",
+    ),
     "averages",
     *("exchange.buckets", "exchange.initial_sync", "exchange.outer_steps"),
     *("checkpoint.report", "checkpoint.matching", "checkpoint.validation", "checkpoint.precedence", "checkpoint.reset"),

@@ -7,12 +7,21 @@ from metaopt.distributed.shards import total_norm
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, float("inf")])
-@pytest.mark.parametrize("dtypes", [[torch.float32] * 3, [torch.bfloat16] * 3, [torch.float32, torch.float64]])
+@pytest.mark.parametrize("dtypes", [[torch.float32] * 3, [torch.float64] * 3, [torch.float32, torch.float64]])
 def test_the_norm_is_torch_s_to_the_last_bit(p, dtypes, device):
     kinds = [torch.float32 if device.type == "mps" else dtype for dtype in dtypes]
     tensors = [torch.randn(5, i + 1, device=device).to(kind) for i, kind in enumerate(kinds)]
     norm, expected = total_norm(tensors, p), torch.nn.utils.get_total_norm(tensors, p)
     assert torch.equal(norm, expected) and norm.dtype == expected.dtype
+
+
+@pytest.mark.parametrize("dtypes", [[torch.float16] * 3, [torch.bfloat16] * 3, [torch.float32, torch.bfloat16]])
+def test_the_norm_of_16_bits_is_worked_out_in_32(dtypes, device):
+    tensors = [torch.full((100,), 3e4, device=device).to(dtype) for dtype in dtypes]
+    norm = total_norm(tensors)
+    exact = torch.linalg.vector_norm(torch.cat([t.double() for t in tensors]))
+    assert norm.dtype == torch.float32
+    torch.testing.assert_close(norm.double(), exact, rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

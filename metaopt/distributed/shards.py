@@ -1,11 +1,14 @@
 """Tensors of which this process may hold only a shard: local parts, and norms, means and noise over all shards."""
 
+import functools
 import hashlib
 import math
 import sys
 from typing import Any
 
 import torch
+
+from metaopt import flat_memory, multi_tensor
 
 # elements from which on a tensor's norm is taken by rows, and how many rows
 LARGE = 1 << 16
@@ -75,7 +78,7 @@ def norm_over_shards(values: torch.Tensor, parameter: torch.Tensor, *, rows: boo
 
 def norms_over_shards(values: list[torch.Tensor], parameters: list[torch.Tensor]) -> list[torch.Tensor]:
     """Return the 2-norm of each of many local parts over all its shards; see `sums_over_shards`."""
-    norms = [torch.linalg.vector_norm(v, dtype=at_least_float32(v.dtype)) for v in values]
+    norms = multi_tensor.norms(values)
     if not any(map(is_sharded, parameters)):
         return norms
     return [total.sqrt() for total in sums_over_shards([norm.square() for norm in norms], parameters)]
@@ -107,10 +110,19 @@ def mean_over_shards(values: torch.Tensor, parameter: torch.Tensor, *, rows: boo
     return sum_over_shards(total, parameter, rows=rows) / max(1, count)
 
 
+def means_over_shards(values: list[torch.Tensor], parameters: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the mean of each of many local parts over all its shards."""
+    if not multi_tensor.on_accelerator(values) or any(map(is_sharded, parameters)):
+        return [mean_over_shards(v, p, rows=False) for v, p in zip(values, parameters, strict=True)]
+    return list(torch._foreach_div(flat_memory.sums(values), [float(max(1, p.numel())) for p in parameters]))
+
+
 def dots_over_shards(
     a: list[torch.Tensor], b: list[torch.Tensor], parameters: list[torch.Tensor]
 ) -> list[torch.Tensor]:
     """Return the real inner product of each two local parts over all shards, as `sums_over_shards` does; >= float32."""
+    if multi_tensor.on_accelerator(a):
+        return sums_over_shards(flat_memory.dots(a, b), parameters)
     return sums_over_shards([_dot(x, y) for x, y in zip(a, b, strict=True)], parameters)
 
 
@@ -181,10 +193,15 @@ def total_norm(tensors: list[torch.Tensor], norm_type: float = 2.0) -> torch.Ten
 
 
 def _norm_here(tensors: list[torch.Tensor], p: float) -> torch.Tensor:
-    first = tensors[0] if tensors else None
-    alike = len({(t.dtype, t.device) for t in tensors}) == 1
-    if first is None or not alike:
+    if not tensors:
         return torch.nn.utils.get_total_norm(tensors, p)
+    first, kinds = tensors[0], dict.fromkeys((t.dtype, t.device) for t in tensors)
+    if len(kinds) > 1:
+        # of each device first: torch would send the norm of each tensor over by itself
+        parts = [_norm_here([t for t in tensors if (t.dtype, t.device) == kind], p) for kind in kinds]
+        wide = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+        total: torch.Tensor = torch.linalg.vector_norm(torch.stack([n.to(first.device, wide) for n in parts]), p)
+        return total
     if p == math.inf and first.device.type == "cpu" and first.is_floating_point():
         # the same number as torch's own infinity norm, in a ninth of its time on a processor
         extremes = [extreme for tensor in tensors for extreme in torch.aminmax(tensor)]
@@ -196,7 +213,9 @@ def _norm_here(tensors: list[torch.Tensor], p: float) -> torch.Tensor:
         (large if t.numel() >= LARGE and _has_rows(t) else small).append(t)
     norms = [torch.linalg.vector_norm(t.view(ROWS, -1), p, dim=1) for t in large]
     if small:
-        norms.append(torch.stack(torch._foreach_norm(small, p)))
+        # 16 bits have no norm beyond 65504, or one of three digits
+        dtype = torch.float32 if first.dtype in (torch.float16, torch.bfloat16) else None
+        norms.append(multi_tensor.stacked(torch._foreach_norm(small, p, dtype)))
     norm: torch.Tensor = torch.linalg.vector_norm(torch.cat(norms) if large else norms[0], p)
     return norm
 
@@ -245,7 +264,7 @@ def _without_partial(tensor: Any, module: Any) -> Any:
 
 def total_dot(a: list[torch.Tensor], b: list[torch.Tensor], parameters: list[torch.Tensor]) -> torch.Tensor:
     """Return the real inner product of two aligned lists of local tensors, over all shards, as one 0-dim tensor."""
-    return torch.stack(dots_over_shards(a, b, parameters)).sum()
+    return multi_tensor.stacked(dots_over_shards(a, b, parameters)).sum()
 
 
 def holders_of_other_shards(parameter: torch.Tensor) -> set[int]:

@@ -193,6 +193,11 @@ class Chain:
             self.base.param_groups, group["params"] = groups, params
 
     @property
+    def begins_at_zero(self) -> bool:
+        """Whether the base's state of a parameter, its count included, is all zeros before the first update of it."""
+        return type(self.base) in (Adam, AdamW) and self.fused_state is not None
+
+    @property
     def is_elementwise(self) -> bool:
         """Whether the base may be stepped over some parameters at a time with the same result."""
         return type(self.base) in ELEMENTWISE

@@ -1,7 +1,8 @@
 """Update: most of what exists for one `step()` and not longer. It ends with the step, also with one that fails."""
 
+from collections.abc import Iterator
 from itertools import repeat
-from operator import is_not
+from operator import attrgetter, is_not
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from metaopt.engine.fused.postponed import PostponedStep
 from metaopt.engine.fused.probes import takes_factor
 from metaopt.engine.run.entries import UPDATES
 from metaopt.engine.run.run import Run
+from metaopt.flat_memory import flat_room
+from metaopt.multi_tensor import add_, cast, copies, on_accelerator, operand, wide_dtype
 
 # of parameters wider than this many bytes an element, gradients are not scaled by a fused kernel: its factor is float32
 WIDEST_FOLDED = 4
@@ -166,8 +169,8 @@ class Update:
         for group in chain.groups_in(self.run.param_groups):
             for p, gradient in zip(*self.params_and_grads(group), strict=True):
                 gradients.setdefault((p.device, gradient.dtype), []).append(dense(local(gradient)))
-        for (device, dtype), tensors in gradients.items():
-            torch._foreach_mul_(tensors, _as_tensor(factor, dtype).to(device))
+        for (_, dtype), tensors in gradients.items():
+            torch._foreach_mul_(tensors, operand(_as_tensor(factor, dtype), tensors))
 
     def fold_scale(self, chain: Chain) -> None:
         """Hand a chain's factor to the base's fused kernel if it can take it; otherwise multiply now.
@@ -197,23 +200,26 @@ class Update:
 
     def keep_weights(self, params: Params) -> None:
         """Copy the weights of some parameters, right before the base moves them."""
-        for p in params:
-            self.weights_before[p] = local(p).clone()
+        self.weights_before.update(_copied(params))
 
     def keep_weights_for_observers(self) -> None:
         """Copy the weights of all parameters that are updated, for parts that only look."""
         for group in self.run.param_groups:
-            for p in self.params_of(group):
-                self.weights_for_observers[p] = local(p).clone()
+            self.weights_for_observers.update(_copied(self.params_of(group)))
 
     def begin_observing(self) -> None:
         """Let parts that only look see all that was added to the weights; the copies of these are overwritten."""
         self.change_for_observers = {}
-        for p in list(self.weights_for_observers):
-            before, weights = self.weights_for_observers.pop(p), local(p)
-            wide = torch.promote_types(weights.dtype, torch.float32)
-            out = before if wide == weights.dtype else torch.empty_like(weights, dtype=wide)
-            self.change_for_observers[p] = torch.sub(weights.to(wide), before, out=out)
+        for part in _taken_together(list(self.weights_for_observers)):
+            if not on_accelerator(part):
+                for p in part:
+                    before, weights = self.weights_for_observers.pop(p), local(p)
+                    wide = wide_dtype(weights.dtype)
+                    out = before if wide == weights.dtype else torch.empty_like(weights, dtype=wide)
+                    self.change_for_observers[p] = torch.sub(weights.to(wide), before, out=out)
+                continue
+            befores, weights_now = [self.weights_for_observers.pop(p) for p in part], [local(p) for p in part]
+            self.change_for_observers.update(zip(part, _differences(weights_now, befores), strict=True))
 
     def keep_block(self, params: Params) -> None:
         """Copy the weights of a block of parameters into memory that the next block uses again.
@@ -242,7 +248,9 @@ class Update:
 
     def _cut_memory(self, role: str, weights: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return tensors of the weights' shapes in memory of this update; those of a change are at least float32."""
-        dtype = weights[0].dtype if role == "before" else torch.promote_types(weights[0].dtype, torch.float32)
+        dtype = weights[0].dtype if role == "before" else wide_dtype(weights[0].dtype)
+        if on_accelerator(weights):
+            return flat_room(weights, dtype)
         key, sizes = (role, weights[0].dtype, weights[0].device), [w.numel() for w in weights]
         memory = self.block_memory.get(key)
         if memory is None or memory.numel() < sum(sizes):
@@ -254,28 +262,49 @@ class Update:
         """Return what was added to a parameter so far, at least float32; `apply_change` counts changes of it."""
         if p in self.unapplied:
             return self.change[p]
-        weights, change = local(p), self.change.get(p)
-        if change is None or self.applied_versions.get(p, (0, -1))[1] != weights._version:
-            before, memory = self.weights_before[p], self.change_memory.pop(p, None)
-            wide = torch.promote_types(weights.dtype, torch.float32)
+        if self._has_moved_since(p):
+            weights, before, memory = local(p), self.weights_before[p], self.change_memory.pop(p, None)
+            wide = wide_dtype(weights.dtype)
             if memory is None:
                 memory = torch.empty_like(weights, dtype=wide)
             change = self.change[p] = torch.sub(weights.to(wide), before, out=memory)
             self.applied_versions[p] = change._version, weights._version
-        return change
+        return self.change[p]
+
+    def _has_moved_since(self, p: torch.Tensor) -> bool:
+        """Return whether a parameter has moved since its change was last worked out, if ever."""
+        return p not in self.change or self.applied_versions.get(p, (0, -1))[1] != local(p)._version
+
+    def changes_of(self, params: Params) -> list[torch.Tensor]:
+        """Return `change_of` each of some parameters of one device and dtype."""
+        if on_accelerator(params):
+            new = [p for p in params if p not in self.unapplied and self._has_moved_since(p)]
+            if new:
+                weights, befores = [local(p) for p in new], [self.weights_before[p] for p in new]
+                memory = [self.change_memory.pop(p, None) for p in new]
+                out = [m for m in memory if m is not None]
+                changes = _differences(weights, befores, out if len(out) == len(new) else None)
+                self.change.update(zip(new, changes, strict=True))
+                for p, change, now in zip(new, changes, weights, strict=True):
+                    self.applied_versions[p] = change._version, now._version
+        return [self.change_of(p) for p in params]
 
     def return_to_weights_before(self, params: Params) -> None:
         """Give the parameters their weights from before the update; `change` holds what is to be added."""
-        for p in params:
-            if p not in self.unapplied:
-                self.change_of(p)
-                local(p).copy_(self.weights_before[p])
-                self.unapplied.add(p)
+        for part in _taken_together([p for p in params if p not in self.unapplied]):
+            if on_accelerator(part):
+                self.changes_of(part)
+                torch._foreach_copy_([local(p) for p in part], [self.weights_before[p] for p in part])
+            else:
+                for p in part:
+                    self.change_of(p)
+                    local(p).copy_(self.weights_before[p])
+            self.unapplied.update(part)
 
     def apply_change(self, params: Params) -> None:
         """Set the parameters to the weights before plus the change, rounded once."""
-        if params:
-            torch._foreach_add_([local(p) for p in params], [self.change[p] for p in params])
+        for part in _taken_together(params):
+            add_([local(p) for p in part], [self.change[p] for p in part])
         for p in params:
             weights, change = local(p), self.change[p]
             self.unapplied.discard(p)
@@ -284,8 +313,8 @@ class Update:
     def apply_written_change(self, params: Params) -> Params:
         """Set those parameters to the weights before plus the change whose change a wrapper has written to."""
         written = [p for p in params if p in self.change and self.change[p]._version != self.applied_versions[p][0]]
-        for p in written:
-            local(p).copy_(self.weights_before[p])
+        for part in _taken_together(written):
+            torch._foreach_copy_([local(p) for p in part], [self.weights_before[p] for p in part])
         self.apply_change(written)
         return written
 
@@ -318,6 +347,29 @@ def _as_tensor(factor: torch.Tensor | float, dtype: torch.dtype = torch.float32)
     """Return a factor as a tensor: a number as float32, or as float64 for gradients of that dtype."""
     wide = torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
     return factor if isinstance(factor, torch.Tensor) else torch.tensor(factor, dtype=wide)
+
+
+def _copied(params: Params) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield parameters with copies of what this process holds of them."""
+    for part in _taken_together(params):
+        yield from zip(part, copies([local(p) for p in part]), strict=True)
+
+
+def _differences(
+    weights: list[torch.Tensor], befores: list[torch.Tensor], out: list[torch.Tensor] | None = None
+) -> list[torch.Tensor]:
+    """Return how far weights have moved, in float32 at least, by calls over all of them."""
+    out = flat_room(weights, wide_dtype(weights[0].dtype)) if out is None else out
+    torch._foreach_copy_(out, weights)
+    torch._foreach_sub_(out, cast(befores))
+    return out
+
+
+def _taken_together(params: Params) -> list[Params]:
+    """Return the lists that multi-tensor calls take: all on a processor, where dtypes may be mixed at no cost."""
+    if all(map(attrgetter("is_cpu"), params)):
+        return [params] if params else []
+    return _by_dtype_and_device(params)
 
 
 def _by_dtype_and_device(params: Params) -> list[Params]:

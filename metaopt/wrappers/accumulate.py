@@ -45,7 +45,7 @@ class Accumulate(Wrapper):
         weighs = bool(fresh) and (isinstance(weight, torch.Tensor) or weight != 1.0)
         if seen < groups.steps and not groups.is_flush:
             for group in fresh:
-                _add(group.sum, group.grads, weight)
+                _add(group, group.sum, group.grads, weight)
                 group.clear_grads()
             if weighs:
                 groups.extra_weight.add_(weight - 1.0)
@@ -69,8 +69,8 @@ def _means(group: Group, weight: float | torch.Tensor, total: torch.Tensor) -> l
     total = total.to(sums[0].device)
     # a gradient with a graph is not to be taken for the mean
     if any(g.layout is not torch.strided or g.requires_grad for g in grads) or _share_memory(grads):
-        sums = [s.clone() for s in sums]
-        _add(sums, grads, weight)
+        sums = group.copies(sums)
+        _add(group, sums, grads, weight)
         torch._foreach_div_(sums, total)
         return sums
     plain = not isinstance(weight, torch.Tensor) and weight == 1.0
@@ -78,11 +78,12 @@ def _means(group: Group, weight: float | torch.Tensor, total: torch.Tensor) -> l
         torch._foreach_add_(grads, sums)
         torch._foreach_div_(grads, total)
         return grads
-    for kept, gradient in zip(sums, grads, strict=True):
-        # a piece at a time: the sums of 16-bit gradients are wider
-        mean = [kept.clone()]
-        _add(mean, [gradient], weight)
-        gradient.copy_(mean[0].div_(total))
+    for block in group.blocks():
+        # the sums of 16-bit gradients are wider
+        means = block.copies(block.sum)
+        _add(block, means, block.grads, weight)
+        torch._foreach_div_(means, total)
+        torch._foreach_copy_(block.grads, means)
     return grads
 
 
@@ -90,13 +91,13 @@ def _share_memory(tensors: list[torch.Tensor]) -> bool:
     return len({t.data_ptr() for t in tensors}) < len(tensors)
 
 
-def _add(sums: list[torch.Tensor], gradients: list[torch.Tensor], weight: float | torch.Tensor) -> None:
+def _add(group: Group, sums: list[torch.Tensor], gradients: list[torch.Tensor], weight: float | torch.Tensor) -> None:
     if isinstance(weight, torch.Tensor):
         weight = weight.to(sums[0].device)
         for total, gradient in zip(sums, gradients, strict=True):
             total.addcmul_(gradient.to(total.dtype), weight.to(total.dtype))
     else:
-        torch._foreach_add_(sums, gradients, alpha=weight)
+        group.add(sums, gradients, alpha=weight)
 
 
 @hookimpl

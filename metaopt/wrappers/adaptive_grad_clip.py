@@ -21,14 +21,11 @@ class AdaptiveGradClip(Wrapper):
 
     def on_gradients(self, groups: Groups) -> None:
         for group in groups:
-            gradients = group.grads
-            bounds = [n.clamp(min=group.eps) * group.clipping for n in group.norms(group.params, rows=True)]
-            sizes = group.norms(gradients, rows=True)
+            bounds = group.rows_of(group.params).norms().clamp(min=group.eps) * group.clipping
+            gradients = group.rows_of(group.grads)
+            sizes = gradients.norms()
             # where a row's gradient is zero the factor does not matter, but 0 / 0 would
-            factors = [
-                torch.where(s > b, b / s, 1.0).to(g.dtype) for s, b, g in zip(sizes, bounds, gradients, strict=True)
-            ]
-            torch._foreach_mul_(gradients, factors)
+            gradients.multiply(torch.where(sizes > bounds, bounds / sizes, 1.0))
 
 
 @hookimpl

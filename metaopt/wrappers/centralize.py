@@ -1,7 +1,5 @@
 """Gradient centralization: each unit's gradient loses its mean."""
 
-import torch
-
 from metaopt import Groups, Wrapper, hookimpl
 
 
@@ -16,11 +14,9 @@ class Centralize(Wrapper):
 
     def on_gradients(self, groups: Groups) -> None:
         for group in groups:
-            gradients = group.grads
-            means = group.means(gradients, rows=True)
-            pairs = [(g, m) for g, m in zip(gradients, means, strict=True) if g.dim() > 1]
-            if pairs:
-                torch._foreach_sub_([g for g, _ in pairs], [m for _, m in pairs])
+            for matrices in group.matrices():
+                rows = matrices.rows_of(matrices.grads)
+                rows.subtract(rows.means())
 
 
 @hookimpl

@@ -18,13 +18,15 @@ class Grokfast(Wrapper):
     average = zeros(early=True)
 
     def on_gradients(self, groups: Groups) -> None:
-        for group in groups:
-            gradients, averages = group.grads, group.average
+        for block in (block for group in groups for block in group.blocks()):
+            gradients, averages = block.grads, block.average
             # an average that begins at zero would be too small for 1 / (1 - alpha) steps
-            for average, g in zip(averages, gradients, strict=True):
-                average.copy_(torch.where(average == 0, g, average))
-            torch._foreach_lerp_(averages, gradients, 1.0 - group.alpha)
-            torch._foreach_add_(gradients, averages, alpha=group.lamb)
+            known = torch._foreach_abs(averages)
+            torch._foreach_sign_(known)
+            torch._foreach_sub_(known, 1.0)
+            torch._foreach_addcmul_(averages, known, gradients, value=-1.0)
+            torch._foreach_lerp_(averages, gradients, 1.0 - block.alpha)
+            torch._foreach_add_(gradients, averages, alpha=block.lamb)
 
 
 @hookimpl

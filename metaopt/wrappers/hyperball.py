@@ -16,19 +16,23 @@ class Hyperball(Wrapper):
     known_as = ("MuonH", "AdamH", "HyperBallAdamW", "MuonHyperball", "hyperball optimization")
 
     def on_update(self, group: Group) -> None:
-        weights, updates = group.params, group.update
-        squares, mixed, lengths = (
-            torch.stack(group.dots(*pair)) for pair in ((weights, weights), (weights, updates), (updates, updates))
-        )
-        cosines = mixed / squares.sqrt() / lengths.sqrt()
-        # R / |w + lr R N(u)|, from two sides and their angle: the sum of so many squares is less exact in 32 bits
-        shrinks = (1 + 2 * group.base_lr * cosines + group.base_lr**2).clamp(min=1e-12).rsqrt()
-        turning = cosines.isfinite()
-        scales = torch.where(turning, shrinks * group.base_lr * (squares / lengths).sqrt(), 1.0).unbind()
-        shifts = torch.where(turning, shrinks - 1, 0.0).unbind()
-        for u, w, scale, shift in zip(updates, weights, scales, shifts, strict=True):
-            if w.dim() > 1:
-                u.mul_(scale).addcmul_(w, shift)
+        for matrices in group.matrices():
+            _turn(matrices)
+
+
+def _turn(group: Group) -> None:
+    weights, updates = group.params, group.update
+    squares, mixed, lengths = (
+        group.stack(group.dots(*pair)) for pair in ((weights, weights), (weights, updates), (updates, updates))
+    )
+    cosines = mixed / squares.sqrt() / lengths.sqrt()
+    # R / |w + lr R N(u)|, from two sides and their angle: the sum of so many squares is less exact in 32 bits
+    shrinks = (1 + 2 * group.base_lr * cosines + group.base_lr**2).clamp(min=1e-12).rsqrt()
+    turning = cosines.isfinite()
+    scales = torch.where(turning, shrinks * group.base_lr * (squares / lengths).sqrt(), 1.0)
+    shifts = torch.where(turning, shrinks - 1, 0.0)
+    group.multiply(updates, scales)
+    group.add_multiples(updates, weights, shifts)
 
 
 @hookimpl

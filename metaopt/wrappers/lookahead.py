@@ -85,9 +85,8 @@ class Lookahead(Wrapper, every="k", elementwise=True, across="slow"):
 
 
 def _distance(group: Group) -> torch.Tensor:
-    # one difference at a time: all of them at once would take as much memory as the weights
-    norms = [torch.linalg.vector_norm(f.to(s.dtype) - s) for f, s in zip(group.params, group.slow, strict=True)]
-    distance: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    differences = torch._foreach_sub(group.cast(group.params, group.slow[0].dtype), group.slow)
+    distance: torch.Tensor = torch.linalg.vector_norm(group.stack(list(torch._foreach_norm(differences))))
     return distance
 
 

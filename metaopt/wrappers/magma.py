@@ -28,21 +28,23 @@ class Magma(Wrapper):
     def on_update(self, group: Group) -> None:
         gradients, momentum, scores = group.grads, group.momentum, group.score
         torch._foreach_lerp_(momentum, gradients, 1.0 - group.beta)
-        targets = [torch.sigmoid(cosine / group.tau) for cosine in _cosines(group, momentum, gradients)]
-        torch._foreach_lerp_(scores, targets, 1.0 - group.smoothing)
-        coins = [u < group.keep for u in group.random_like(scores, "uniform")]
-        torch._foreach_mul_(group.update, [score * coin for score, coin in zip(scores, coins, strict=True)])
+        targets = torch.sigmoid(_cosines(group, momentum, gradients) / group.tau).to(scores[0].dtype)
+        torch._foreach_lerp_(scores, list(targets.unbind()), 1.0 - group.smoothing)
+        coins = group.stack(group.random_like(scores, "uniform")) < group.keep
+        group.multiply(group.update, group.stack(scores) * coins)
 
 
-def _cosines(group: Group, left: list[torch.Tensor], right: list[torch.Tensor]) -> list[torch.Tensor]:
+def _cosines(group: Group, left: list[torch.Tensor], right: list[torch.Tensor]) -> torch.Tensor:
     """Return the cosine between two tensors each, from what their directions add up to; 0 if one is zero."""
     ways = []
     for tensors in (left, right):
-        sizes = [torch.where(n == 0, 1.0, n).to(t.dtype) for n, t in zip(group.norms(tensors), tensors, strict=True)]
-        ways.append(list(torch._foreach_div(tensors, sizes)))
-    sums, differences = torch._foreach_add(*ways), torch._foreach_sub(*ways)
-    pairs = zip(group.norms(list(sums)), group.norms(list(differences)), strict=True)
-    return [(s * s - d * d) / 4.0 for s, d in pairs]
+        sizes = group.stack(group.norms(tensors))
+        way = group.copies(tensors)
+        group.multiply(way, torch.where(sizes == 0, 1.0, sizes).reciprocal())
+        ways.append(way)
+    both = torch._foreach_add(*ways), torch._foreach_sub(*ways)
+    sums, differences = (group.stack(group.norms(list(each))).square() for each in both)
+    return (sums - differences) / 4.0
 
 
 @hookimpl

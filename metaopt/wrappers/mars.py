@@ -20,15 +20,13 @@ class Mars(Wrapper):
 
     def on_gradients(self, groups: Groups) -> None:
         for group in groups:
-            gradients, factor = group.grads, group.gamma * group.beta1 / (1.0 - group.beta1)
-            for gradient, before in zip(
-                gradients, group.before, strict=True
-            ):  # one change at a time takes little memory
-                change = gradient - before
-                before.copy_(gradient)
-                gradient.add_(change, alpha=factor)
-            sizes = group.norms(gradients)
-            torch._foreach_div_(gradients, [s.clamp(min=1.0).to(gradients[0].dtype) for s in sizes])
+            factor = group.gamma * group.beta1 / (1.0 - group.beta1)
+            for block in group.blocks():
+                changes = torch._foreach_sub(block.grads, block.before)
+                torch._foreach_copy_(block.before, block.grads)
+                torch._foreach_add_(block.grads, changes, alpha=factor)
+            gradients = group.grads
+            group.multiply(gradients, group.stack(group.norms(gradients)).clamp(min=1.0).reciprocal())
 
 
 @hookimpl

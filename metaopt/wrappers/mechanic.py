@@ -33,11 +33,11 @@ class Mechanic(Wrapper):
 
     def after_updates(self, groups: Groups) -> None:
         pieces = list(groups)
-        steps = [[u.clone() for u in group.update] for group in pieces]
+        steps = [group.copies(group.update) for group in pieces]
         for group in pieces:
             # the way so far, where the engine can take its norms and products
             torch._foreach_copy_(group.update, group.before)
-            torch._foreach_sub_(group.update, group.origin)
+            group.add(group.update, group.origin, alpha=-1.0)
         total = groups.s_init * groups.bets.sum()
         _bet(groups, _descent(groups, total, up=pieces[0].maximize))
         scale = groups.s_init * groups.bets.sum()

@@ -19,12 +19,11 @@ class Orthograd(Wrapper):
             own = _components(group.grads)
             # 32 bits or more: products of small numbers are zero in 16
             wide = torch.promote_types(own[0].dtype, torch.float32)
-            weights, gradients = ([t.to(wide) for t in each] for each in (_components(group.params), own))
-            sizes = group.norms(gradients)
-            pairs = zip(group.dots(weights, gradients), group.dots(weights, weights), strict=True)
-            torch._foreach_addcmul_(gradients, weights, [-(along / (square + 1e-30)) for along, square in pairs])
-            left = group.norms(gradients)
-            torch._foreach_mul_(gradients, [_stretch(s, n).to(wide) for s, n in zip(sizes, left, strict=True)])
+            weights, gradients = (group.cast(each, wide) for each in (_components(group.params), own))
+            sizes = group.stack(group.norms(gradients))
+            along, squares = (group.stack(group.dots(weights, each)) for each in (gradients, weights))
+            group.add_multiples(gradients, weights, -(along / (squares + 1e-30)))
+            group.multiply(gradients, _stretch(sizes, group.stack(group.norms(gradients))))
             if own[0].dtype != wide:
                 torch._foreach_copy_(own, gradients)
 

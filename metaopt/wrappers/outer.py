@@ -45,8 +45,7 @@ class Outer(Wrapper, every="k", elementwise=True, across="slow"):
             torch._foreach_sub_(fast, slow)
             _advance(slow, buffer, fast, group)
         else:
-            for f, s, b in zip(fast, slow, buffer, strict=True):
-                _advance([s], [b], [f.to(s.dtype) - s], group)
+            _advance(slow, buffer, list(torch._foreach_sub(group.cast(fast, slow[0].dtype), slow)), group)
         group.set_params(slow)
 
     def averaged(self, group: Group) -> list[torch.Tensor]:

@@ -59,7 +59,7 @@ class ScheduleFree(Wrapper, elementwise=True):
         group.summed.fill_(number)
         if group.weight_decay_at_y:
             decayed = torch._foreach_mul(group.params, group.base_lr * group.weight_decay_at_y)
-            torch._foreach_sub_(group.update, decayed)
+            group.add(group.update, list(decayed), alpha=-1.0)
         # a warm-up that begins at zero has a first weight of 0
         _step(group, group.momentum, weight / group.weight_sum.clamp(min=torch.finfo(weight.dtype).tiny))
 
@@ -71,7 +71,7 @@ def _step(group: Group, mu: float, c: float | torch.Tensor) -> None:
     """Advance z by the base's step and set the step to y' - y = c (z' - y) + (1 - mu) (1 - c) u."""
     torch._foreach_add_(group.z, group.update)
     torch._foreach_mul_(group.update, (1.0 - mu) * (1.0 - c))
-    ahead = torch._foreach_sub(group.z, group.params)
+    ahead = torch._foreach_sub(group.z, group.cast(group.params))
     torch._foreach_mul_(ahead, c)
     torch._foreach_add_(group.update, ahead)
 

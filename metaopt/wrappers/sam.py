@@ -32,7 +32,7 @@ class Sam(Wrapper):
         if not pieces:
             return loss
         norm = _adaptive_norm(pieces) if groups.adaptive else groups.norm()
-        kept = [[p.clone() for p in group.params] for group in pieces]
+        kept = [group.copies(group.params) for group in pieces]
         try:
             for group in pieces:
                 _climb(group, norm, adaptive=groups.adaptive)
@@ -49,18 +49,18 @@ class Sam(Wrapper):
 def _climb(group: Group, norm: torch.Tensor, *, adaptive: bool) -> None:
     norm = norm.to(group.params[0].device)
     # gradients that are all zero have no direction; a small number added to the norm would be lost in 16 bits
-    directions = torch._foreach_div(group.grads, torch.where(norm == 0, 1.0, norm))
+    directions = list(torch._foreach_div(group.cast(group.grads), torch.where(norm == 0, 1.0, norm)))
     torch._foreach_mul_(directions, -group.rho if group.maximize else group.rho)
     if adaptive:
-        sizes = torch._foreach_abs(group.params)
+        sizes = torch._foreach_abs(group.cast(group.params))
         torch._foreach_mul_(directions, sizes)
         torch._foreach_mul_(directions, sizes)
-    torch._foreach_add_(group.params, directions)
+    group.add(group.params, directions)
 
 
 def _adaptive_norm(pieces: Iterable[Group]) -> torch.Tensor:
-    norms = [n for group in pieces for n in group.norms(list(torch._foreach_mul(group.grads, group.params)))]
-    total: torch.Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    norms = [group.stack(group.norms(list(torch._foreach_mul(group.grads, group.params)))) for group in pieces]
+    total: torch.Tensor = torch.linalg.vector_norm(torch.cat([n.to(norms[0].device) for n in norms]))
     return total
 
 

@@ -26,8 +26,7 @@ class TailAverage(Wrapper, every="every", elementwise=True):
         if samples < 1:
             return
         # a parameter that has its first gradient late has stayed until then where its average begins
-        weights = [p.to(average.dtype) for p, average in zip(group.params, group.average, strict=True)]
-        torch._foreach_lerp_(group.average, weights, 1.0 / samples)
+        torch._foreach_lerp_(group.average, group.cast(group.params), 1.0 / samples)
 
     def averaged(self, group: Group) -> list[torch.Tensor] | None:
         average: list[torch.Tensor] = group.average

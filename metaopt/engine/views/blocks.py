@@ -10,8 +10,8 @@ from metaopt.engine.update import Params
 # elements that a processor's cache holds together with their state
 CPU_BLOCK = 1 << 19
 
-# larger blocks on accelerators: few launches, bounded temporary memory
-DEVICE_BLOCK = 1 << 25
+# larger blocks on accelerators, half a gigabyte of float32: few launches, bounded temporary memory
+DEVICE_BLOCK = 1 << 27
 
 # rows of a tensor's first dimension, or None for all of them
 Rows = tuple[int, int] | None

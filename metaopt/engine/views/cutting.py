@@ -32,12 +32,11 @@ def views_of(
 def block_views_of(
     update: Update, group: ParamGroup, wrapper: Wrapper, parameters: Params, updates: int | None = None
 ) -> list[GroupView]:
-    """Split parameters as `views_of` does; for an elementwise wrapper, further into blocks that fit into a cache.
+    """Split parameters as `views_of` does; for an elementwise wrapper, further into blocks.
 
-    An accelerator gets all at once, one launch for everything, if nothing has to be fetched from elsewhere first.
+    They fit into a processor's cache. Those of an accelerator are large: few launches, and bounded temporary memory.
     """
     views = views_of(update, group, wrapper, parameters, updates)
     if not wrapper.elementwise or update.run.structure.chain_of(group).slots_of(wrapper).keeps_moments:
         return views
-    cut = [v.params[0].device.type == "cpu" or v.keeps_elsewhere for v in views]
-    return [block for v, is_cut in zip(views, cut, strict=True) for block in (v.blocks() if is_cut else [v])]
+    return [block for view in views for block in view.blocks()]

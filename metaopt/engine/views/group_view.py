@@ -20,6 +20,7 @@ from metaopt.engine.views.numbers import GroupNumbers
 from metaopt.engine.views.params import is_trained
 from metaopt.errors import StepError
 from metaopt.group import Groups, Reduce
+from metaopt.multi_tensor import add_, cast, copies, lerp_
 from metaopt.rules import Rule
 from metaopt.rules import run as run_rule
 from metaopt.slots import Slot
@@ -75,8 +76,7 @@ class GroupView(GroupNumbers):
         if postponed is not None and self._joins(postponed, rule, values):
             return
         # rows of a tensor do not have its sums
-        whole = graph.sums or (self.params[0].device.type != "cpu" and not self.keeps_elsewhere)
-        for block in [self] if whole else self.blocks():
+        for block in [self] if graph.sums else self.blocks():
             run_rule(graph, block, {name: block._named(name) for name in rule.tensors}, values)
             if "param" in graph.outputs:
                 block.move_inner_anchors()
@@ -129,6 +129,13 @@ class GroupView(GroupNumbers):
                 blocks[-1][1].append(rows)
                 filled += size
         return [self._part(index, rows) for index, rows in blocks]
+
+    def matrices(self) -> list["GroupView"]:
+        index = [i for i, p in enumerate(self.parameters) if p.dim() > 1]
+        if len(index) == len(self.parameters):
+            return [self] if index else []
+        rows = self._rows or [None] * len(self.parameters)
+        return [self._part(index, [rows[i] for i in index])] if index else []
 
     def _part(self, index: list[int], rows: list[Rows]) -> "GroupView":
         parameters = [self.parameters[i] for i in index]
@@ -219,8 +226,8 @@ class GroupView(GroupNumbers):
 
     def write_back(self) -> None:
         """Send what the wrapper changed of fetched copies back, without waiting; see `Run.await_copies`."""
-        for copies, originals, versions in self._fetched.values():
-            for copy, original, version in zip(copies, originals, versions, strict=True):
+        for fetched, originals, versions in self._fetched.values():
+            for copy, original, version in zip(fetched, originals, versions, strict=True):
                 if copy._version != version:
                     original.copy_(copy, non_blocking=True)
                     self._update.run.copies_under_way = True
@@ -257,7 +264,7 @@ class GroupView(GroupNumbers):
             return self._cut([update.change_for_observers[p] for p in self.parameters])
         if any(p not in update.weights_before for p in self.parameters):
             raise StepError(f"{self._wrapper.label}: group.update exists only in on_update and in after_updates")
-        return self._cut([update.change_of(p) for p in self.parameters])
+        return self._cut(update.changes_of(self.parameters))
 
     @property
     def param_names(self) -> list[str]:
@@ -288,6 +295,15 @@ class GroupView(GroupNumbers):
         keys = [k for k in base_keys(self._chain, state[first]) if is_moment(state[first][k], k, first)]
         return {key: [local(state[p][key]) for p in self.parameters] for key in keys}
 
+    def copies(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return copies(tensors)
+
+    def cast(self, tensors: list[torch.Tensor], dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+        return cast(tensors, dtype)
+
+    def add(self, tensors: list[torch.Tensor], others: list[torch.Tensor], *, alpha: float = 1.0) -> None:
+        add_(tensors, others, alpha)
+
     def replace_grads(self, gradients: list[torch.Tensor]) -> None:
         self._update.apply_scale(self._chain)  # the factor was meant for the gradients that these replace
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -309,12 +325,12 @@ class GroupView(GroupNumbers):
         anchor = self._wrapper.anchor_across
         if anchor is None:
             raise AttributeError(f"{self._wrapper.label} has no mean_way: its class statement lacks across=")
-        return [w.to(a.dtype) - a for w, a in zip(self.params, getattr(self, anchor), strict=True)]
+        anchors = getattr(self, anchor)
+        return list(torch._foreach_sub(cast(self.params, anchors[0].dtype), anchors))
 
     def set_params(self, tensors: list[torch.Tensor]) -> None:
         if self.kept_share:
-            for p, tensor in zip(self.params, tensors, strict=True):
-                p.lerp_(tensor.to(p.dtype), 1.0 - self.kept_share)
+            lerp_(self.params, tensors, 1.0 - self.kept_share)
         else:
             torch._foreach_copy_(self.params, tensors)
         self.move_inner_anchors()
@@ -325,13 +341,18 @@ class GroupView(GroupNumbers):
         for key in self._chain.slots_of(self._wrapper).inner_anchor_keys:
             # an anchor that has yet to be taken will be taken from the weights of that moment
             having = [i for i, p in enumerate(self.parameters) if key in state[p]]
+            beside: list[tuple[torch.Tensor, torch.Tensor]] = []
             for i in having:
                 anchor, weights = local(state[self.parameters[i]][key]), self.params[i]
                 if self._rows is not None and (rows := self._rows[i]) is not None:
                     anchor = anchor[rows[0] : rows[1]]
-                anchor.copy_(weights, non_blocking=True)
-                if anchor.device != weights.device:
+                if anchor.device == weights.device:
+                    beside.append((anchor, weights))
+                else:
+                    anchor.copy_(weights, non_blocking=True)
                     self._update.run.copies_under_way = True
+            if beside:
+                torch._foreach_copy_([anchor for anchor, _ in beside], [weights for _, weights in beside])
 
     def reset_base_state(self) -> None:
         self._update.make_postponed()

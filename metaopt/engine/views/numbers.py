@@ -8,6 +8,7 @@ from metaopt.distributed.shards import (
     dots_over_shards,
     local,
     mean_over_shards,
+    means_over_shards,
     norm_over_shards,
     norms_over_shards,
     random_like,
@@ -15,9 +16,12 @@ from metaopt.distributed.shards import (
 )
 from metaopt.engine.chain import ParamGroup
 from metaopt.engine.update import Params, Update
-from metaopt.engine.views.blocks import Rows
+from metaopt.engine.views.blocks import Rows as RowRange
+from metaopt.engine.views.rows import all_rows
 from metaopt.errors import StepError
-from metaopt.group import Group
+from metaopt.flat_memory import add_multiples_, multiply_
+from metaopt.group import Group, Rows
+from metaopt.multi_tensor import stacked
 from metaopt.wrapper import Wrapper
 
 
@@ -27,7 +31,7 @@ class GroupNumbers(Group):
     _update: Update
     _group: ParamGroup
     _wrapper: Wrapper
-    _rows: list[Rows] | None
+    _rows: list[RowRange] | None
     parameters: Params
 
     def norms(self, tensors: list[torch.Tensor], *, rows: bool = False) -> list[torch.Tensor]:
@@ -36,7 +40,21 @@ class GroupNumbers(Group):
         return [norm_over_shards(t, p, rows=rows) for t, p in zip(tensors, self.parameters, strict=True)]
 
     def means(self, tensors: list[torch.Tensor], *, rows: bool = False) -> list[torch.Tensor]:
+        if not rows:
+            return means_over_shards(tensors, self.parameters)
         return [mean_over_shards(t, p, rows=rows) for t, p in zip(tensors, self.parameters, strict=True)]
+
+    def rows_of(self, tensors: list[torch.Tensor]) -> Rows:
+        return all_rows(tensors, self.parameters)
+
+    def stack(self, numbers: list[torch.Tensor]) -> torch.Tensor:
+        return stacked(numbers)
+
+    def multiply(self, tensors: list[torch.Tensor], numbers: torch.Tensor) -> None:
+        multiply_(tensors, numbers)
+
+    def add_multiples(self, tensors: list[torch.Tensor], others: list[torch.Tensor], numbers: torch.Tensor) -> None:
+        add_multiples_(tensors, others, numbers)
 
     def sum_over_shards(self, numbers: list[torch.Tensor]) -> list[torch.Tensor]:
         return sums_over_shards(numbers, self.parameters)
