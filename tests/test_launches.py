@@ -29,7 +29,7 @@ MORE_THAN_ALLOWED = {
     "skip_spikes(window=2) | adamw": 35,
     "adamw | trust_ratio": 38,
     "adamw | update_floor": 34,
-    "adamw | update_floor(rows=True)": 90,
+    "adamw | update_floor(rows=True)": 109,
     "zclip(warmup=2) | adamw": 27,
     "sam(adaptive=True) | adamw": 21,
 }
