@@ -100,7 +100,7 @@ class Reading:
                 self._parts.append((sizes, joined, None))
 
     def is_ready(self) -> bool:
-        """Return whether `numbers` would not wait; without CUDA, it reads at once what may have to be waited for."""
+        """Return whether the copies of CUDA devices are there; reading any other device may wait."""
         return all(event is None or event.query() for _, _, event in self._parts)  # type: ignore[no-untyped-call]
 
     def numbers(self) -> dict[Any, list[float]]:

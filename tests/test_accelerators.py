@@ -16,7 +16,7 @@ from metaopt.lab import trial
 from metaopt.lab.device import random_state, set_random_state
 from metaopt.registry import registry
 from metaopt.testing.proving import cases
-from metaopt.testing.watching import waits_raise
+from metaopt.testing.watching import Descent, FunctionWatch, waits_raise
 
 KINDS = [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad]
 
@@ -176,6 +176,20 @@ def test_waits_raise_only_inside_though_torch_warns_of_the_mode_once(monkeypatch
         assert modes[-1] == "error"
         1 / 0  # noqa: B018
     assert modes == [0, "error", 0]
+
+
+def test_a_copy_to_main_memory_counts_as_a_read_if_it_waits() -> None:
+    weights = torch.ones(3)
+    descent = Descent([weights], "")
+    with FunctionWatch(descent):
+        weights.to("cpu", non_blocking=True)
+        weights.to(weights.device)
+        weights.to(torch.float64)
+        torch.zeros(3).to("cpu")
+        assert descent.reads == []
+        weights.to("cpu")
+        weights.to(device="cpu", dtype=torch.float64)
+    assert len(descent.reads) == 2
 
 
 # ---- the lab

@@ -71,29 +71,28 @@ def takes_factor(kind: Kind, params: Sequence[torch.Tensor]) -> bool:
 def updates_as_a_loop(kind: Kind, device: str, dtype: torch.dtype) -> bool:
     """Try whether a class updates a tensor by its fused kernel as by its loop over tensors."""
     settings = VARIANTS.get(kind, ({},))
-    return all(_agree(kind, device, dtype, s, {"fused": True}, {"foreach": False}) for s in settings)
+    return all(_agree(kind, device, dtype, {**s, "fused": True}, {**s, "foreach": False}) for s in settings)
 
 
 @cache
 def divides_gradients(kind: Kind, device: str, dtype: torch.dtype) -> bool:
     """Try whether a class's fused kernel divides by `grad_scale`, in the update and in the gradient that it leaves."""
-    settings = VARIANTS.get(kind, ({},))
-    return all(_agree(kind, device, dtype, {**s, "fused": True}, {}, {}, FACTORS) for s in settings)
+    fused = [{**s, "fused": True} for s in VARIANTS.get(kind, ({},))]
+    return all(_agree(kind, device, dtype, s, s, FACTORS) for s in fused)
 
 
 def _agree(
     kind: Kind,
     device: str,
     dtype: torch.dtype,
-    common: dict[str, Any],
     one: dict[str, Any],
     other: dict[str, Any],
     factors: tuple[float, ...] | None = None,
 ) -> bool:
-    """Return whether two ways to update end alike; the first one gets gradients times `factors` as well."""
+    """Return whether two settings end alike; the first one gets gradients times `factors`, and these to divide by."""
     near = 1e-2 if dtype.itemsize == 2 else 1e-4
     try:
-        ends = _updated(kind, device, dtype, common | one, factors), _updated(kind, device, dtype, common | other)
+        ends = _updated(kind, device, dtype, one, factors), _updated(kind, device, dtype, other)
         return all(torch.allclose(a, b.to(a), rtol=near, atol=near) for a, b in zip(*ends, strict=True))
     except Exception:  # whatever a device or a class raises for what it cannot do
         return False
