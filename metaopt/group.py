@@ -87,7 +87,8 @@ class Group(_Log):
     def update(self) -> list[torch.Tensor]:
         """What is added to the weights, aligned with `params`: only in `on_update` and `after_updates`.
 
-        Changes in place count. float32 for parameters of 16 bits; the sum with the weights is rounded once.
+        Changes in place count. float32 for parameters of 16 bits: the difference of what the base has rounded its own
+        step to and the weights before; the sum with the weights is rounded once.
         """
 
     @property

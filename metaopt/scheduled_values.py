@@ -106,8 +106,9 @@ class ScheduledValues:
         """
         rate = float(group["lr"])  # may wait for the device, once
         scheduled = self._curves["lr"](self._count) * group.get(LR_SCALE, 1.0)
-        self._in_a_row = self._in_a_row + 1 if self._set_at == self._count - 1 else 1
-        self._set_at = self._count
+        if self._set_at != self._count:  # asked again between two updates, it is one
+            self._in_a_row = self._in_a_row + 1 if self._set_at == self._count - 1 else 1
+            self._set_at = self._count
         is_driven = "initial_lr" in group or self._in_a_row >= DRIVEN
         if is_driven or not scheduled or not 0.0 <= rate < math.inf:
             return False

@@ -12,14 +12,14 @@ class Slot:
     own; "at least float32" widens 16 bits. `copies` makes a list of so many, under `<label>.<name>.<i>`.
     """
 
-    kind: Literal["anchor", "start", "zeros", "number", "moments", "previous"]
+    kind: Literal["anchor", "start", "zeros", "scalar", "moments", "previous"]
     dtype: str | None = None
     device: str | None = None
     name: str = ""
     # exists before the base's first update of the parameter: for what is summed up over several steps
     early: bool = False
     copies: int | str | None = None
-    initial: float = 0.0  # of a number
+    initial: float = 0.0  # of a scalar
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def scalar(
     and each number is in `state[p]`, the same on all ranks.
     """
     if per == "parameter":
-        return Slot("number", "at least float32", initial=initial)
+        return Slot("scalar", "at least float32", initial=initial)
     return Scalar(initial, size, per, doc)
 
 

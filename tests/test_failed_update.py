@@ -286,3 +286,49 @@ def test_who_keeps_the_error_of_a_failed_step_keeps_no_gradients() -> None:
     assert error.value.__traceback__ is not None
     # the two moments, and no gradient
     assert memory_of_tensors() - before < 3 * 64 * 64 * 4
+
+
+def test_a_reset_parameter_begins_anew_after_a_failed_update_whenever_its_gradient_comes() -> None:
+    class Refuses(metaopt.Wrapper):
+        """Raises at a gradient of zeros."""
+
+        def on_gradients(self, groups: metaopt.Groups) -> None:
+            if any(not g.any() for group in groups for g in group.grads):
+                raise ArithmeticError("a zero gradient")
+
+    model = small_model()
+    opt = metaopt.build(model.named_parameters(), Refuses() | metaopt.adamw(lr=0.01) | metaopt.ema(0.9))
+    train(model, opt, range(2))
+    opt.reset_state("moments")
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    with pytest.raises(ArithmeticError):
+        opt.step()
+    first, *others = model.parameters()
+    fill_gradients(model, 2)
+    first.grad = None
+    opt.step()
+    train(model, opt, [3])
+    assert float(opt.state[first]["step"]) == 1
+    assert all(float(opt.state[p]["step"]) == 2 for p in others)
+
+
+def test_losses_of_an_update_that_failed_behind_the_base_are_not_in_the_next_one() -> None:
+    class RaisesOnce(metaopt.Wrapper):
+        """Raises behind the first update."""
+
+        def after_update(self, group: metaopt.Group) -> None:
+            if group.updates == 1:
+                raise ArithmeticError("behind the first update")
+
+    model = small_model()
+    opt = metaopt.build(model.named_parameters(), metaopt.accumulate(2) | metaopt.sgd(lr=0.01) | RaisesOnce())
+    opt.metrics()  # from here on somebody reads what is measured
+    for loss in (100.0, 100.0, 1.0, 3.0):
+        fill_gradients(model, 0)
+        opt.record(loss=loss)
+        try:
+            opt.step()
+        except ArithmeticError:
+            assert opt.updates == 1
+    assert opt.metrics()["train/loss"] == 2.0

@@ -209,6 +209,17 @@ def test_what_sets_the_rate_again_and_again_is_another_driver() -> None:
     assert opt.updates == 2
 
 
+def test_a_checkpoint_in_between_hides_no_other_driver() -> None:
+    net = model()
+    opt = metaopt.build(net, sgd(lr=linear(1.0, 0.5)), total_steps=8)
+    with pytest.warns(metaopt.MetaoptWarning, match="by hand"), pytest.raises(metaopt.ScheduleConflict):
+        for t in range(8):
+            opt.param_groups[0]["lr"] = 0.1 * 0.9**t
+            opt.state_dict()
+            train(net, opt, 1)
+    assert opt.updates == 2
+
+
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_torch_scheduler_is_found_at_its_first_change(every: int) -> None:
     net = model()

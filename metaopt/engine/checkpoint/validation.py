@@ -157,7 +157,7 @@ def _validate_param_state(run: Run, group: ParamGroup, i: Any, p: torch.Tensor, 
         expected = live.get(key)
         if isinstance(expected, torch.Tensor) and expected.shape == value.shape:
             continue
-        if key in slots and value.shape != (torch.Size() if slots[key].kind == "number" else p.shape):
+        if key in slots and value.shape != (torch.Size() if slots[key].kind == "scalar" else p.shape):
             raise _of_another_model(key, value, i, p)
         if key not in slots and _cannot_fit(value, p):
             suspect[key] = value

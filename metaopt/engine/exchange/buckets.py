@@ -59,7 +59,7 @@ class Bucket:
 
 
 def exchanged_params(run: Run, placed: PlacedWrapper) -> list[tuple[ParamGroup, Params]]:
-    """Return the parameters that are exchanged, with their state: the same on all replicas.
+    """Return the parameters that are exchanged, the same on all replicas; make the wrapper's state of those without.
 
     A parameter that has no gradient here may have had one elsewhere.
     """

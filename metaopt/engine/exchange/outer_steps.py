@@ -1,8 +1,8 @@
 """Outer steps over replicas: when a wrapper that takes means is due, and what is on its way to or from others.
 
 All replicas call `step()` equally often, whether or not one of them skips an update. So it is the count of steps that
-says when an exchange is due, and every replica takes part with what it has. A step that raises is not counted: a
-replica that goes on after one has another count than the rest.
+says when an exchange is due, and every replica takes part with what it has. A step that
+raises before or in the base is not counted: a replica that goes on after one has another count than the rest.
 """
 
 from collections.abc import Iterator

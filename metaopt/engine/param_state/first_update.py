@@ -154,8 +154,10 @@ def restore_wrapper_state(update: Update) -> None:
     """After a failed update: put the wrappers' entries back. The base's state and the weights are not undone."""
     run = update.run
     for p, (chain, _) in _chain_and_group_of(run, update.pending_state).items():
-        # the base may have moved the parameter: the copy from before the step stays in force
-        if run.state.get(p) or _has_moved(chain, p, update.pending_state[p]):
+        # the base may have begun or moved the parameter: the copy from before the step stays in force
+        before = update.state_set_aside.get(p) or run.state.get(p) or {}
+        copies = {key: value for key, value in update.pending_state[p].items() if key not in before}
+        if chain.has_base_state(run.state.get(p) or {}) or _has_moved(chain, p, copies):
             _store(run, chain, p, update.pending_state[p])
         elif p in update.state_set_aside:
             run.state[p] = update.state_set_aside[p]
@@ -163,7 +165,7 @@ def restore_wrapper_state(update: Update) -> None:
 
 
 def _has_moved(chain: Chain, p: torch.Tensor, copies: ParamState) -> bool:
-    """Return whether a parameter differs from what wrappers have copied of it."""
+    """Return whether a parameter differs from what wrappers have copied of it in this update."""
     kept = [copies[k.key] for k in chain.slots if k.slot.kind in ("anchor", "start") and k.key in copies]
     weights = local(p).detach()
     return any(not torch.equal(local(copy).to(weights.device), weights.to(copy.dtype)) for copy in kept)

@@ -19,7 +19,7 @@ def slot_dtype(slot: Slot, values: dict[str, Any], parameter: torch.Tensor) -> t
         return parameter.dtype
     if named == "at least float32":
         wide = torch.promote_types(parameter.dtype, torch.float32)
-        return wide.to_real() if slot.kind == "number" else wide
+        return wide.to_real() if slot.kind == "scalar" else wide
     dtype: torch.dtype = getattr(torch, named)
     return dtype
 
@@ -41,7 +41,7 @@ def copy_for_slot(value: torch.Tensor, slot: Slot, values: dict[str, Any], param
 
 def first_value(slot: Slot, values: dict[str, Any], p: torch.Tensor) -> torch.Tensor:
     """Return what a slot of a parameter begins with: a number, zeros, or a copy of the weights."""
-    if slot.kind == "number":
+    if slot.kind == "scalar":
         return torch.full((), slot.initial, dtype=slot_dtype(slot, values, p), device=p.device)
     if slot.kind == "zeros":
         zeros = torch.zeros_like(p, dtype=slot_dtype(slot, values, p), requires_grad=False)

@@ -20,8 +20,8 @@ OWN_SCHEDULES = "metaopt.own_schedules"
 # the rate that a group was built with, None under a schedule: a client that changes the rate later has not asked for
 # another setting
 BUILT_LR = "metaopt.built_lr"
-# how many calls of `step()` did not raise, if wrappers exchange means over replicas: skipped or not, all replicas make
-# the same; `flush()` counts on to the end of the round
+# how many calls of `step()` came as far as the base or were skipped, if wrappers exchange means over replicas: all
+# replicas make the same; `flush()` counts on to the end of the round. Alone, as many as the updates need
 STEPS = "metaopt.steps"
 # of the entries of a checkpoint; 1 is everything before the entry itself (docs/upgrading.md)
 FORMAT_KEY, FORMAT = "metaopt.format", 2

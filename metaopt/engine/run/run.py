@@ -211,12 +211,12 @@ class Run:
 
     def begin_schedules(self) -> None:
         """Follow the schedules of all groups from the present count on."""
-        run = self.structure.total_steps
-        self.scheduled = [ScheduledValues(self.schedules_of(group), run) for group in self.param_groups]
+        total_steps = self.structure.total_steps
+        self.scheduled = [ScheduledValues(self.schedules_of(group), total_steps) for group in self.param_groups]
         self.has_schedules = self.stages is not None or any(scheduled.schedules for scheduled in self.scheduled)
         self.adopted = self.param_groups, len(self.param_groups)
         if not self._warned_of_end:
-            self.last_update = last_update([scheduled.schedules for scheduled in self.scheduled], run)
+            self.last_update = last_update([scheduled.schedules for scheduled in self.scheduled], total_steps)
         self.write_schedules()
 
     def change_lr(self, group: ParamGroup, change: Callable[[float], float]) -> None:

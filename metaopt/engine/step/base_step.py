@@ -1,6 +1,7 @@
 """How a base is stepped: by torch's kernel called directly, by its own `step()`, or block by block for `on_update`.
 
-It changes the weights and the base's state. Which of the ways it takes is decided in `step_bases`, anew in each update.
+It changes the weights and the base's state. Which of the ways it takes is decided in `step_bases` at each update; a
+group that a fused kernel cannot update loses `fused` for good (`turn_off_...`).
 """
 
 from operator import attrgetter
@@ -55,7 +56,7 @@ def _step_whole(update: Update, chain: Chain, closure: tuple[Closure, ...], keyw
 
 
 def _step_directly(update: Update, chain: Chain) -> bool:
-    """Update all groups of a base by torch's fused kernel, without its `step()`; return False where that cannot be."""
+    """Update all groups of a base without its `step()`: by torch's kernel now, or the library later. False: impossible."""
     if chain.fused_state is None:
         return False
     found = []

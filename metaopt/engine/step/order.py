@@ -119,7 +119,7 @@ def _skip(update: Update, evaluation: Evaluation, reason: str) -> Evaluation:
 
 
 def abandon(update: Update) -> None:
-    """Leave an update that failed: wrappers' entries and counters return, nothing measured counts.
+    """Leave an update that failed: wrappers' entries and counters return, nothing measured at this step counts.
 
     What a base has done stays, also if it is one of several and its step was put off.
     """
@@ -185,7 +185,7 @@ def finish(update: Update, loss: Any) -> None:
             observe(update)
         measure(update, loss)
     except BaseException:
-        run.metrics.drop_update()
+        run.metrics.drop_update(gathered=True)
         update.make_postponed()
         update.release()
         raise

@@ -197,7 +197,7 @@ class GroupView(GroupNumbers):
         else:
             state = update.run.state
             tensors = all_local([state[p][key] for p in self.parameters])
-        if slot.kind not in ("number", "moments"):
+        if slot.kind not in ("scalar", "moments"):
             tensors = self._cut(tensors)
         return self._fetch(key, tensors) if _is_elsewhere(slot, self._wrapper) else tensors
 
