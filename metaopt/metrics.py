@@ -117,7 +117,7 @@ class Metrics:
             self._window.write_points()
 
     def drop_update(self, *, gathered: bool = False) -> None:
-        """Forget what was measured for an update that was skipped or failed; `gathered`: with that of its earlier steps."""
+        """Forget what was measured for an update that was skipped or failed; `gathered`: at its earlier steps, too."""
         self._now.clear()
         self._now_many.clear()
         if gathered:

@@ -56,7 +56,7 @@ def _step_whole(update: Update, chain: Chain, closure: tuple[Closure, ...], keyw
 
 
 def _step_directly(update: Update, chain: Chain) -> bool:
-    """Update all groups of a base without its `step()`: by torch's kernel now, or the library later. False: impossible."""
+    """Update all groups of a base by torch's kernel, now, or by the library, later; return False where neither can."""
     if chain.fused_state is None:
         return False
     found = []
