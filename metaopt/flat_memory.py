@@ -144,6 +144,16 @@ def multiply_(tensors: Sequence[torch.Tensor], numbers: torch.Tensor) -> None:
         begin += len(part)
 
 
+def multiples(tensors: Tensors, numbers: torch.Tensor) -> Tensors:
+    """Return each tensor times its own number."""
+    if not on_accelerator(tensors):
+        return list(torch._foreach_mul(tensors, list(numbers.to(tensors[0].dtype).unbind())))
+    made = flat_room(tensors, tensors[0].dtype)
+    torch._foreach_copy_(made, tensors)
+    multiply_(made, numbers)
+    return made
+
+
 def add_multiples_(tensors: Tensors, others: Tensors, numbers: torch.Tensor) -> None:
     """Add other tensors in place, each times its own number."""
     if not on_accelerator(tensors):

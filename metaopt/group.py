@@ -150,6 +150,10 @@ class Group(_Log):
         """Multiply each tensor in place by its own number, such as `stack` returns."""
 
     @abstractmethod
+    def multiples(self, tensors: list[torch.Tensor], numbers: torch.Tensor) -> list[torch.Tensor]:
+        """Return each tensor times its own number, such as `stack` returns."""
+
+    @abstractmethod
     def add_multiples(self, tensors: list[torch.Tensor], others: list[torch.Tensor], numbers: torch.Tensor) -> None:
         """Add other tensors in place, each times its own number."""
 

@@ -39,9 +39,7 @@ def _cosines(group: Group, left: list[torch.Tensor], right: list[torch.Tensor]) 
     ways = []
     for tensors in (left, right):
         sizes = group.stack(group.norms(tensors))
-        way = group.copies(tensors)
-        group.multiply(way, torch.where(sizes == 0, 1.0, sizes).reciprocal())
-        ways.append(way)
+        ways.append(group.multiples(tensors, torch.where(sizes == 0, 1.0, sizes).reciprocal()))
     both = torch._foreach_add(*ways), torch._foreach_sub(*ways)
     sums, differences = (group.stack(group.norms(list(each))).square() for each in both)
     return (sums - differences) / 4.0

@@ -19,7 +19,7 @@ from metaopt.engine.update import Params, Update
 from metaopt.engine.views.blocks import Rows as RowRange
 from metaopt.engine.views.rows import all_rows
 from metaopt.errors import StepError
-from metaopt.flat_memory import add_multiples_, multiply_
+from metaopt.flat_memory import add_multiples_, multiples, multiply_
 from metaopt.group import Group, Rows
 from metaopt.multi_tensor import stacked
 from metaopt.wrapper import Wrapper
@@ -52,6 +52,9 @@ class GroupNumbers(Group):
 
     def multiply(self, tensors: list[torch.Tensor], numbers: torch.Tensor) -> None:
         multiply_(tensors, numbers)
+
+    def multiples(self, tensors: list[torch.Tensor], numbers: torch.Tensor) -> list[torch.Tensor]:
+        return multiples(tensors, numbers)
 
     def add_multiples(self, tensors: list[torch.Tensor], others: list[torch.Tensor], numbers: torch.Tensor) -> None:
         add_multiples_(tensors, others, numbers)
