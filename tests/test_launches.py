@@ -21,7 +21,7 @@ MORE_THAN_ALLOWED = {
     "adamw | ema_nesterov": 19,
     "gradient_noise | adamw": 22,
     "adamw | hyperball": 59,
-    "adamw | magma": 71,
+    "adamw | magma": 67,
     "adamw | mechanic": 81,
     "orthograd | adamw": 41,
     "adamw | radial_brake": 72,
