@@ -10,12 +10,11 @@ import resume_worker
 import warm
 from documents import python
 
-import metaopt
-from metaopt.specs.pipeline import part
 from metaopt.registry import registry
+from metaopt.specs import pipeline
 
 OFFERED = [entry.name for entry in registry.entries("optimizer") if entry.origin == "metaopt"]
-PARTS = {name: part(name) for name in OFFERED}
+PARTS = {name: pipeline.part(name) for name in OFFERED}
 BASES = [name for name, part in PARTS.items() if not (part.is_partition or part.is_sequence)]
 BASE_SPECS = {"muon": "muon(lr=0.01)", "lbfgs": "lbfgs(lr=0.1, max_iter=3)", "sgd": "sgd(lr=0.1, momentum=0.9)"}
 SPECS = [BASE_SPECS.get(name, name) for name in BASES] + [
@@ -77,8 +76,8 @@ def test_an_identity_stack_is_the_bare_optimizer_bit_for_bit(name: str) -> None:
     for suffix in ("", " | lookahead(k=3, alpha=1.0)"):
         model, opt = resume_worker.make(spec + suffix)
         bare_model, built = resume_worker.make(spec)
-        part = part(name)
-        options = dict(metaopt.specs.pipeline.parse(spec).parts[0].arguments)
+        part = pipeline.part(name)
+        options = dict(pipeline.parse(spec).parts[0].arguments)
         if "fused" in part.hyperparameters:
             options["fused"] = True
         bare = part.target(bare_model.parameters(), **options)
