@@ -1,10 +1,16 @@
-"""Programs for the optional library: the base's update and rules of elements, as one pass over memory."""
+"""Programs for the optional library: the base's update and rules of elements, in as few passes as their sums allow.
 
+A sum over a tensor ends a pass: what needs it is worked out in the next one. One list, such as the update, is left from
+pass to pass in memory of the library; all else is worked out again.
+"""
+
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
-from metaopt.rules import LIST, NUMBER, Graph, Symbol, number_of
+from metaopt.joined_rules import BASE, CHANGE, GRAD, PARAM, Item, joined
+from metaopt.rules import LIST, SUMS, TENSOR, Graph, Symbol, number_of
 
 try:
     import metaopt_kernels
@@ -13,153 +19,219 @@ except ImportError:
 else:
     library = metaopt_kernels
 
-# the place of the parameters and of the gradients among the lists
-PARAM, GRAD = 0, 1
+# of the library that this file writes programs for: another one is not used
+INTERFACE = 3
 # the number that the library fills in: the divisor of the gradients
 DIVISOR = 63
 MOST_REGISTERS = 12
+MOST_OF_TENSOR = 64
+
+_ONE = Symbol("constant", value=1.0)
+_OPS = {"and": "mul", "where": "select", "clamp": "max", "square": "mul", "reciprocal": "div"}
+
+Step = tuple[Symbol | None, list[Any]]
 
 
 @cache
 def kernels() -> Any:
     """Return the library if it is installed, fits torch and is not turned off by METAOPT_KERNELS=0; otherwise None."""
-    return None if library is None else library.load()
-
-
-class Item(NamedTuple):
-    """A rule at its place behind the base: which list each of its tensors is."""
-
-    graph: Graph
-    lists: tuple[tuple[str, int], ...]
-
-
-class Value:
-    """A value of a program: an operation on others, a list in memory, or a number."""
-
-    def __init__(self, op: str, args: Sequence["Value"] = (), kind: str = LIST, at: int | None = None) -> None:
-        self.op, self.args, self.kind, self.at = op, tuple(args), kind, at
+    return library.load() if library is not None and library.INTERFACE == INTERFACE else None
 
 
 class Unfit(Exception):
-    """The library has too little room for a program, or does not compute torch's numbers for it."""
+    """The library has too little room for a program."""
 
 
 class Compiled:
     """A program with what is filled in at every update: its numbers."""
 
-    def __init__(self, base: str, state: int, items: Sequence[Item], scaled: bool) -> None:
-        # a sum in another order has other bits
-        if any(item.graph.sums for item in items):
-            raise Unfit
-        self._numbers: list[tuple[Symbol, int]] = []
-        self._places: dict[Any, int] = {}
+    def __init__(self, base: str, state: int, items: Sequence[Item], *, divided: bool) -> None:
         self._base, self._state = base, state
-        self.needs: set[str] = {base}
-        # a rule may overwrite what the base makes of the parameters, but not what it makes of its state
-        made = Value("base", [Value("memory", at=PARAM)])
-        emit = _Emitter(self)
-        emit.compute(made)
-        emit.finish(self._combined(made, items, scaled))
-        self.program = library.Program(emit.code())
+        self._numbers: list[Symbol] = []
+        self._places: dict[Symbol, int] = {}
+        self._of_tensor = 0
+        graph = joined(items, divided=divided)
+        self.needs = {base, *(symbol.op for symbol in graph.order if symbol.op in ("lerp", "addcmul"))}
+        self.uses = Counter(arg for symbol in graph.order for arg in symbol.args) + Counter(graph.outputs.values())
+        # by symbol: the pass in which it is known; a sum is known in the one after its elements
+        known: dict[Symbol, int] = {}
+        for symbol in graph.order:
+            known[symbol] = max((known[arg] for arg in symbol.args), default=0) + (symbol.op in SUMS)
+        last, left = max(known.values()), None
+        code: list[Sequence[int]] = []
+        for number in range(last + 1):
+            behind = [s for s in graph.order if s.kind == TENSOR and known[s] == number + 1]
+            emitter = _Emitter(self, left)
+            if number == 0:  # also if a rule throws the new weights away: what the base keeps goes on
+                emitter.compute(CHANGE if CHANGE in known else BASE)
+            self._add_sums(emitter, [symbol for symbol in behind if symbol.op in SUMS])
+            if number == last:
+                emitter.finish({library.TENSOR | at: symbol for at, symbol in graph.outputs.items()})
+            else:
+                left = _left_behind(graph, known, number, left)
+                emitter.finish({} if left is None else {library.SCRATCH: left})
+            code += emitter.code()
+            code += [self._on_numbers(symbol) for symbol in behind if symbol.op not in SUMS]
+            code += [[library.CODES["pass"]]] if number < last else []
+        self.program = library.Program(code)
 
     def numbers(self, given: Sequence[Mapping[str, Any]]) -> list[float]:
         """Return the program's numbers for one update, from those of each rule."""
-        return [number_of(symbol, given[item]) for symbol, item in self._numbers]
+        named = {(position, name): value for position, each in enumerate(given) for name, value in each.items()}
+        return [number_of(symbol, named) for symbol in self._numbers]
 
-    def base_code(self, to: int) -> list[int]:
-        """Return the instruction of the base's own update."""
+    def base_code(self, *, change: bool) -> list[int]:
+        """Return the instruction of the base's own update: what it makes of the weights, or what it adds to them."""
         state = library.TENSOR | self._state if self._state else 0
-        return [library.CODES[self._base], to, library.TENSOR | PARAM, library.TENSOR | GRAD, state]
+        return [library.CODES[self._base], 0, library.TENSOR | PARAM, library.TENSOR | GRAD, state, int(change)]
 
-    def _combined(self, made: Value, items: Sequence[Item], scaled: bool) -> dict[int, Value]:
-        """Return what the lists hold at the end."""
-        memory: dict[int, Value] = {}
-        current = {PARAM: made}
-        if scaled:
-            divisor = Value("number", kind=NUMBER, at=library.NUMBER | DIVISOR)
-            current[GRAD] = Value("div", [Value("memory", at=GRAD), divisor])
-        for position, item in enumerate(items):
-            names = dict(item.lists)
-            found: dict[Symbol, Value] = {}
-            for symbol in item.graph.order:
-                if symbol.op == "tensor":
-                    at = names[symbol.value]
-                    found[symbol] = current.get(at) or memory.setdefault(at, Value("memory", at=at))
-                else:
-                    found[symbol] = self._value(symbol, found, position)
-            current.update({names[name]: found[symbol] for name, symbol in item.graph.outputs.items()})
-        current.pop(GRAD, None)
-        return current
-
-    def _value(self, symbol: Symbol, found: Mapping[Symbol, Value], position: int) -> Value:
-        if symbol.kind == NUMBER:
-            key = symbol.value if symbol.op == "constant" else (symbol, position)
-            if key not in self._places:
-                self._places[key] = len(self._numbers)
-                self._numbers.append((symbol, position))
-                if len(self._numbers) >= DIVISOR:
+    def place(self, symbol: Symbol) -> int:
+        """Return where a number is, of the program or of each tensor."""
+        if symbol.op == "divisor":
+            return int(library.NUMBER | DIVISOR)
+        if symbol not in self._places:
+            if symbol.kind == TENSOR:
+                self._places[symbol] = self._new_place()
+            else:
+                self._places[symbol] = library.NUMBER | len(self._numbers)
+                self._numbers.append(symbol)
+                if len(self._numbers) > DIVISOR:
                     raise Unfit
-            return Value("number", kind=NUMBER, at=library.NUMBER | self._places[key])
-        args = [found[arg] for arg in symbol.args]
-        name = symbol.op
-        if name in ("lerp", "addcmul"):
-            self.needs.add(name)
-        if name in ("real", "conj"):
-            return args[0]
-        if name == "square":
-            return Value("mul", [args[0], args[0]])
-        if name == "reciprocal":
-            return Value("div", [self._value(Symbol("constant", value=1.0), {}, 0), *args])
-        return Value({"and": "mul", "where": "select", "clamp": "max"}.get(name, name), args)
+        return self._places[symbol]
+
+    def _new_place(self) -> int:
+        self._of_tensor += 1
+        if self._of_tensor > MOST_OF_TENSOR:
+            raise Unfit
+        return int(library.OF_TENSOR | (self._of_tensor - 1))
+
+    def _add_sums(self, emitter: "_Emitter", sums: list[Symbol]) -> None:
+        """Add the sums of a pass; those of two lists with themselves and each other are one instruction."""
+        by_args = {symbol.args: symbol for symbol in sums if symbol.op == "dot"}
+        squares = [args[0] for args in by_args if args[0] is args[1]]
+        if len(squares) > 1:
+            a, b = squares[:2]
+            places = [self._new_place() for _ in range(3)]
+            for args, place in (((a, a), places[0]), ((a, b), places[1]), ((b, a), places[1]), ((b, b), places[2])):
+                if args in by_args:
+                    self._places[by_args[args]] = place
+            emitter.add("dots", [a, b], places[0])
+        for symbol in sums:
+            if symbol not in self._places:
+                emitter.add(symbol.op, symbol.args, self.place(symbol))
+
+    def _on_numbers(self, symbol: Symbol) -> list[int]:
+        """Return the instruction that works out a number of each tensor between two passes."""
+        name, args = operation(symbol)
+        return [library.CODES[name], self.place(symbol), *map(self.place, args)]
+
+
+def _left_behind(graph: Graph, known: Mapping[Symbol, int], number: int, left: Symbol | None) -> Symbol | None:
+    """Return the list that a pass leaves to the later ones: the only one that they need, or what the one before left.
+
+    The first one leaves them what the base adds if they need several.
+    """
+    later = [symbol for symbol in graph.order if known[symbol] > number + (symbol.op in SUMS)]
+    needed = {arg for symbol in later for arg in symbol.args} | set(graph.outputs.values())
+    lists = [s for s in needed if s.kind == LIST and s.op != "tensor" and known[s] <= number]
+    if len(lists) == 1:
+        return lists[0]
+    return CHANGE if number == 0 and CHANGE in known else left
+
+
+def operation(symbol: Symbol) -> tuple[str, list[Symbol]]:
+    """Return the library's operation, and what it takes."""
+    args = list(symbol.args)
+    if symbol.op == "square":
+        args *= 2
+    if symbol.op == "reciprocal":
+        args.insert(0, _ONE)
+    return _OPS.get(symbol.op, symbol.op), args
 
 
 class _Emitter:
-    """The instructions of a program, first with a register for each value."""
+    """The instructions of one pass, first with a register for each list."""
 
-    def __init__(self, program: Compiled) -> None:
+    def __init__(self, program: Compiled, left: Symbol | None) -> None:
         self._program = program
-        self._steps: list[tuple[Value | None, list[int | Value]]] = []
-        self._places: dict[Value, int | None] = {}
+        # the list that the pass before has left
+        self._left = left
+        self._steps: list[Step] = []
+        self._places: dict[Symbol, int | None] = {}
 
-    def compute(self, value: Value) -> int | Value:
+    def compute(self, symbol: Symbol) -> int | Symbol:
         """Return where a value is, and work it out if need be."""
-        if value.at is not None:
-            return int(value.at if value.kind == NUMBER else library.TENSOR | value.at)
-        if value not in self._places:
-            args = [self.compute(arg) for arg in value.args]
-            if value.op == "base":
-                code: list[int | Value] = [*self._program.base_code(0)]
+        if symbol.kind != LIST:
+            return self._program.place(symbol)
+        if symbol is self._left:
+            return int(library.SCRATCH)
+        if symbol.op == "tensor":
+            return int(library.TENSOR | symbol.value)
+        if symbol not in self._places:
+            if symbol is BASE or symbol is CHANGE:
+                self._steps.append((symbol, self._program.base_code(change=symbol is CHANGE)))
             else:
-                code = [library.CODES[value.op], 0, *args, *[0] * (3 - len(args))]
-            self._steps.append((value, code))
-            self._places[value] = None
-        return value
+                self.add(*self._in_one(symbol), 0, symbol)
+            self._places[symbol] = None
+        return symbol
 
-    def finish(self, final: Mapping[int, Value]) -> None:
-        """Work out the lists' last values, and write them directly where nobody reads the old ones any more."""
-        for value in final.values():
-            self.compute(value)
-        moves: list[tuple[int, Value]] = []
-        for index, value in final.items():
+    def add(self, name: str, args: Sequence[Symbol], place: int, symbol: Symbol | None = None) -> None:
+        """Add an operation; `place` is where the result of a sum goes."""
+        self._steps.append((symbol, [library.CODES[name], place, *map(self.compute, args)]))
+
+    def _in_one(self, symbol: Symbol) -> tuple[str, list[Symbol]]:
+        """Return an operation together with those before it whose result nobody else needs, if the library can."""
+        name, args = operation(symbol)
+        kinds = [arg.kind == LIST for arg in args]
+        if name == "addcmul" and kinds == [True, True, False] and self._is_scaled(args[0]):
+            return "mul_addcmul", [*args[0].args, *args[1:]]
+        if name == "add" and kinds == [True, True]:
+            if self._is_scaled(args[1]):
+                return "mul_add", [*args[1].args, args[0]]
+            if self._is_once("addcmul", args[1], [True, True, True]):
+                return "addcmul_add", [*args[1].args, args[0]]
+        compared, times = symbol, _ONE
+        if name == "mul" and kinds == [True, False] and self.uses_once(args[0]):
+            compared, times = args
+        if compared.op in ("lt", "le", "gt"):
+            product, bound = compared.args
+            if bound.kind != LIST and self._is_once("mul", product, [True, True]):
+                return f"mul_{compared.op}", [*product.args, bound, times]
+        return name, args
+
+    def _is_scaled(self, symbol: Symbol) -> bool:
+        return self._is_once("mul", symbol, [True, False])
+
+    def _is_once(self, op: str, symbol: Symbol, kinds: list[bool]) -> bool:
+        is_op = symbol.op == op and [arg.kind == LIST for arg in symbol.args] == kinds
+        return is_op and self.uses_once(symbol)
+
+    def uses_once(self, symbol: Symbol) -> bool:
+        """Return whether one operation needs a value, which this pass has to work out."""
+        return self._program.uses[symbol] == 1 and symbol is not self._left
+
+    def finish(self, final: Mapping[int, Symbol]) -> None:
+        """Work out lists' last values, and write them directly where nobody reads the old ones any more."""
+        values = {place: self.compute(symbol) for place, symbol in final.items()}
+        moves: list[Step] = []
+        for place, value in values.items():
             at = next((i for i, (own, _) in enumerate(self._steps) if own is value), None)
-            place = int(library.TENSOR | index)
-            readers = [i for i, (_, code) in enumerate(self._steps) if place in code[2:]]
-            if at is not None and self._places[value] is None and all(i <= at for i in readers):
+            reader = max((i for i, (_, code) in enumerate(self._steps) if place in code[2:]), default=0)
+            if at is not None and isinstance(value, Symbol) and self._places[value] is None and reader <= at:
                 self._places[value] = place
-            else:
-                moves.append((place, value))
-        for place, value in moves:
-            self._steps.append((None, [library.CODES["move"], place, self.compute(value), 0, 0]))
+            elif value != place:
+                moves.append((None, [library.CODES["move"], place, value]))
+        self._steps += moves
 
-    def code(self) -> list[tuple[int, ...]]:
+    def code(self) -> list[list[int]]:
         """Return the instructions with registers, each used again when its value is not needed any more."""
-        last = {a: i for i, (_, code) in enumerate(self._steps) for a in code if isinstance(a, Value)}
+        last = {a: i for i, (_, code) in enumerate(self._steps) for a in code if isinstance(a, Symbol)}
         free = list(range(MOST_REGISTERS))[::-1]
-        done: list[tuple[int, ...]] = []
-        registers: dict[Value, int] = {}
+        done: list[list[int]] = []
+        registers: dict[Symbol, int] = {}
         for i, (value, code) in enumerate(self._steps):
-            args = [registers[a] if isinstance(a, Value) else a for a in code]
-            for a in {a for a in code if isinstance(a, Value)}:
+            args = [registers[a] if isinstance(a, Symbol) else a for a in code]
+            for a in {a for a in code if isinstance(a, Symbol)}:
                 if last[a] == i and self._places[a] is None:
                     free.append(registers[a])
             if value is not None:
@@ -171,5 +243,5 @@ class _Emitter:
                     if value not in last:
                         free.append(place)
                 registers[value] = args[1] = place
-            done.append(tuple(args))
+            done.append(args)
         return done

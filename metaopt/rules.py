@@ -1,13 +1,14 @@
 """Rules of elements: what a wrapper does to each element, written once as a function of tensors and numbers.
 
 The function is called once, with symbols in the places of tensors and numbers. What it returns is a small graph, which
-runs by multi-tensor calls of torch (here), or with other rules and the base's update in one pass (`programs`).
+runs by multi-tensor calls of torch (here), or joined with other rules (`joined_rules`) and the base's update in one
+pass over memory (`programs`).
 """
 
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ OPERATIONS = (
 )
 NAMES = {"true_divide": "div", "__and__": "and", "multiply": "mul", "absolute": "abs", "rsub": "sub"}
 
-Values = Mapping[str, Any]
+Values = Mapping[Any, Any]
 
 
 class Symbol:
@@ -110,20 +111,42 @@ def applied(name: str, *args: Any, **keywords: Any) -> Symbol:
 class Graph:
     """What a rule does: operations in order, and which symbol each output is."""
 
-    def __init__(self, outputs: Mapping[str, Symbol]) -> None:
+    def __init__(self, outputs: Mapping[Any, Symbol]) -> None:
         self.outputs = dict(outputs)
         self.order: list[Symbol] = []
         for symbol in self.outputs.values():
             self._visit(symbol)
         self.sums = any(symbol.op in SUMS for symbol in self.order)
+        self.numbers = [symbol for symbol in self.order if symbol.kind == NUMBER]
+
+    @cached_property
+    def steps(self) -> list[tuple[Symbol, tuple[bool, ...]]]:
+        """The operations on lists and tensors, and which of their operands nobody needs any more."""
         # the operation after which nobody reads a symbol again
-        self.last: dict[Symbol, int] = {arg: i for i, symbol in enumerate(self.order) for arg in symbol.args}
-        self.last.update(dict.fromkeys(self.outputs.values(), len(self.order)))
+        last = {arg: i for i, symbol in enumerate(self.order) for arg in symbol.args}
+        last.update(dict.fromkeys(self.outputs.values(), len(self.order)))
+        own: set[Symbol] = set()  # lists that nobody else holds
+        steps: list[tuple[Symbol, tuple[bool, ...]]] = []
+        for i, symbol in enumerate(self.order):
+            if symbol.op == "tensor":
+                # an update is as wide as what becomes of it, which may be made in its place
+                own |= {symbol} if symbol.value == "update" and [*self.outputs] == ["update"] else set()
+                continue
+            if symbol.kind == NUMBER:
+                continue
+            free = [arg in own and last[arg] == i for arg in symbol.args]
+            # the old value of the list that this is the new value of
+            if (first := symbol.args[0]).op == "tensor" and last[first] == i:
+                free[0] |= self.outputs.get(first.value) is symbol
+            steps.append((symbol, tuple(free)))
+            if free[0] or symbol.op not in ("real", "conj"):  # these may be the same tensors
+                own.add(symbol)
+        return steps
 
     def _visit(self, symbol: Symbol) -> None:
-        for arg in symbol.args:
-            self._visit(arg)
         if symbol not in self.order:
+            for arg in symbol.args:
+                self._visit(arg)
             self.order.append(symbol)
 
 
@@ -145,6 +168,10 @@ class Rule:
 
     def __call__(self, group: Group, **numbers: float) -> None:
         group.apply(self, numbers)
+
+    def numbers_of(self, group: Any, given: Values) -> dict[str, Any]:
+        """Return the numbers by name: those that are given, the base's rate, the wrapper's hyperparameters."""
+        return {n: given[n] if n in given else group.base_lr if n == "lr" else getattr(group, n) for n in self.numbers}
 
     @property
     def graph(self) -> Graph:
@@ -169,6 +196,11 @@ class Rule:
 
 elementwise = Rule
 """Make a rule of elements of a static method: see `Rule` for its arguments and for how it is called."""
+
+
+def rules_of(kind: type) -> list[Rule]:
+    """Return the rules that a class has."""
+    return [value for each in kind.__mro__ for value in vars(each).values() if isinstance(value, Rule)]
 
 
 def number_of(symbol: Symbol, numbers: Values) -> Any:
@@ -209,34 +241,24 @@ _ON_NUMBERS: dict[str, Callable[..., float]] = {
 
 def run(graph: Graph, group: Group, tensors: Mapping[str, list[torch.Tensor]], numbers: Values) -> None:
     """Run a rule over the lists of a group; outputs are written in place."""
-    found: dict[Symbol, Any] = {}
-    own: set[Symbol] = set()  # lists that nobody else holds
-    for i, symbol in enumerate(graph.order):
-        if symbol.kind == NUMBER:
-            found[symbol] = number_of(symbol, numbers)
-        elif symbol.op == "tensor":
-            found[symbol] = tensors[symbol.value]
+    found: dict[Symbol, Any] = {symbol: number_of(symbol, numbers) for symbol in graph.numbers}
+    found.update({symbol: tensors[symbol.value] for symbol in graph.order if symbol.op == "tensor"})
+    for symbol, free in graph.steps:
+        args = [found[arg] for arg in symbol.args]
+        if symbol.kind == LIST:
+            found[symbol] = _on_lists(symbol, args, list(free))
+        elif symbol.op in SUMS:
+            found[symbol] = torch.stack(getattr(group, f"{symbol.op}s")(*args))
         else:
-            args = [found[arg] for arg in symbol.args]
-            free = [arg in own and graph.last[arg] == i for arg in symbol.args]
-            first = symbol.args[0]
-            # the old value of the list that this is the new value of
-            if first.op == "tensor" and graph.outputs.get(first.value) is symbol and graph.last[first] == i:
-                free[0] = True
-            found[symbol] = _operation(symbol, args, free, group)
-            own.add(symbol)
+            found[symbol] = _ON_TENSORS[symbol.op](*args)
     for name, symbol in graph.outputs.items():
         target, value = tensors[name], found[symbol]
         if value is not target:
             torch._foreach_copy_(target, value if isinstance(value, list) else [value] * len(target))
 
 
-def _operation(symbol: Symbol, args: list[Any], free: list[bool], group: Group) -> Any:
+def _on_lists(symbol: Symbol, args: list[Any], free: list[bool]) -> Any:
     name = symbol.op
-    if name in SUMS:
-        return torch.stack(getattr(group, f"{name}s")(*args))
-    if symbol.kind == TENSOR:
-        return _ON_TENSORS[name](*args)
     # a number may be a tensor too: a hyperparameter that lives on a device
     lists = [arg.unbind() if of.kind == TENSOR else arg for of, arg in zip(symbol.args, args, strict=True)]
     if name in ("add", "mul") and not (isinstance(lists[0], list) and (free[0] or not free[1])):

@@ -141,6 +141,8 @@ class Wrapper(ABC):
         cls.counters = {**cls.counters, **{n: v for n, v in own if isinstance(v, Counter)}}
         cls.scalars = {**cls.scalars, **{n: v for n, v in own if isinstance(v, Scalar)}}
         _refuse_taken_names(cls)
+        if "on_update" in vars(cls) and "update_rules" not in vars(cls):
+            cls.update_rules = Wrapper.update_rules  # type: ignore[method-assign]
         cls.has_rules = cls.has_rules or any(isinstance(value, Rule) for value in vars(cls).values())
         if elementwise:
             cls.elementwise = True
@@ -201,6 +203,13 @@ class Wrapper(ABC):
 
         `group.params` are the weights before the update. The group holds only parameters that have a gradient.
         """
+
+    def update_rules(self, group: Group) -> None:
+        """Do what `on_update` does by rules of elements, which the optional library joins with the base's update.
+
+        By hand `on_update` may take fewer calls of torch; the default takes it for rules itself, if it is made of them.
+        """
+        self.on_update(group)
 
     def after_updates(self, groups: Groups) -> None:  # noqa: B027
         """Act on all groups at once after the update; `group.update` is what was added, and changes of it count."""

@@ -37,7 +37,8 @@ BOTTOM: dict[str, set[str]] = {
     "slots": set(),
     "group": set(),
     "rules": {"errors", "group", "multi_tensor"},
-    "programs": {"rules"},
+    "joined_rules": {"rules"},
+    "programs": {"joined_rules", "rules"},
     "wrapper": {"errors", "hyperparameters", "schedule", "slots", "group", "rules"},
     "problem_class": {"errors", "hyperparameters"},
     "tensor_problem": {"hyperparameters", "problem_class"},
@@ -48,14 +49,15 @@ BOTTOM: dict[str, set[str]] = {
 }
 # what a stack is made of works without pluggy and without any registered part
 BELOW_ENGINE = {
-    *("errors", "hyperparameters", "deferred", "space", "schedule", "slots", "group", "rules", "programs", "wrapper"),
+    *("errors", "hyperparameters", "deferred", "space", "schedule", "slots", "group", "rules", "wrapper"),
+    *("joined_rules", "programs"),
     *("metrics", "logger", "measurements", "multi_tensor", "flat_memory"),
     *("group_entries", "misuse", "module_buffers", "distributed", "scheduled_values", "torch_internals"),
 }
 # the modules of the engine, the lowest first: each imports only from those above it here
 ENGINE = (
     "chain",
-    *("fused.probes", "fused.lists", "fused.postponed"),
+    *("fused.probes", "fused.lists", "fused.postponed", "fused.recorded"),
     "multi_base",
     "structure",
     *("run.entries", "run.run", "run.groups"),

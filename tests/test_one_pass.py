@@ -148,6 +148,98 @@ def test_a_rule_of_an_author_has_the_same_bits(
     assert_same(found, trained(metaopt.adamw(lr=0.01) | part(), dtype, shapes=shapes))
 
 
+# the same bits where the sums are exact, as counts are; other sums are added up in another order
+ON_UPDATE = {
+    "adamw(lr=0.01) | cautious_decay(0.1)": True,
+    "clip_grad_value(0.5) | sgd(lr=0.1, momentum=0.9) | cautious": True,
+    "adam(lr=0.01, maximize=True) | cautious | lookahead(k=2) | ema(0.9)": True,
+    "clip_grad_norm(1.0) | adamw(lr=0.01) | update_floor(0.5) | radial_brake | cautious_decay(0.1)": False,
+    "sgd(lr=0.1) | radial_brake | trust_ratio(0.1) | cautious | update_floor(2.0) | ema(0.9)": False,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spec", ON_UPDATE)
+def test_rules_on_the_update_join_the_base(
+    spec: str, dtype: torch.dtype, made: list[postponed.PostponedStep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the large ones are several batches, and several threads share one
+    shapes = [*SHAPES, (16, 1000), (600_000,), *[(70_000,)] * 5]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = trained(spec, dtype, steps=3, shapes=shapes)
+    assert len(made) == 2  # all but the first update
+    # torch makes the first update, and its sums depend on the number of threads
+    again = trained(spec, dtype, 3, lambda _, step: torch.set_num_threads(2 if step else 1), shapes)
+    torch.set_num_threads(before)
+    if "clip_grad_norm" not in spec:  # as does its norm
+        assert_same(found, again)
+    monkeypatch.setattr(postponed, "kernels", lambda: None)
+    made.clear()
+    expected = trained(spec, dtype, steps=3, shapes=shapes)
+    assert not made
+    if ON_UPDATE[spec]:
+        assert_same(found, expected)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-13
+    for p, q in zip(found[0], expected[0], strict=True):
+        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+
+
+class Looks(metaopt.Wrapper):
+    """A part with a rule that also looks at the update itself: it must see all of it."""
+
+    @elementwise
+    @staticmethod
+    def halve(update: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"update": update * 0.5}
+
+    def on_update(self, group: Group) -> None:
+        self.halve(group)
+        torch._foreach_mul_(group.update, 0.5)
+
+
+def test_a_part_that_looks_at_the_update_is_called_with_it(made: list[postponed.PostponedStep]) -> None:
+    found = trained(metaopt.sgd(lr=0.1) | Looks() | metaopt.cautious_decay(0.1), torch.float32)
+    assert not made
+    expected = trained("sgd(lr=0.025)", torch.float32, steps=1)
+    once = trained(metaopt.sgd(lr=0.1) | Looks(), torch.float32, steps=1)
+    for p, q in zip(once[0], expected[0], strict=True):
+        torch.testing.assert_close(p, q)
+    assert found[0][3].isfinite().all()
+
+
+class Keeps(metaopt.Wrapper):
+    """A rule on the update with a tensor of its own, as a momentum of updates."""
+
+    mean = metaopt.zeros()
+
+    @elementwise
+    @staticmethod
+    def act(update: torch.Tensor, mean: torch.Tensor, param: torch.Tensor) -> dict[str, torch.Tensor]:
+        new = torch.lerp(mean, update, 0.25)
+        return {"update": torch.where(new * param > 0, new, update * torch.norm(param)), "mean": new}
+
+    def on_update(self, group: Group) -> None:
+        self.act(group)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_rule_on_the_update_may_keep_a_tensor(
+    dtype: torch.dtype, made: list[postponed.PostponedStep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = metaopt.adamw(lr=0.01) | Keeps() | metaopt.trust_ratio(0.1)
+    found = trained(spec, dtype)
+    assert made
+    monkeypatch.setattr(postponed, "kernels", lambda: None)
+    expected = trained(spec, dtype)
+    tolerance = 5e-6 if dtype == torch.float32 else 1e-12
+    for p, q in zip(found[0], expected[0], strict=True):
+        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            found[1].state[p]["keeps.mean"], expected[1].state[q]["keeps.mean"], rtol=tolerance, atol=tolerance
+        )
+
+
 def swapped(built: Built, step: int) -> None:
     """Give a moment and a parameter other memory, as programs do that move state to another device and back."""
     params, opt = built

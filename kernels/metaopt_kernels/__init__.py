@@ -17,39 +17,26 @@ import torch
 __version__ = "0.1.0"
 
 # of the interface between this file and kernels.cpp
-INTERFACE = 2
+INTERFACE = 3
 OFF = "METAOPT_KERNELS"
-OPS = [
-    "move",
-    "add",
-    "sub",
-    "mul",
-    "div",
-    "lt",
-    "le",
-    "gt",
-    "select",
-    "sqrt",
-    "abs",
-    "neg",
-    "hypot",
-    "max",
-    "lerp",
-    "addcmul",
-    "adam",
-    "sgd",
-]
+SINGLE = ["move", "add", "sub", "mul", "div", "lt", "le", "gt", "select", "sqrt", "abs", "neg", "hypot", "max", "lerp"]
+OTHERS = ["addcmul", "adam", "sgd", "dot", "dots", "mean", "pass"]
+SEVERAL = ["mul_add", "mul_addcmul", "addcmul_add", "mul_lt", "mul_le", "mul_gt"]
+OPS = [*SINGLE, *OTHERS, *SEVERAL]
 CODES = {name: code for code, name in enumerate(OPS)}
-# where an operand is: working memory, a list of tensors, a number of the program
-REGISTER, TENSOR, NUMBER = (kind << 20 for kind in range(3))
+# where an operand is: working memory, a list of tensors, a number of the program, a number of each tensor, and what one
+# pass leaves to the next
+REGISTER, TENSOR, NUMBER, OF_TENSOR, SCRATCH = (kind << 20 for kind in range(5))
 MOST_NUMBERS = 64
+# numbers of an instruction
+LENGTH = 6
 # how a product and a sum round: twice, or once with the first product fused, or with the last
 TWICE, FIRST, LAST = range(3)
 # what torch calls the instructions that it uses, and the library that uses the same; bytes of a vector
 VARIANTS = {"AVX512": ("avx512", 64), "AVX2": ("avx2", 32), "DEFAULT": ("base", 32)}
 
 Tensors = Sequence[torch.Tensor]
-Instruction = tuple[int, ...]  # the operation, where the result goes, and three operands
+Instruction = tuple[int, ...]  # the operation, where the result goes, and up to four operands
 Way = tuple[int, int]  # how whole vectors round, and how the rest of a tensor does
 
 
@@ -68,7 +55,8 @@ class Program:
 
     def __init__(self, code: Sequence[Instruction]) -> None:
         self.length = len(code)
-        self.code = array.array("i", itertools.chain.from_iterable(code))
+        padded = ([*each, *[0] * LENGTH][:LENGTH] for each in code)
+        self.code = array.array("i", itertools.chain.from_iterable(padded))
 
 
 class Kernels:

@@ -1,5 +1,9 @@
 // Updates of lists of tensors, all operations on a block of elements while it is in the cache.
 //
+// A program has one pass over the elements, or several: sums over a tensor end a pass, numbers that follow from them are
+// worked out for each tensor, and the next pass may use them. Several passes go over one batch of tensors after the other,
+// which the processor's outer cache holds.
+//
 // The interface is C: the library knows neither Python nor torch. A program is a list of instructions on elements. The
 // arithmetic is that of torch's own kernels, operation by operation, so that a run may go on with or without the library.
 // torch's compiler has fused some products with sums: `Rounding` says in which way, and who calls finds it out by
@@ -7,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 #ifdef _OPENMP
@@ -26,17 +31,23 @@ typedef uint64_t u64;
 static const i64 BLOCK = 1024;      // elements of a tensor that go through a program together
 static const i64 ALIGNED = 64;      // threads share a tensor at multiples of this
 static const i64 SERIAL = 1 << 15;  // fewer elements than this are the work of one thread
+static const i64 CHUNK = 1 << 13;   // elements that are added up by one thread, whatever the number of threads
+static const i64 BATCH = 1 << 19;   // elements that go through all passes before the next ones do; a larger tensor by itself
 static const int REGISTERS = 12, NUMBERS = 64;
 
-enum Op { MOVE, ADD, SUB, MUL, DIV, LT, LE, GT, SELECT, SQRT, ABS, NEG, HYPOT, MAX, LERP, ADDCMUL, ADAM, SGD };
-// where an operand is: a block of working memory, a block of a tensor, a number of the program; the last number of the
-// program is the divisor of the gradients
-enum Place { REGISTER, TENSOR, NUMBER };
+// the last ones do the work of two or three operations, in one loop and rounded as these are: see `Worker::single`
+enum Op {
+  MOVE, ADD, SUB, MUL, DIV, LT, LE, GT, SELECT, SQRT, ABS, NEG, HYPOT, MAX, LERP, ADDCMUL, ADAM, SGD,
+  DOT, DOTS, MEAN, PASS, MUL_ADD, MUL_ADDCMUL, ADDCMUL_ADD, MUL_LT, MUL_LE, MUL_GT
+};
+// where an operand is: a block of working memory, a block of a tensor, a number of the program, a number of each tensor, a
+// block of the memory that one pass leaves to the next; the last number of the program is the divisor of the gradients
+enum Place { REGISTER, TENSOR, NUMBER, OF_TENSOR, SCRATCH };
 // how a product and a sum round: twice, or once with the first product of the two fused, or with the last
 enum Rounding { TWICE, FIRST, LAST };
 
 extern "C" {
-struct Instruction { int32_t op, to, a, b, c; };
+struct Instruction { int32_t op, to, a, b, c, d; };
 static const int KIND = 20, INDEX = (1 << KIND) - 1;
 
 struct Job {
@@ -60,7 +71,7 @@ template <int R, class T> static inline T both(T a, T b, T c, T d) {
   return R == TWICE ? a * b + c * d : R == FIRST ? once(a, b, c * d) : once(c, d, a * b);
 }
 
-// ---- torch's optimizers
+// ---- torch's optimizers: the new weights, less what the caller has; for the weights themselves that is 0
 
 template <class T> struct Base {
   T rate, decay, l2, first, second, second_rest, root, eps, step, momentum, rest, sign, divisor;
@@ -85,7 +96,7 @@ template <class T> static Base<T> sgd_settings(const Job& j) {
 }
 
 template <int R, bool NEAR, bool DIVIDES, class T>
-static void adam(T* to, const T* p, const T* g, T* m, T* v, const Base<T>& s, i64 n) {
+static void adam(T* to, const T* p, const T* g, T* m, T* v, const T* less, const Base<T>& s, i64 n) {
   const T far = s.first - T(1), decay = s.decay, first = s.first, second = s.second, second_rest = s.second_rest, root = s.root,
           eps = s.eps, step = s.step, sign = s.sign, divisor = s.divisor, l2 = s.l2;
 #define ADAM_LOOP(GRADIENT)                                                   \
@@ -94,23 +105,23 @@ static void adam(T* to, const T* p, const T* g, T* m, T* v, const Base<T>& s, i6
     const T mean = NEAR ? fused<R>(first, d, m[i]) : fused<R>(far, d, x);     \
     const T square = both<R>(v[i], second, second_rest * x, x);               \
     m[i] = mean, v[i] = square;                                               \
-    to[i] = p[i] * decay - (step * mean) / (std::sqrt(square) / root + eps);  \
+    to[i] = p[i] * decay - (step * mean) / (std::sqrt(square) / root + eps) - less[i]; \
   }
   if (l2 != 0) { ADAM_LOOP(fused<R>(p[i], l2, raw)) } else { ADAM_LOOP(raw) }
 }
 
-template <int R, class T> static void adam(T* to, const T* p, const T* g, T* m, T* v, const Base<T>& s, i64 n) {
+template <int R, class T> static void adam(T* to, const T* p, const T* g, T* m, T* v, const T* less, const Base<T>& s, i64 n) {
   const bool near = std::abs(s.first) < T(0.5);
-  if (s.divides) near ? adam<R, true, true>(to, p, g, m, v, s, n) : adam<R, false, true>(to, p, g, m, v, s, n);
-  else near ? adam<R, true, false>(to, p, g, m, v, s, n) : adam<R, false, false>(to, p, g, m, v, s, n);
+  if (s.divides) near ? adam<R, true, true>(to, p, g, m, v, less, s, n) : adam<R, false, true>(to, p, g, m, v, less, s, n);
+  else near ? adam<R, true, false>(to, p, g, m, v, less, s, n) : adam<R, false, false>(to, p, g, m, v, less, s, n);
 }
 
-template <int R, class T> static void sgd(T* to, const T* p, const T* g, T* b, const Base<T>& s, i64 n) {
+template <int R, class T> static void sgd(T* to, const T* p, const T* g, T* b, const T* less, const Base<T>& s, i64 n) {
   const T rate = s.rate, l2 = s.l2, momentum = s.momentum, rest = s.rest, sign = s.sign, divisor = s.divides ? s.divisor : T(1);
 #define SGD_LOOP(STEP)                                      \
   EACH_LANE for (i64 i = 0; i < n; i++) {                   \
     const T raw = g[i] / divisor * sign, x = l2 != 0 ? fused<R>(p[i], l2, raw) : raw; \
-    to[i] = fused<R>(STEP, rate, p[i]);                     \
+    to[i] = fused<R>(STEP, rate, p[i]) - less[i];           \
   }
   if (momentum == 0) { SGD_LOOP(x) }
   else if (s.nesterov) { SGD_LOOP(fused<R>(b[i] = both<R>(b[i], momentum, rest, x), momentum, x)) }
@@ -147,21 +158,137 @@ template <class T, class F> static void each(T* d, Operand<T> a, Operand<T> b, O
   else { const T x = *a.at; for (i64 i = 0; i < n; i++) d[i] = f(x, b.at[b.is_list ? i : 0], c.at[c.is_list ? i : 0]); }
 }
 
+// ---- sums, and the numbers of a tensor that follow from them
+
+// the sum of a block: of lanes in the precision of the elements, which are added up in double precision
+template <class T> struct Lanes {
+  static const i64 WIDTH = 32 / sizeof(T), COUNT = 2 * WIDTH;
+  typedef T Vector __attribute__((vector_size(32)));
+  typedef T Loose __attribute__((vector_size(32), aligned(sizeof(T)), may_alias));
+  Vector even{}, odd{};
+  T rest = 0;
+
+  static const Loose& load(const T* at) { return *(const Loose*)at; }
+  template <class F> void add(i64 i, F f) { even += f(i), odd += f(i + WIDTH); }
+  double total() const {
+    double t = rest;
+    for (i64 l = 0; l < WIDTH; l++) t += double(even[l]) + double(odd[l]);
+    return t;
+  }
+};
+
+// add what a block adds to one sum, or to three: a a, a b, b b
+template <class T> static void add_up(int op, const T* a, const T* b, i64 n, double* to) {
+  typedef Lanes<T> L;
+  L first, second, third;
+  const i64 whole = n - n % L::COUNT;
+  auto aa = [=](i64 i) { return L::load(a + i) * L::load(a + i); };
+  auto ab = [=](i64 i) { return L::load(a + i) * L::load(b + i); };
+  auto bb = [=](i64 i) { return L::load(b + i) * L::load(b + i); };
+  if (op == DOTS) {
+    for (i64 i = 0; i < whole; i += L::COUNT) first.add(i, aa), second.add(i, ab), third.add(i, bb);
+    for (i64 i = whole; i < n; i++) first.rest += a[i] * a[i], second.rest += a[i] * b[i], third.rest += b[i] * b[i];
+    to[1] += second.total(), to[2] += third.total();
+  } else if (op == DOT) {
+    for (i64 i = 0; i < whole; i += L::COUNT) first.add(i, ab);
+    for (i64 i = whole; i < n; i++) first.rest += a[i] * b[i];
+  } else {
+    for (i64 i = 0; i < whole; i += L::COUNT) first.add(i, [=](i64 k) { return L::load(a + k); });
+    for (i64 i = whole; i < n; i++) first.rest += a[i];
+  }
+  to[0] += first.total();
+}
+
+static bool is_sum(const Instruction& q) { return q.op == DOT || q.op == DOTS || q.op == MEAN; }
+
+template <class T> static T number(int op, T x, T y, T z) {
+  switch (op) {
+    case MOVE: return x;
+    case ADD: return x + y;
+    case SUB: return x - y;
+    case MUL: return x * y;
+    case DIV: return x / y;
+    case LT: return x < y;
+    case LE: return x <= y;
+    case GT: return x > y;
+    case SELECT: return x != 0 ? y : z;
+    case SQRT: return std::sqrt(x);
+    case ABS: return std::abs(x);
+    case NEG: return -x;
+    case HYPOT: return std::hypot(x, y);
+    case MAX: return x > y || x != x ? x : y;
+    case LERP: return x + z * (y - x);
+    default: return x + y * z;  // ADDCMUL
+  }
+}
+
 // ---- a program
 
-template <class T> struct Worker {
+// what a pass does to the elements, and to the numbers of each tensor behind it
+struct Pass { std::vector<Instruction> elements, numbers; };
+
+// what all threads share
+template <class T> struct Shared {
   const Job& j;
-  alignas(64) T registers[REGISTERS][BLOCK];
+  std::vector<Pass> passes{1};
+  i64 own = 0;                  // numbers of each tensor
+  std::vector<i64> chunk, room; // of each tensor: its first chunk, and its place in the memory between passes
+  std::vector<i64> batch{0};    // the first tensor of each batch, and the end
+  std::vector<double> sums;     // by chunk
+  std::vector<T> numbers;       // by tensor
+  T* scratch = nullptr;
+
+  explicit Shared(const Job& job) : j(job) {
+    for (const Instruction* q = j.code; q < j.code + j.length; q++) {
+      if (q->op == PASS) passes.emplace_back();
+      else (q->to >> KIND == OF_TENSOR && !is_sum(*q) ? passes.back().numbers : passes.back().elements).push_back(*q);
+      if (q->to >> KIND == OF_TENSOR) own = std::max<i64>(own, (q->to & INDEX) + (q->op == DOTS ? 3 : 1));
+    }
+    i64 chunks = 0, filled = 0, most = 0;
+    for (i64 t = 0; t < j.tensors && passes.size() > 1; t++) {
+      const i64 size = (j.size[t] + ALIGNED - 1) & ~(ALIGNED - 1);
+      if (filled && filled + size > BATCH) batch.push_back(t), filled = 0;
+      chunk.push_back(chunks), chunks += (size + CHUNK - 1) / CHUNK;
+      room.push_back(filled), most = std::max(most, filled += size);
+    }
+    chunk.push_back(chunks), batch.push_back(j.tensors);
+    sums.assign(chunks * own, 0), numbers.assign(j.tensors * own, 0);
+    static thread_local std::vector<T> kept;  // clearing new memory in every update would take longer than the arithmetic
+    if ((i64)kept.size() < most) kept.resize(most);
+    scratch = kept.data();
+  }
+
+  // work the numbers of a tensor out from the sums of a pass
+  void end(const Pass& pass, i64 t) {
+    T* mine = numbers.data() + t * own;
+    auto value = [&](int32_t o) { return o >> KIND == OF_TENSOR ? mine[o & INDEX] : T(j.number[o & INDEX]); };
+    for (const Instruction& q : pass.elements) {
+      for (i64 i = q.to & INDEX, k = i + (q.op == DOTS ? 3 : 1); is_sum(q) && i < k; i++) {
+        double total = 0;
+        for (i64 c = chunk[t]; c < chunk[t + 1]; c++) total += sums[c * own + i];
+        mine[i] = q.op == MEAN ? T(total) / T(std::max<i64>(1, j.size[t])) : T(total);
+      }
+    }
+    for (const Instruction& q : pass.numbers) mine[q.to & INDEX] = number<T>(q.op, value(q.a), value(q.b), value(q.c));
+  }
+};
+
+template <class T> struct Worker {
+  Shared<T>& all;
+  const Job& j;
+  alignas(64) T zeros[BLOCK] = {};
+  // a processor takes addresses that are 4 KB apart for the same
+  alignas(64) T registers[REGISTERS][BLOCK + ALIGNED];
   T numbers[NUMBERS];
   const i64 width;
 
-  explicit Worker(const Job& job) : j(job), width(job.vector / sizeof(T)) {
+  explicit Worker(Shared<T>& shared) : all(shared), j(shared.j), width(j.vector / sizeof(T)) {
     for (int i = 0; i < NUMBERS; i++) numbers[i] = T(j.number[i]);
     numbers[NUMBERS - 1] = j.divisor ? T(*j.divisor) : T(1);
   }
 
-  // take a part of one tensor through the program; `from` is a multiple of ALIGNED
-  void elements(i64 tensor, i64 from, i64 to, const Base<T>& base) {
+  // take a part of one tensor through a pass; `from` is a multiple of ALIGNED
+  void elements(const Pass& pass, i64 tensor, i64 from, i64 to, const Base<T>& base) {
     const i64 size = j.size[tensor];
     for (i64 at = from; at < to; at += BLOCK) {
       const i64 n = std::min(BLOCK, to - at), rest = at + n == size ? size % width : 0;
@@ -169,24 +296,31 @@ template <class T> struct Worker {
         const int kind = o >> KIND, index = o & INDEX;
         if (kind == REGISTER) return {registers[index], true};
         if (kind == NUMBER) return {numbers + index, false};
+        if (kind == OF_TENSOR) return {all.numbers.data() + tensor * all.own + index, false};
+        if (kind == SCRATCH) return {all.scratch + all.room[tensor] + at, true};
         return {(T*)j.address[index * j.tensors + tensor] + at, true};
       };
-      for (const Instruction* q = j.code; q < j.code + j.length; q++) {
-        if (q->op == ADAM || q->op == SGD) {
-          T *d = place(q->to).at, *p = place(q->a).at, *g = place(q->b).at;
-          T *m = q->c ? place(q->c).at : nullptr, *v = q->op == ADAM ? place(q->c + 1).at : nullptr;
-          step(j.rounding, d, p, g, m, v, base, n - rest);
-          if (rest) { const i64 k = n - rest; step(j.rest_rounding, d + k, p + k, g + k, m ? m + k : m, v ? v + k : v, base, rest); }
-        } else single(*q, place(q->to).at, place(q->a), place(q->b), place(q->c), n);
+      for (const Instruction& q : pass.elements) {
+        if (q.op == ADAM || q.op == SGD) {
+          T *d = place(q.to).at, *p = place(q.a).at, *g = place(q.b).at;
+          T *m = q.c ? place(q.c).at : nullptr, *v = q.op == ADAM ? place(q.c + 1).at : nullptr;
+          const T* less = q.d ? p : zeros;
+          step(j.rounding, d, p, g, m, v, less, base, n - rest);
+          if (const i64 k = n - rest; rest) step(j.rest_rounding, d + k, p + k, g + k, m ? m + k : m, v ? v + k : v, less + k, base, rest);
+        } else if (is_sum(q)) {
+          add_up<T>(q.op, place(q.a).at, place(q.b).at, n, &all.sums[(all.chunk[tensor] + at / CHUNK) * all.own + (q.to & INDEX)]);
+        } else single(q, place(q.to).at, place(q.a), place(q.b), place(q.c), place(q.d), n);
       }
     }
   }
 
-  void step(i64 rounding, T* d, const T* p, const T* g, T* m, T* v, const Base<T>& base, i64 n) {
-    by_rounding(rounding, [&](auto r) { v ? adam<decltype(r)::value>(d, p, g, m, v, base, n) : sgd<decltype(r)::value>(d, p, g, m, base, n); });
+  void step(i64 rounding, T* d, const T* p, const T* g, T* m, T* v, const T* less, const Base<T>& base, i64 n) {
+    by_rounding(rounding, [&](auto r) {
+      v ? adam<decltype(r)::value>(d, p, g, m, v, less, base, n) : sgd<decltype(r)::value>(d, p, g, m, less, base, n);
+    });
   }
 
-  void single(const Instruction& q, T* d, Operand<T> a, Operand<T> b, Operand<T> c, i64 n) {
+  void single(const Instruction& q, T* d, Operand<T> a, Operand<T> b, Operand<T> c, Operand<T> e, i64 n) {
     switch (q.op) {
       case MOVE: each(d, a, a, n, [](T x, T) { return x; }); break;
       case ADD: each(d, a, b, n, [](T x, T y) { return x + y; }); break;
@@ -211,46 +345,79 @@ template <class T> struct Worker {
           else each(d, a, b, c, n, [](T x, T y, T w) { return fused<decltype(r)::value>(w - T(1), y - x, y); });
         });
         break;
+      case MUL_ADD: { const T y = *b.at; EACH_LANE for (i64 i = 0; i < n; i++) d[i] = a.at[i] * y + c.at[i]; break; }
+      case MUL_ADDCMUL:
+        by_fusion(j.product_rounding, [&](auto r) {
+          const T y = *b.at, z = *e.at;
+          EACH_LANE for (i64 i = 0; i < n; i++) d[i] = fused<decltype(r)::value>(c.at[i], z, a.at[i] * y);
+        });
+        break;
+      case ADDCMUL_ADD:
+        by_fusion(j.product_rounding, [&](auto r) {
+          EACH_LANE for (i64 i = 0; i < n; i++) d[i] = fused<decltype(r)::value>(b.at[i], c.at[i], a.at[i]) + e.at[i];
+        });
+        break;
+      case MUL_LT: compare(d, a, b, c, e, n, [](T x, T y) { return x < y; }); break;
+      case MUL_LE: compare(d, a, b, c, e, n, [](T x, T y) { return x <= y; }); break;
+      case MUL_GT: compare(d, a, b, c, e, n, [](T x, T y) { return x > y; }); break;
     }
+  }
+
+  // two lists are multiplied and compared with a number, and the truth, 1 or 0, is multiplied by another
+  template <class F> static void compare(T* d, Operand<T> a, Operand<T> b, Operand<T> c, Operand<T> e, i64 n, F f) {
+    const T bound = *c.at, yes = *e.at, no = T(0) * yes;
+    EACH_LANE for (i64 i = 0; i < n; i++) d[i] = f(a.at[i] * b.at[i], bound) ? yes : no;
   }
 };
 
 template <class T> static void run(const Job& j) {
-  i64 elements = 0;
-  for (i64 t = 0; t < j.tensors; t++) elements += j.size[t];
+  const i64 elements = std::accumulate(j.size, j.size + j.tensors, i64(0));
   std::vector<float> counts(j.count ? j.tensors : 0);
   for (size_t t = 0; t < counts.size(); t++) counts[t] = *(float*)j.count[t] += 1;
   const i64 threads = elements < SERIAL ? 1 : j.threads;
-  auto work = [&](i64 me, i64 of) {
+  Shared<T> all(j);
+  const i64 grain = all.passes.size() > 1 ? CHUNK : ALIGNED;
+  auto work = [&](i64 me, i64 of, auto wait) {
     std::vector<Worker<T>> room;  // on the heap: too large for the stack of a thread
     room.reserve(1);
-    room.emplace_back(j);
+    room.emplace_back(all);
     Base<T> base = sgd_settings<T>(j);
     float count = -1;
-    const i64 low = elements * me / of, high = elements * (me + 1) / of;
-    i64 at = 0;
-    for (i64 t = 0; t < j.tensors; at += j.size[t++]) {
-      const i64 size = j.size[t];
-      auto cut = [&](i64 x) { return x <= 0 ? 0 : x >= size ? size : x & ~(ALIGNED - 1); };
-      const i64 from = cut(low - at), to = cut(high - at);
-      if (from >= to) continue;
-      if (j.count && counts[t] != count) base = adam_settings<T>(j, count = counts[t]);
-      if ((base.divides = j.divisor != nullptr)) base.divisor = T(*j.divisor);
-      room[0].elements(t, from, to, base);
+    for (size_t b = 0; b + 1 < all.batch.size(); b++) {
+      const i64 first = all.batch[b], end = all.batch[b + 1], sum = std::accumulate(j.size + first, j.size + end, i64(0));
+      const i64 low = sum * me / of, high = sum * (me + 1) / of;
+      for (const Pass& pass : all.passes) {
+        i64 at = 0;
+        for (i64 t = first; t < end; at += j.size[t++]) {
+          const i64 size = j.size[t];
+          auto cut = [&](i64 x) { return x <= 0 ? 0 : x >= size ? size : x & ~(grain - 1); };
+          const i64 from = cut(low - at), to = cut(high - at);
+          if (from >= to) continue;
+          if (j.count && counts[t] != count) base = adam_settings<T>(j, count = counts[t]);
+          if ((base.divides = j.divisor != nullptr)) base.divisor = T(*j.divisor);
+          room[0].elements(pass, t, from, to, base);
+        }
+        if (all.passes.size() > 1) wait();
+        if (&pass == &all.passes.back()) continue;
+        for (i64 t = first + me; t < end; t += of) all.end(pass, t);
+        wait();
+      }
     }
   };
 #ifdef _OPENMP
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)
-    work(omp_get_thread_num(), omp_get_num_threads());
+    work(omp_get_thread_num(), omp_get_num_threads(), [] {
+#pragma omp barrier
+    });
     return;
   }
 #endif
-  work(0, 1);
+  work(0, 1, [] {});
 }
 
 extern "C" {
-int32_t metaopt_version() { return 2; }
+int32_t metaopt_version() { return 3; }
 void metaopt_run_float(const Job* j) { run<float>(*j); }
 void metaopt_run_double(const Job* j) { run<double>(*j); }
 }

@@ -12,7 +12,19 @@ import pytest
 import torch
 
 metaopt_kernels = pytest.importorskip("metaopt_kernels", reason="metaopt-kernels is not installed")
-from metaopt_kernels import CODES, NUMBER, TENSOR, Kernels, Program, adam_settings, addresses, load, sgd_settings  # noqa: E402
+from metaopt_kernels import (  # noqa: E402
+    CODES,
+    NUMBER,
+    OF_TENSOR,
+    SCRATCH,
+    TENSOR,
+    Kernels,
+    Program,
+    adam_settings,
+    addresses,
+    load,
+    sgd_settings,
+)
 
 if load() is None:
     pytest.skip("the library of metaopt-kernels was not built, or is turned off", allow_module_level=True)
@@ -152,6 +164,59 @@ def test_single_operations_are_torch_s(kernels: Kernels, threads: int, dtype: to
     ]
     run(kernels, threads, dtype, Program(code), addresses(*found), array("q", SIZES), [weight])
     assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_end_a_pass_and_give_each_tensor_its_number(kernels: Kernels, threads: int, dtype: torch.dtype) -> None:
+    """P <- P + (P G) (P.G / (P.P + G.G + 1) - mean(M)), and V is left alone."""
+    expected = lists(dtype)
+    found = copies(expected)
+    pp, pg, gg, mean, total, factor = (OF_TENSOR | i for i in range(6))
+    code = [
+        (CODES["mul"], SCRATCH, P, G),
+        (CODES["dots"], pp, P, G),
+        (CODES["mean"], mean, M),
+        (CODES["add"], total, pp, gg),
+        (CODES["add"], total, total, NUMBER),
+        (CODES["div"], factor, pg, total),
+        (CODES["sub"], factor, factor, mean),
+        (CODES["pass"],),
+        (CODES["mul_add"], P, SCRATCH, factor, P),
+    ]
+    run(kernels, threads, dtype, Program(code), addresses(*found), array("q", SIZES), [1.0])
+    again = copies(expected)
+    run(kernels, 3 - threads, dtype, Program(code), addresses(*again), array("q", SIZES), [1.0])
+    assert_equal(found, again)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-13
+    for p, g, m, own in zip(*expected[:3], found[0], strict=True):
+        p, g, m = (t.double() for t in (p, g, m))
+        by = torch.dot(p, g) / (torch.dot(p, p) + torch.dot(g, g) + 1) - (m.mean() if len(m) else 0)
+        torch.testing.assert_close(own.double(), p + p * g * by, rtol=tolerance, atol=tolerance)
+    assert_equal(found[1:], expected[1:])
+
+
+def test_several_operations_in_one_have_the_bits_of_single_ones(kernels: Kernels) -> None:
+    for dtype in DTYPES:
+        assert kernels.knows(dtype, "addcmul")
+        pairs: list[tuple[list[Any], list[Any]]] = [
+            ([("mul", M, P, NUMBER), ("add", M, G, M)], [("mul_add", M, P, NUMBER, G)]),
+            ([("mul", M, P, NUMBER), ("addcmul", M, M, G, NUMBER + 1)], [("mul_addcmul", M, P, NUMBER, G, NUMBER + 1)]),
+            ([("addcmul", M, P, G, V), ("add", M, P, M)], [("addcmul_add", M, P, G, V, P)]),
+            *(
+                (
+                    [("mul", M, P, G), (name, M, M, NUMBER), ("mul", M, M, NUMBER + 1)],
+                    [(f"mul_{name}", M, P, G, NUMBER, NUMBER + 1)],
+                )
+                for name in ("lt", "le", "gt")
+            ),
+        ]
+        for single, several in pairs:
+            one, other = lists(dtype), lists(dtype)
+            for tensors, code in ((one, single), (other, several)):
+                program = Program([(CODES[name], *places) for name, *places in code])
+                run(kernels, 1, dtype, program, addresses(*tensors), array("q", SIZES), [0.3, -0.7])
+            assert_equal(other, one)
 
 
 def test_a_kind_of_update_that_differs_in_one_bit_is_torch_s_own(

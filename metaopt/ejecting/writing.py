@@ -31,7 +31,9 @@ LONGEST = 300
 LENGTH = 7919317
 # modules that the head of the file imports, or that an ejected file must not need
 PRESENT = frozenset({"metaopt", "torch", "typing", "collections", "math", "__future__"})
-DROPPED = frozenset({"active_slots", "resets_base_state", "validate", "length", "__eq__", "__repr__", "__init__"})
+DROPPED = frozenset(
+    {"active_slots", "update_rules", "resets_base_state", "validate", "length", "__eq__", "__repr__", "__init__"}
+)
 HEAD = '''"""{spec}
 
 Written by `metaopt eject` (metaopt {version}): the same optimizer without metaopt. Call `make_optimizer(params)` with

@@ -1,14 +1,15 @@
 """Which path an update takes: one pass of the optional library, torch's fused kernel, or the base's own `step()`."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.fused.lists import LARGE, why_no_lists
+from metaopt.engine.fused.recorded import rules_on_update
 from metaopt.programs import kernels, library
-from metaopt.rules import Rule
+from metaopt.rules import Rule, rules_of
 from metaopt.stack import Stack
 from metaopt.wrapper import Wrapper
 
@@ -29,23 +30,39 @@ def _path(stack: Stack, chain: Chain) -> str:
     if own is not None:
         return f"{base}.step(); torch's fused kernel is not called directly, because {own}"
     kernel = f"torch's fused kernel of {base}, called directly"
-    changing = [w.label for w in chain.leading_on_update]
-    if changing and not chain.needs_weights_before:
-        return f"{kernel}, on copies of the weights, because {_and(changing)} {_act(changing, 'change')} the update"
+    dtypes = {p.dtype for group in groups for p in group["params"]}
     joined, left = _parts_that_join(chain)
+    changing = chain.leading_on_update if not chain.needs_weights_before else ()
+    if changing and not (set(changing) <= set(joined) and _are_rules(changing, groups)):
+        return f"{kernel}, {_on_copies(changing)}"
     behind = f"; {left}" if left else ""
     labels = [wrapper.label for wrapper in joined]
-    dtypes = {p.dtype for group in groups for p in group["params"]}
     # an update waits for whatever part has rules, and is made by the library although none joins
     waits = any(wrapper.has_rules for wrapper in chain.written_behind) and not chain.needs_weights_before
     if not (joined or waits):
         return kernel + _about_a_factor(stack, chain, dtypes) + behind
     absent = _why_no_library(chain, joined, dtypes)
     if absent is None:
-        return f"{_and([base, *labels])} in one pass over memory, by metaopt-kernels ({kernels().variant}){behind}"
+        sums = any(rule.graph.sums for wrapper in changing for rule in rules_of(type(wrapper)))
+        more = ", and in the cache once more for sums over a tensor" if sums else ""
+        return (
+            f"{_and([base, *labels])} in one pass over memory{more}, by metaopt-kernels ({kernels().variant}){behind}"
+        )
+    if changing:
+        kernel = f"{kernel}, {_on_copies(changing)}"
     if not joined:
         return kernel + behind
     return f"{kernel}; {_and(labels)} could join its pass over memory, but {absent}"
+
+
+def _are_rules(changing: Sequence[Wrapper], groups: Sequence[ParamGroup]) -> bool:
+    """Return whether all that wrappers do to an update are rules of elements, which may join the base's pass."""
+    return all(rules_on_update(wrapper, group, 0) is not None for wrapper in changing for group in groups)
+
+
+def _on_copies(changing: Sequence[Wrapper]) -> str:
+    labels = [wrapper.label for wrapper in changing]
+    return f"on copies of the weights, because {_and(labels)} {_act(labels, 'change')} the update"
 
 
 # ---- the base's own step
@@ -79,24 +96,21 @@ def _parts_that_join(chain: Chain) -> tuple[list[Wrapper], str]:
     for wrapper in acting:
         if wrapper.takes_means and getattr(wrapper, "across", None) is not None:
             return joined, f"{wrapper.label} exchanges weights with other replicas"
-        if not wrapper.has_rules or wrapper.implemented_hooks() & CHANGING:
+        if not wrapper.has_rules:
             return joined, f"{wrapper.label} acts behind it, because it is not written as rules of elements"
-        if not all(_joins(chain, wrapper, rule) for rule in _rules(wrapper)):
+        on_update = "on_update" in wrapper.implemented_hooks()
+        if not all(_joins(chain, wrapper, rule, on_update) for rule in rules_of(type(wrapper))):
             return joined, f"{wrapper.label} acts behind it, because its rules need more than elements of their own"
         joined.append(wrapper)
     return joined, ""
 
 
-def _rules(wrapper: Wrapper) -> list[Rule]:
-    found = [value for kind in type(wrapper).__mro__ for value in vars(kind).values()]
-    return [value for value in found if isinstance(value, Rule)]
-
-
-def _joins(chain: Chain, wrapper: Wrapper, rule: Rule) -> bool:
-    """Return whether a rule may join: what `GroupView` asks at each update, as far as it is known beforehand."""
-    if rule.graph.sums or _keeps_elsewhere(wrapper):
+def _joins(chain: Chain, wrapper: Wrapper, rule: Rule, on_update: bool) -> bool:
+    """Return whether a rule may join: what the engine asks at each update, as far as it is known beforehand."""
+    if (rule.graph.sums and not on_update) or _keeps_elsewhere(wrapper):
         return False
-    kinds = {getattr(wrapper.slots.get(name), "kind", None) for name in rule.tensors if name != "param"}
+    given = {"param", "update", "grad"} if on_update else {"param"}
+    kinds = {getattr(wrapper.slots.get(name), "kind", None) for name in rule.tensors if name not in given}
     if not kinds <= {"anchor", "start", "zeros"}:
         return False
     return "param" not in rule.graph.outputs or not chain.slots_of(wrapper).inner_anchor_keys
@@ -115,7 +129,7 @@ def _why_no_library(chain: Chain, joined: Iterable[Wrapper], dtypes: set[torch.d
         off = os.environ.get(library.OFF) == "0"
         return f"{library.OFF}=0 turns metaopt-kernels off" if off else "metaopt-kernels has no build for this machine"
     kernel = "adam" if "step" in (chain.fused_state or ()) else "sgd"
-    used = {symbol.op for w in joined for rule in _rules(w) for symbol in rule.graph.order}
+    used = {symbol.op for w in joined for rule in rules_of(type(w)) for symbol in rule.graph.order}
     unknown = [d for d in dtypes if not native.knows(d, kernel, *(used & {"lerp", "addcmul"}))]
     return f"metaopt-kernels does not compute torch's numbers in {str(unknown[0])[6:]}" if unknown else None
 

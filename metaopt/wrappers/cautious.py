@@ -1,8 +1,21 @@
 """Cautious updates: only where the update goes down the gradient."""
 
 import torch
+from torch import Tensor
 
-from metaopt import Group, Wrapper, hookimpl
+from metaopt import Group, Wrapper, elementwise, hookimpl
+
+
+def _go_down(update: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    return {"update": _masked(update, (update * grad.conj()).real < 0)}
+
+
+def _go_up(update: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    return {"update": _masked(update, (update * grad.conj()).real > 0)}
+
+
+def _masked(update: Tensor, mask: Tensor) -> Tensor:
+    return update * mask * torch.reciprocal(torch.clamp(torch.mean(mask), min=1e-3))
 
 
 class Cautious(Wrapper):
@@ -15,12 +28,20 @@ class Cautious(Wrapper):
 
     known_as = ("C-AdamW", "C-Lion", "caution", "cautious optimizer")
 
+    go_down, go_up = elementwise(_go_down), elementwise(_go_up)
+
     def on_update(self, group: Group) -> None:
         updates = group.update
         masks = [_mask(u, g, up=group.maximize) for u, g in zip(updates, group.grads, strict=True)]
         torch._foreach_mul_(updates, masks)
         shares = torch.stack(group.means(masks))
         torch._foreach_mul_(updates, shares.clamp_(min=1e-3).reciprocal_().unbind())
+
+    def update_rules(self, group: Group) -> None:
+        if group.maximize:
+            self.go_up(group)
+        else:
+            self.go_down(group)
 
 
 def _mask(update: torch.Tensor, gradient: torch.Tensor, *, up: bool) -> torch.Tensor:

@@ -1,8 +1,19 @@
 """Weights that grow more slowly than the base would have them grow."""
 
 import torch
+from torch import Tensor
 
-from metaopt import Group, Wrapper, hookimpl, hyper
+from metaopt import Group, Wrapper, elementwise, hookimpl, hyper
+
+
+def _brake(update: Tensor, param: Tensor, *, outward: float, inward: float) -> dict[str, Tensor]:
+    square, mixed, whole = torch.dot(param, param), torch.dot(param, update), torch.dot(update, update)
+    radial = torch.where(square > 0, mixed / square, 0.0)
+    damped = torch.where(radial > 0, radial * outward, radial * inward)
+    radius = torch.sqrt(square) * torch.abs(1 + damped)
+    length = torch.hypot(radius, torch.sqrt(torch.clamp(whole - mixed * radial, min=0.0)))
+    factor = torch.where((square > 0) & (length > 0), radius / length, 1.0)
+    return {"update": torch.addcmul(update * factor, param, factor * (1 + damped - radial) - 1)}
 
 
 class RadialBrake(Wrapper):
@@ -18,6 +29,8 @@ class RadialBrake(Wrapper):
     outward: float = hyper(0.5, ge=0.0, le=1.0, doc="the share of a growth that stays", known_as=("outward_scale",))
     inward: float = hyper(1.0, ge=0.0, le=1.0, doc="the share of a shrinkage that stays", known_as=("inward_scale",))
 
+    brake = elementwise(_brake)
+
     def on_update(self, group: Group) -> None:
         weights, updates = group.params, group.update
         squares, mixed, whole = (
@@ -31,6 +44,9 @@ class RadialBrake(Wrapper):
         factors = torch.where((squares > 0) & (lengths > 0), radii / lengths, 1.0)
         torch._foreach_mul_(updates, factors.unbind())
         torch._foreach_addcmul_(updates, weights, (factors * (1 + damped - radials) - 1).unbind())
+
+    def update_rules(self, group: Group) -> None:
+        self.brake(group)
 
 
 @hookimpl

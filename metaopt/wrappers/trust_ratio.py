@@ -3,8 +3,19 @@
 import math
 
 import torch
+from torch import Tensor
 
-from metaopt import Group, Wrapper, hookimpl, hyper
+from metaopt import Group, Wrapper, elementwise, hookimpl, hyper
+
+
+def _rescale(
+    update: Tensor, param: Tensor, *, lr: float, trust_coefficient: float, eps: float, min_norm: float, max_ratio: float
+) -> dict[str, Tensor]:
+    size = torch.clamp(torch.norm(param), min=min_norm)
+    length = torch.clamp(torch.norm(update), min=lr * min_norm)
+    ratio = trust_coefficient * lr * size / (length + lr * eps)
+    ratio = torch.where((size > 0) & (length > 0), ratio, 1.0)
+    return {"update": update * torch.where(ratio > max_ratio, max_ratio, ratio)}
 
 
 class TrustRatio(Wrapper):
@@ -22,6 +33,8 @@ class TrustRatio(Wrapper):
     min_norm: float = hyper(0.0, ge=0.0, doc="what both norms count as at least")
     max_ratio: float = hyper(math.inf, gt=0.0, doc="the largest ratio; 1 only shrinks", known_as=("trust_clip",))
 
+    rescale = elementwise(_rescale)
+
     def on_update(self, group: Group) -> None:
         lr = group.base_lr
         sizes = torch.stack(group.norms(group.params)).clamp(min=group.min_norm)
@@ -30,6 +43,9 @@ class TrustRatio(Wrapper):
         ratios = group.trust_coefficient * lr * sizes / (lengths + lr * group.eps)
         ratios = torch.where((sizes > 0) & (lengths > 0), ratios, 1.0).clamp(max=group.max_ratio)
         torch._foreach_mul_(group.update, ratios.unbind())
+
+    def update_rules(self, group: Group) -> None:
+        self.rescale(group)
 
 
 @hookimpl

@@ -1,8 +1,13 @@
 """Updates that are never too small beside the weights."""
 
 import torch
+from torch import Tensor
 
-from metaopt import Example, Group, Wrapper, hookimpl, hyper
+from metaopt import Example, Group, Wrapper, elementwise, hookimpl, hyper
+
+
+def _lengthen(update: Tensor, param: Tensor, *, floor: float, lr: float) -> dict[str, Tensor]:
+    return {"update": update * _factor(torch.norm(update), torch.norm(param) * (floor * lr))}
 
 
 class UpdateFloor(Wrapper):
@@ -17,6 +22,8 @@ class UpdateFloor(Wrapper):
     floor: float = hyper(0.35, ge=0.0, doc="the smallest |u| / |w| of an update at rate 1", known_as=("target_uw",))
     rows: bool = hyper(False, doc="hold it for each index of the first dimension; a vector is one row")
 
+    lengthen = elementwise(_lengthen)
+
     def on_update(self, group: Group) -> None:
         share = group.floor * group.base_lr
         lengths, sizes = (group.norms(each, rows=group.rows) for each in (group.update, group.params))
@@ -25,6 +32,12 @@ class UpdateFloor(Wrapper):
         else:  # one number of each tensor: all of them at once
             factors = list(_factor(torch.stack(lengths), torch.stack(sizes) * share).unbind())
         torch._foreach_mul_(group.update, factors)
+
+    def update_rules(self, group: Group) -> None:
+        if group.rows:
+            self.on_update(group)
+        else:
+            self.lengthen(group)
 
 
 def _factor(lengths: torch.Tensor, floors: torch.Tensor) -> torch.Tensor:

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
-from metaopt.engine.chain import ParamGroup
+from metaopt.engine.chain import ParamGroup, ParamState
 from metaopt.engine.fused.lists import FusedLists, Tensors
-from metaopt.programs import GRAD, Compiled, Item, Unfit, kernels, library
-from metaopt.rules import Graph
+from metaopt.joined_rules import GRAD, UPDATE, Item
+from metaopt.programs import Compiled, Unfit, kernels, library
+from metaopt.rules import Rule
+from metaopt.wrapper import Wrapper
 
 
 class PostponedStep:
@@ -44,12 +46,35 @@ class PostponedStep:
         named = [("param", self.params), ("grad", self.gradients), *zip(lists.keys, lists.state_lists, strict=True)]
         return all(self._place(key, tensors) is not None for key, tensors in named)
 
-    def add(self, graph: Graph, tensors: Mapping[str, tuple[Any, Tensors]], numbers: Mapping[str, Any]) -> bool:
-        """Let a rule act behind those that have joined; `tensors` by name, with a key. Return False if it cannot."""
-        lists = [(name, self._place(key, each)) for name, (key, each) in tensors.items()]
-        if any(place is None for _, place in lists):
+    def add(
+        self,
+        wrapper: Wrapper,
+        rule: Rule,
+        numbers: Mapping[str, Any],
+        state: Mapping[torch.Tensor, ParamState],
+        *,
+        on_update: bool = False,
+    ) -> bool:
+        """Let a rule act behind those that have joined; return False if it cannot. Only those on the update may sum."""
+        if any(isinstance(number, torch.Tensor) for number in numbers.values()):
             return False
-        self._items.append(Item(graph, tuple((name, place) for name, place in lists if place is not None)))
+        if {"param", "grad"} & rule.graph.outputs.keys() if on_update else rule.graph.sums:
+            return False
+        lists: list[tuple[str, int]] = []
+        for name in rule.tensors:
+            slot = wrapper.slots.get(name)
+            place: int | None = None
+            if name == "param" or (on_update and name == "grad"):
+                place = self._places[name]
+            elif on_update and name == "update":
+                place = UPDATE
+            elif slot is not None and slot.kind in ("anchor", "start", "zeros"):
+                key = f"{wrapper.label}.{name}"
+                place = self._place(key, [state[p][key] for p in self.params])
+            if place is None:
+                return False
+            lists.append((name, place))
+        self._items.append(Item(rule.graph, tuple(lists), on_update))
         self._numbers.append(numbers)
         if self._compiled() is None:
             del self._items[-1], self._numbers[-1]
@@ -88,9 +113,8 @@ class PostponedStep:
         known = self._lists.programs
         if key not in known:
             try:
-                compiled = Compiled(
-                    key[0], GRAD + 1 if self._state else 0, self._items, scaled=self.divisor is not None
-                )
+                state = GRAD + 1 if self._state else 0
+                compiled = Compiled(key[0], state, self._items, divided=self.divisor is not None)
                 fits = kernels().knows(self.params[0].dtype, *compiled.needs)
                 known[key] = compiled if fits else None
             except Unfit:

@@ -13,13 +13,14 @@ from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup
 from metaopt.engine.fused.lists import LARGE, FusedLists, fits_kernel, lists_for
 from metaopt.engine.fused.postponed import postponed_step
 from metaopt.engine.fused.probes import has_fused_kernel
+from metaopt.engine.fused.recorded import rules_on_update
 from metaopt.engine.run.run import Run
 from metaopt.engine.step.hooks import call_on_update, call_on_update_of_chain, is_due, keep_weights_for_on_update
 from metaopt.engine.update import Params, Update
 from metaopt.engine.views.blocks import blocks_of
 from metaopt.misuse.base import warn_of_kernel
 from metaopt.programs import kernels
-from metaopt.wrapper import Closure
+from metaopt.wrapper import Closure, Wrapper
 
 
 def step_bases(update: Update, closure: tuple[Closure, ...], keywords: dict[str, Any]) -> Any:
@@ -81,6 +82,26 @@ def _step_directly(update: Update, chain: Chain) -> bool:
     return True
 
 
+def _postpone_with_rules(update: Update, group: ParamGroup, lists: FusedLists, wrappers: list[Wrapper]) -> bool:
+    """Put the base's step off if all that the wrappers do to the update are rules; return False if it is not."""
+    # also right after a load: a resumed run adds sums up as the one that was not interrupted
+    if kernels() is None or update.pending_state:
+        return False
+    applied = [(wrapper, rules_on_update(wrapper, group, update.updates_before)) for wrapper in wrappers]
+    if any(rules is None for _, rules in applied):
+        return False
+    scale = vars(update.run.structure.chain_of(group).base).get("grad_scale")
+    postponed = postponed_step(lists, group, *update.params_and_grads(group), scale)
+    if postponed is None:
+        return False
+    for wrapper, rules in applied:
+        for rule, numbers in rules or ():
+            if not postponed.add(wrapper, rule, numbers, update.run.state, on_update=True):
+                return False
+    update.postponed[id(group)] = postponed
+    return True
+
+
 def _gains_by_postponing(chain: Chain, group: ParamGroup, lists: FusedLists, scale: Any) -> bool:
     """Return whether the library saves a pass over memory; a small update alone is faster by torch's kernel."""
     if scale is not None and lists.elements > LARGE:
@@ -104,6 +125,8 @@ def _step_in_blocks(update: Update, chain: Chain, group: ParamGroup) -> None:
             _step_on(chain, group, params, late)
         else:
             lists.step(group, params, gradients, vars(chain.base).get("grad_scale"))
+        return
+    if lists is not None and _postpone_with_rules(update, group, lists, wrappers):
         return
     begin = 0
     for block in blocks_of(params):

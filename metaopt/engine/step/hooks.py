@@ -89,7 +89,7 @@ def act_behind(update: Update, placed: PlacedWrapper) -> None:
     due = due_groups(update, placed, counted=True)
     if not due:
         return
-    if hooks & {"on_update", "after_updates"} or not wrapper.has_rules:
+    if "after_updates" in hooks or not wrapper.has_rules:
         update.make_postponed()
     if "on_update" in hooks:
         for group in due:

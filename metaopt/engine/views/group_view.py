@@ -69,9 +69,7 @@ class GroupView(GroupNumbers):
 
     def apply(self, rule: Rule, numbers: Mapping[str, Any]) -> None:
         graph = rule.graph
-        values = {
-            n: numbers[n] if n in numbers else self.base_lr if n == "lr" else getattr(self, n) for n in rule.numbers
-        }
+        values = rule.numbers_of(self, numbers)
         postponed = self._update.postponed.get(id(self._group))
         if postponed is not None and self._joins(postponed, rule, values):
             return
@@ -84,23 +82,10 @@ class GroupView(GroupNumbers):
 
     def _joins(self, postponed: PostponedStep, rule: Rule, numbers: Mapping[str, Any]) -> bool:
         """Return whether a rule joins a postponed step of the same parameters, in its pass over memory."""
-        wrapper, state = self._wrapper, self._update.run.state
         if self._rows is not None or not are_identical(self.parameters, postponed.params) or self.keeps_elsewhere:
             return False
-        if any(isinstance(number, torch.Tensor) for number in numbers.values()):
-            return False
-        tensors: dict[str, tuple[Any, list[torch.Tensor]]] = {}
-        for name in rule.tensors:
-            slot = wrapper.slots.get(name)
-            if name == "param":
-                tensors[name] = name, postponed.params
-            elif slot is not None and slot.kind in ("anchor", "start", "zeros"):
-                key = f"{wrapper.label}.{name}"
-                tensors[name] = key, [state[p][key] for p in self.parameters]
-            else:
-                return False
-        anchors = self._chain.slots_of(wrapper).inner_anchor_keys if "param" in rule.graph.outputs else ()
-        return not anchors and postponed.add(rule.graph, tensors, numbers)
+        anchors = self._chain.slots_of(self._wrapper).inner_anchor_keys if "param" in rule.graph.outputs else ()
+        return not anchors and postponed.add(self._wrapper, rule, numbers, self._update.run.state)
 
     def _named(self, name: str) -> list[torch.Tensor]:
         tensors: list[torch.Tensor] = getattr(self, {"param": "params", "grad": "grads"}.get(name, name))
