@@ -75,34 +75,34 @@ class elementwise:
                 tensors[self.tensors.index(name)].copy_(value)
             # <anchors>
             if "param" in changed:
-                group.stack.move_inner_anchors(group.part, [tensors[self.tensors.index("param")]])
+                group.whole.move_inner_anchors(group.part, [tensors[self.tensors.index("param")]])
             # </anchors>
 
 
 class Group:
     """What a part sees of one parameter group: aligned lists of parameters, gradients and kept tensors."""
 
-    def __init__(self, stack: Any, part: Any, group: dict[str, Any], params: Tensors, updates: int) -> None:
-        self.stack, self.part, self.group, self.params, self.updates = stack, part, group, params, updates
+    def __init__(self, whole: Any, part: Any, group: dict[str, Any], params: Tensors, updates: int) -> None:
+        self.whole, self.part, self.group, self.params, self.updates = whole, part, group, params, updates
 
     def __getattr__(self, name: str) -> Any:
         if name not in self.part.slots:
             return getattr(self.part, name)
         # <previous>
         if self.part.slots[name][0] == "previous":
-            return [self.stack.before[p] for p in self.params]
+            return [self.whole.before[p] for p in self.params]
         # </previous>
         key = f"{self.part.label}.{name}"
-        return [{**self.stack.state.get(p, {}), **self.stack.initial.get(p, {})}[key] for p in self.params]
+        return [{**self.whole.state.get(p, {}), **self.whole.initial.get(p, {})}[key] for p in self.params]
 
     @property
     def grads(self) -> Tensors:
-        self.stack.apply_factor()
+        self.whole.apply_factor()
         return [p.grad for p in self.params if p.grad is not None]
 
     @property
     def update(self) -> Tensors:
-        return [self.stack.change_of(p) for p in self.params]
+        return [self.whole.change_of(p) for p in self.params]
 
     @property
     def base_lr(self) -> Any:
@@ -139,6 +139,27 @@ class Group:
     def blocks(self) -> list[Any]:
         return [self]
 
+    def matrices(self) -> list[Any]:
+        members = [p for p in self.params if p.dim() > 1]
+        return [Group(self.whole, self.part, self.group, members, self.updates)] if members else []
+
+    def rows_of(self, tensors: Tensors) -> Any:
+        return Rows(self, tensors)
+
+    def cast(self, tensors: Tensors, dtype: torch.dtype | None = None) -> Tensors:
+        return [t.to(dtype or torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+
+    # <stacks>
+    def stack(self, numbers: Tensors) -> torch.Tensor:
+        return torch.stack(numbers)
+
+    # </stacks>
+    def multiply(self, tensors: Tensors, numbers: torch.Tensor) -> None:
+        torch._foreach_mul_(tensors, list(numbers.unbind()))
+
+    def add_multiples(self, tensors: Tensors, others: Tensors, numbers: torch.Tensor) -> None:
+        torch._foreach_addcmul_(tensors, others, list(numbers.unbind()))
+
     def clear_grads(self) -> None:
         for p in self.params:
             p.grad = None
@@ -146,31 +167,58 @@ class Group:
     def set_params(self, tensors: Tensors) -> None:
         torch._foreach_copy_(self.params, tensors)
         # <anchors>
-        self.stack.move_inner_anchors(self.part, self.params)
+        self.whole.move_inner_anchors(self.part, self.params)
         # </anchors>
 
     def measure(self, *ignored: Any, **too: Any) -> None:
         """Nothing is logged."""
 
 
+class Rows:
+    """The rows of several tensors of a group; their numbers are one tensor."""
+
+    def __init__(self, group: Group, tensors: Tensors) -> None:
+        self.group, self.tensors = group, tensors
+
+    def norms(self) -> torch.Tensor:
+        return self._joined(self.group.norms(self.tensors, rows=True))
+
+    def means(self) -> torch.Tensor:
+        return self._joined(self.group.means(self.tensors, rows=True))
+
+    def multiply(self, numbers: torch.Tensor) -> None:
+        torch._foreach_mul_(self.tensors, self._of_each(numbers))
+
+    def subtract(self, numbers: torch.Tensor) -> None:
+        torch._foreach_sub_(self.tensors, self._of_each(numbers))
+
+    def _joined(self, numbers: Tensors) -> torch.Tensor:
+        self.shapes = [n.shape for n in numbers]
+        return torch.cat([n.reshape(-1) for n in numbers])
+
+    def _of_each(self, numbers: torch.Tensor) -> Tensors:
+        parts = torch.split(numbers.to(self.tensors[0].dtype), [shape.numel() for shape in self.shapes])
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+
 class Groups:
     """All groups at once, for norms and decisions that are global."""
 
-    def __init__(self, stack: Any, part: Any) -> None:
-        self.stack, self.part = stack, part
+    def __init__(self, whole: Any, part: Any) -> None:
+        self.whole, self.part = whole, part
 
     # <iterates>
     def __iter__(self) -> Any:
-        for group in self.stack.param_groups:
-            yield from self.stack.views(self.part, group, [p for p in group["params"] if p.grad is not None])
+        for group in self.whole.param_groups:
+            yield from self.whole.views(self.part, group, [p for p in group["params"] if p.grad is not None])
 
     # </iterates>
     def __getattr__(self, name: str) -> Any:
         return getattr(self.part, name)
 
     def norm(self, norm_type: float = 2.0) -> torch.Tensor:
-        gradients = [p.grad for group in self.stack.param_groups for p in group["params"] if p.grad is not None]
-        total, factor = total_norm(gradients, norm_type), self.stack.factor
+        gradients = [p.grad for group in self.whole.param_groups for p in group["params"] if p.grad is not None]
+        total, factor = total_norm(gradients, norm_type), self.whole.factor
         return total if factor is None else total * factor.abs()
 
     def norm_of(self, name: str) -> torch.Tensor:
@@ -179,10 +227,10 @@ class Groups:
     def scale(self, factor: Any) -> None:
         if isinstance(factor, torch.Tensor) or factor != 1.0:
             factor = factor if isinstance(factor, torch.Tensor) else torch.tensor(factor, dtype=torch.float32)
-            self.stack.factor = factor if self.stack.factor is None else self.stack.factor * factor
+            self.whole.factor = factor if self.whole.factor is None else self.whole.factor * factor
 
     def skip_update(self, reason: str) -> None:
-        self.stack.skipped = reason
+        self.whole.skipped = reason
 
     def set_counter(self, name: str, value: int) -> None:
         setattr(self.part, name, value)
@@ -521,15 +569,15 @@ def chosen(params: Any, patterns: list[str]) -> list[Tensors]:
 
 def total_norm(tensors: Tensors, p: float) -> torch.Tensor:
     """Return the p-norm over all tensors together."""
-    if len({(t.dtype, t.device) for t in tensors}) != 1:
-        return torch.nn.utils.get_total_norm(tensors, p)
-    on_cpu = tensors[0].device.type == "cpu" and tensors[0].dtype in (torch.float32, torch.float64)
+    kinds = dict.fromkeys((t.dtype, t.device) for t in tensors)
+    if len(kinds) > 1:
+        parts = [total_norm([t for t in tensors if (t.dtype, t.device) == kind], p) for kind in kinds]
+        return torch.linalg.vector_norm(torch.stack([n.to(tensors[0].device) for n in parts]), p)  # type: ignore
     # large tensors by rows: a processor then uses all its threads, and the sum is more exact
+    on_cpu = tensors[0].device.type == "cpu" and tensors[0].dtype in (torch.float32, torch.float64)
     by_rows = [on_cpu and t.numel() >= 65536 and t.numel() % 64 == 0 and t.is_contiguous() for t in tensors]
-    norms = [
-        torch.linalg.vector_norm(t.view(64, -1), p, dim=1) for t, rows in zip(tensors, by_rows, strict=True) if rows
-    ]
-    small = [t for t, rows in zip(tensors, by_rows, strict=True) if not rows]
-    norms += [torch.stack(torch._foreach_norm(small, p))] if small else []
-    norm: torch.Tensor = torch.linalg.vector_norm(torch.cat(norms), p)
-    return norm
+    norms = [torch.linalg.vector_norm(t.view(64, -1), p, dim=1) for t, by in zip(tensors, by_rows, strict=True) if by]
+    small = [t for t, by in zip(tensors, by_rows, strict=True) if not by]
+    wide = torch.float32 if tensors[0].dtype in (torch.float16, torch.bfloat16) else None  # 16 bits end at 65504
+    norms += [torch.stack(torch._foreach_norm(small, p, wide))] if small else []
+    return torch.linalg.vector_norm(torch.cat(norms), p)  # type: ignore

@@ -238,6 +238,7 @@ def _engine(wrappers: tuple[Wrapper, ...], scheduled: bool, parts: str, maker: s
         "previous": "previous" in kinds,
         "skips": any(w.may_skip_updates for w in wrappers),
         "iterates": re.search(r"\bin groups\b|norm_of", parts) is not None,
+        "stacks": "group.stack(" in parts,  # torch.stack keeps no method
         # of parts that others behind them may move
         "anchors": any(s.kind == "anchor" for w in wrappers[:-1] for s in w.active_slots().values()),
         "schedules": scheduled,
