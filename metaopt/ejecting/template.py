@@ -395,15 +395,17 @@ class Stack(torch.optim.Optimizer):
         if isinstance(self.base, Branches):
             self.base.factor, self.factor = self.factor, None
         # </branches>
+        # <scales>
         if self.factor is not None and self._folds():
             self.base.grad_scale = self.factor.reciprocal().to(torch.float32)  # type: ignore[attr-defined]
             self.factor = None
+        # </scales>
         self.apply_factor()
         # </on_gradients>
         self.base.step()
-        # <on_gradients>
+        # <scales>
         self.base.__dict__.pop("grad_scale", None)
-        # </on_gradients>
+        # </scales>
         # <on_update>
         due = [part for part in leading if part.is_due(count + 1)]
         if due:

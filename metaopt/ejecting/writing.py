@@ -238,6 +238,7 @@ def _engine(wrappers: tuple[Wrapper, ...], scheduled: bool, parts: str, maker: s
         "previous": "previous" in kinds,
         "skips": any(w.may_skip_updates for w in wrappers),
         "iterates": re.search(r"\bin groups\b|norm_of", parts) is not None,
+        "scales": ".scale(" in parts,
         "stacks": "group.stack(" in parts,  # torch.stack keeps no method
         # of parts that others behind them may move
         "anchors": any(s.kind == "anchor" for w in wrappers[:-1] for s in w.active_slots().values()),
@@ -260,9 +261,10 @@ def _reachable(source: str, parts: str) -> str:
     """Drop the methods, functions and classes of a source that nothing uses."""
     while True:
         lines, tree = source.splitlines(), ast.parse(source)
-        nodes = [*ast.walk(ast.parse(parts + "\n" + source))]
-        attributes = {n.attr for n in nodes if isinstance(n, ast.Attribute)} | {"step", "load_state_dict", "averaged"}
-        names = {n.id for n in nodes if isinstance(n, ast.Name)} | {"Stack"}
+        whole = ast.parse(parts + "\n" + source)
+        nodes = [*ast.walk(whole)]
+        attributes = set(_used_outside_itself(whole, ast.Attribute)) | {"step", "load_state_dict", "averaged"}
+        names = set(_used_outside_itself(whole, ast.Name)) | {"Stack"}
         classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
         methods = [n for node in classes for n in node.body if isinstance(n, ast.FunctionDef)]
         unused: list[Any] = [n for n in methods if n.name not in attributes and not n.name.startswith("__")]
@@ -273,6 +275,17 @@ def _reachable(source: str, parts: str) -> str:
         node = unused[-1]
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
         source = "\n".join([*lines[: first - 1], *lines[node.end_lineno :]]) + "\n"
+
+
+def _used_outside_itself(node: ast.AST, kind: type, inside: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yield the names that something uses; what a function uses of its own name does not count."""
+    if isinstance(node, ast.FunctionDef):
+        inside = (*inside, node.name)
+    name = getattr(node, "id", getattr(node, "attr", "")) if isinstance(node, kind) else ""
+    if name and name not in inside:
+        yield name
+    for child in ast.iter_child_nodes(node):
+        yield from _used_outside_itself(child, kind, inside)
 
 
 def _assigned_twice(node: ast.Assign, nodes: list[ast.AST]) -> set[str]:
