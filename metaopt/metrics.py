@@ -112,7 +112,7 @@ class Metrics:
         self._window.points.append((step, tag, number))
 
     def write_points(self) -> None:
-        """Write the values that are points of their own: one synchronisation per device if there are any."""
+        """Write points that are under way and values that are points of their own; waits for both."""
         if self._window is not None:
             self._window.write_points()
 

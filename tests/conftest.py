@@ -29,6 +29,9 @@ def same_random_numbers():
 def pytest_addoption(parser):
     parser.addoption("--rank-kills", type=int, default=2, help="how often test_train_ranks kills a random rank")
     parser.addoption("--kills", type=int, default=20, help="how often test_train kills a running `metaopt train`")
+    parser.addoption(
+        "--emulated-device", action="store_true", help="build a device for test_emulated_device, and test on it"
+    )
 
 
 def pytest_collection_modifyitems(items):

@@ -14,6 +14,12 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def asked_for(request: pytest.FixtureRequest) -> None:
+    if not request.config.getoption("--emulated-device"):
+        pytest.skip("tested with --emulated-device")
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return emulation.built(tmp_path_factory.mktemp("emulation"))

@@ -104,3 +104,14 @@ def test_what_is_reset_begins_as_in_a_new_run_and_the_rest_goes_on() -> None:
         assert torch.equal(p, q)
     with pytest.raises(metaopt.StepError, match="Did you mean moments"):
         opt.reset_state("moment")
+
+
+def test_a_reset_drops_means_that_are_on_their_way() -> None:
+    p = torch.nn.Parameter(torch.ones(4))
+    opt = metaopt.build([p], "sgd(lr=0.1) | outer(k=2, delay=1, across='replicas')")
+    for _ in range(2):
+        p.grad = torch.ones(4)
+        opt.step()
+    opt.reset_state("averages")
+    opt.state_dict()  # which puts what is on its way into the state
+    assert not opt.state

@@ -116,7 +116,7 @@ def _slot(declared: Any) -> str:
         "start": "a copy of the parameter from right before its first update; never follows",
         "zeros": "shaped like the parameter, zero at first",
         "moments": "zeros for each moment of the base, where a hyperparameter asks for them",
-        "number": "one number for each parameter",
+        "scalar": "one number for each parameter",
         "previous": "the parameter's value from right before the update, during it only",
     }
     dtype = f"; dtype: {declared.dtype}" if declared.dtype else ""

@@ -336,7 +336,7 @@ class Update:
             p.grad = None
 
     def release(self) -> None:
-        """Let go of all tensors: the traceback of a failed step holds this object, and may be kept for long."""
+        """Let go of gradients and copies: a failed step's traceback, which may be kept for long, holds this object."""
         self.weights_before, self.change, self.change_memory, self.block_memory = {}, {}, {}, {}
         self.weights_for_observers, self.change_for_observers = {}, None
         self.postponed, self.grads_to_divide = {}, {}

@@ -24,6 +24,8 @@ def reset(run: Run, names: tuple[str, ...]) -> None:
     _validate(run, names)
     averages.restore_weights(run)
     chosen = set(names or RESET_NAMES)
+    if run.exchange is not None and chosen & {"averages", *(each.wrapper.label for each in run.structure.exchanges)}:
+        run.exchange.forget()  # what is on its way belongs to anchors that go
     for group in run.param_groups:
         chain = run.structure.chain_of(group)
         gone = {label for label in chain.labelled if "averages" in chosen or label in chosen}

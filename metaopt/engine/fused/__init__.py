@@ -1,1 +1,1 @@
-"""torch's fused updates, called directly, without the base's `step()`."""
+"""Updates without the base's `step()`: torch's fused kernels, called directly, or the optional library."""
