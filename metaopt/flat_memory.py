@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from metaopt.multi_tensor import Tensors, cast, on_accelerator, wide_dtype
+from metaopt.multi_tensor import Tensors, at_least_float32, cast, on_accelerator
 
 CHUNK = 512
 # elements of which copies are made at a time
@@ -103,7 +103,7 @@ def sums(tensors: Sequence[torch.Tensor]) -> Tensors:
     """Return the sum of each tensor on an accelerator, in float32 at least."""
     found: Tensors = []
     for (part,) in parts_of(tensors):
-        memory, wide = memory_of(part), wide_dtype(part[0].dtype)
+        memory, wide = memory_of(part), at_least_float32(part[0].dtype)
         found += _sums(_gathered(part, wide) if memory is None else memory, part).unbind()
     return found
 
@@ -113,7 +113,7 @@ def dots(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> Tensors:
     a, b = ([torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in each] for each in (a, b))
     found: Tensors = []
     for left, right in parts_of(a, b):
-        wide = wide_dtype(torch.promote_types(left[0].dtype, right[0].dtype))
+        wide = at_least_float32(torch.promote_types(left[0].dtype, right[0].dtype))
         memory, other = memory_of(left), memory_of(right)
         if memory is not None and other is not None:
             products = memory.to(wide) * other
@@ -125,7 +125,7 @@ def dots(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> Tensors:
 
 
 def _sums(memory: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    of_chunks = memory.view(-1, CHUNK).sum(dim=1, dtype=wide_dtype(memory.dtype))
+    of_chunks = memory.view(-1, CHUNK).sum(dim=1, dtype=at_least_float32(memory.dtype))
     return torch.segment_reduce(of_chunks, "sum", offsets=layout_of(tensors).first_chunks, unsafe=True)
 
 

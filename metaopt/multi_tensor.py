@@ -16,8 +16,8 @@ def on_accelerator(tensors: Sequence[torch.Tensor]) -> bool:
     return bool(tensors) and tensors[0].device.type != "cpu"
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return a dtype with float32's range and digits at least."""
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which many numbers of this one are added up: 16 bits hold no sum beyond 65504."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -43,7 +43,7 @@ def cast(tensors: Tensors, dtype: torch.dtype | None = None) -> Tensors:
     """Return tensors in a dtype, float32 at least if none is given: the very same ones if they have it."""
     if not tensors:
         return tensors
-    dtype = dtype or wide_dtype(tensors[0].dtype)
+    dtype = dtype or at_least_float32(tensors[0].dtype)
     return tensors if all(t.dtype == dtype for t in tensors) else copies(tensors, dtype)
 
 
@@ -82,8 +82,8 @@ def operand(number: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tens
 def norms(tensors: Sequence[torch.Tensor]) -> Tensors:
     """Return the 2-norm of each tensor, in float32 at least."""
     if not on_accelerator(tensors):
-        return [torch.linalg.vector_norm(t, dtype=wide_dtype(t.dtype)) for t in tensors]
-    return list(torch._foreach_norm(list(tensors), 2, dtype=wide_dtype(tensors[0].dtype)))
+        return [torch.linalg.vector_norm(t, dtype=at_least_float32(t.dtype)) for t in tensors]
+    return list(torch._foreach_norm(list(tensors), 2, dtype=at_least_float32(tensors[0].dtype)))
 
 
 def stacked(numbers: Sequence[torch.Tensor]) -> torch.Tensor:

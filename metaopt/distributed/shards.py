@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from metaopt import flat_memory, multi_tensor
+from metaopt.multi_tensor import at_least_float32
 
 # elements from which on a tensor's norm is taken by rows, and how many rows
 LARGE = 1 << 16
@@ -150,11 +151,6 @@ def sum_over_shards(sums: torch.Tensor, parameter: torch.Tensor, *, rows: bool =
     return added
 
 
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which many numbers of this one are added up: 16 bits hold no sum beyond 65504."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _summed(values: torch.Tensor, rows: bool) -> list[int]:
     return list(range(1 if rows and values.dim() > 1 else 0, values.dim()))
 
@@ -239,7 +235,8 @@ def _norm_over_mesh(members: list[Any], mesh: Any, split: tuple[bool, ...], p: f
     parts = [part for member in members if (part := member.to_local()).numel()]
     first = members[0].to_local()
     own = _norm_here(parts, p).to(first.device) if parts else first.new_zeros(())
-    own = own.to(torch.promote_types(own.dtype, torch.float32))
+    # of all members, whichever of them this rank has something of: the ranks reduce numbers of one dtype
+    own = own.to(functools.reduce(torch.promote_types, (m.dtype.to_real() for m in members), torch.float32))
     if not math.isinf(p):
         return _reduced(own**p, "sum", mesh, split, module) ** (1.0 / p)
     # a maximum over ranks may pass a NaN over, a sum does not

@@ -14,7 +14,7 @@ from metaopt.engine.fused.probes import takes_factor
 from metaopt.engine.run.entries import UPDATES
 from metaopt.engine.run.run import Run
 from metaopt.flat_memory import flat_room
-from metaopt.multi_tensor import add_, cast, copies, on_accelerator, operand, wide_dtype
+from metaopt.multi_tensor import add_, at_least_float32, cast, copies, on_accelerator, operand
 
 # of parameters wider than this many bytes an element, gradients are not scaled by a fused kernel: its factor is float32
 WIDEST_FOLDED = 4
@@ -214,7 +214,7 @@ class Update:
             if not on_accelerator(part):
                 for p in part:
                     before, weights = self.weights_for_observers.pop(p), local(p)
-                    wide = wide_dtype(weights.dtype)
+                    wide = at_least_float32(weights.dtype)
                     out = before if wide == weights.dtype else torch.empty_like(weights, dtype=wide)
                     self.change_for_observers[p] = torch.sub(weights.to(wide), before, out=out)
                 continue
@@ -248,7 +248,7 @@ class Update:
 
     def _cut_memory(self, role: str, weights: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return tensors of the weights' shapes in memory of this update; those of a change are at least float32."""
-        dtype = weights[0].dtype if role == "before" else wide_dtype(weights[0].dtype)
+        dtype = weights[0].dtype if role == "before" else at_least_float32(weights[0].dtype)
         if on_accelerator(weights):
             return flat_room(weights, dtype)
         key, sizes = (role, weights[0].dtype, weights[0].device), [w.numel() for w in weights]
@@ -264,7 +264,7 @@ class Update:
             return self.change[p]
         if self._has_moved_since(p):
             weights, before, memory = local(p), self.weights_before[p], self.change_memory.pop(p, None)
-            wide = wide_dtype(weights.dtype)
+            wide = at_least_float32(weights.dtype)
             if memory is None:
                 memory = torch.empty_like(weights, dtype=wide)
             change = self.change[p] = torch.sub(weights.to(wide), before, out=memory)
@@ -359,7 +359,7 @@ def _differences(
     weights: list[torch.Tensor], befores: list[torch.Tensor], out: list[torch.Tensor] | None = None
 ) -> list[torch.Tensor]:
     """Return how far weights have moved, in float32 at least, by calls over all of them."""
-    out = flat_room(weights, wide_dtype(weights[0].dtype)) if out is None else out
+    out = flat_room(weights, at_least_float32(weights[0].dtype)) if out is None else out
     torch._foreach_copy_(out, weights)
     torch._foreach_sub_(out, cast(befores))
     return out

@@ -11,7 +11,7 @@ import torch
 
 from metaopt.distributed import replicas
 from metaopt.distributed.replicas import Sum, in_buckets
-from metaopt.distributed.shards import at_least_float32, local
+from metaopt.distributed.shards import local
 from metaopt.engine.chain import ParamGroup
 from metaopt.engine.param_state.first_update import add_state_of
 from metaopt.engine.param_state.placeholders import remove_placeholders
@@ -24,6 +24,7 @@ from metaopt.engine.views.blocks import Rows, row_ranges
 from metaopt.engine.views.cutting import views_of
 from metaopt.engine.views.group_view import GroupView
 from metaopt.engine.views.params import is_trained
+from metaopt.multi_tensor import at_least_float32
 from metaopt.wrapper import Wrapper
 
 

@@ -9,6 +9,7 @@ import torch
 
 from metaopt.engine.chain import Chain, ParamState, is_moment
 from metaopt.errors import StepError
+from metaopt.multi_tensor import at_least_float32
 from metaopt.slots import Slot
 
 
@@ -18,7 +19,7 @@ def slot_dtype(slot: Slot, values: dict[str, Any], parameter: torch.Tensor) -> t
     if named is None:
         return parameter.dtype
     if named == "at least float32":
-        wide = torch.promote_types(parameter.dtype, torch.float32)
+        wide = at_least_float32(parameter.dtype)
         return wide.to_real() if slot.kind == "scalar" else wide
     dtype: torch.dtype = getattr(torch, named)
     return dtype

@@ -70,9 +70,9 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
     update = Update(run, is_logged=run.metrics.wanted(first[UPDATES] + 1))
     update.step_weight, run.step_weight = run.step_weight, 1.0
     evaluation = Evaluation(update, closure)
-    if took_weights and closure is None:
-        return _skip(update, evaluation, "took the weights of the other replicas")
     try:
+        if took_weights and closure is None:
+            return _skip(update, evaluation, "took the weights of the other replicas")
         if closure is not None or ((structure.needs_closure or structure.around) and not run.flushing):
             _evaluate(update, evaluation, closure)
         if run.second_clip is not None:

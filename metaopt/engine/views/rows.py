@@ -7,7 +7,7 @@ import torch
 from metaopt.distributed.shards import is_sharded, mean_over_shards, norm_over_shards
 from metaopt.engine.update import Params
 from metaopt.group import Rows
-from metaopt.multi_tensor import on_accelerator, room_for, wide_dtype
+from metaopt.multi_tensor import at_least_float32, on_accelerator, room_for
 
 
 def all_rows(tensors: list[torch.Tensor], parameters: Params) -> Rows:
@@ -64,7 +64,7 @@ class _Matrices(Rows):
 
     def _filled(self, compute: str) -> torch.Tensor:
         matrix = self._matrices[0]
-        numbers = torch.empty(sum(self._counts), dtype=wide_dtype(matrix.dtype), device=matrix.device)
+        numbers = torch.empty(sum(self._counts), dtype=at_least_float32(matrix.dtype), device=matrix.device)
         for matrix, out in zip(self._matrices, torch.split(numbers, self._counts), strict=True):
             if compute == "norm":
                 torch.linalg.vector_norm(matrix, dim=1, dtype=out.dtype, out=out)
