@@ -251,3 +251,34 @@ def test_bases_with_different_averages_have_no_default() -> None:
     train(model, opt)
     with opt.averaged():
         assert opt.param_groups[0]["metaopt.swapped"] == "ema"
+
+
+@pytest.mark.parametrize("part", ["ema(decay=0.9, start=2)", "tail_average(start=2)"])
+def test_weights_return_whatever_was_changed_while_the_average_was_shown(part: str) -> None:
+    model = network()
+    opt = metaopt.build(model, f"sgd(lr=0.1) | {part}")
+    train(model, opt)
+    label = part.split("(")[0]
+    weights, average = ([t.clone() for t in of] for of in (model.parameters(), _averages_of(opt, label)))
+
+    def has_returned() -> None:
+        assert all(map(torch.equal, model.parameters(), weights))
+        assert all(map(torch.equal, _averages_of(opt, label), average))
+        assert not any(key.endswith((".shown", ".fast")) for state in opt.state.values() for key in state)
+
+    # nothing is shown at such a start, nor at such a count: the part itself could not say what was swapped
+    with opt.averaged():
+        for group in opt.param_groups:
+            group[f"{label}.start"] = 100
+    has_returned()
+    with opt.averaged():
+        saved, shown = copy.deepcopy(opt.state_dict()), copy.deepcopy(model.state_dict())
+    opt.load_state_dict(saved)
+    model.load_state_dict(shown)
+    opt.updates = 0
+    opt.zero_grad()
+    has_returned()
+
+
+def _averages_of(opt: metaopt.Stack, label: str) -> list[torch.Tensor]:
+    return [opt.state[p][f"{label}.average"] for group in opt.param_groups for p in group["params"]]

@@ -273,9 +273,13 @@ def test_who_keeps_the_error_of_a_failed_first_step_keeps_no_slow_weights() -> N
 
 
 @pytest.mark.usefixtures("only_new_objects")
-def test_who_keeps_the_error_of_a_failed_step_keeps_no_gradients() -> None:
+@pytest.mark.parametrize("part", [Failing, FailingBehind])
+@pytest.mark.parametrize(
+    "base", [metaopt.adamw(lr=0.01), metaopt.adamw(lr=0.01, foreach=True)], ids=["copies", "blocks"]
+)
+def test_who_keeps_the_error_of_a_failed_step_keeps_no_gradients(base: Any, part: Any) -> None:
     model = torch.nn.Linear(64, 64, bias=False)
-    opt = metaopt.build(model.named_parameters(), metaopt.adamw(lr=0.01) | FailingBehind())
+    opt = metaopt.build(model.named_parameters(), base | part())
     before = memory_of_tensors()
     model.weight.grad = torch.ones_like(model.weight)
     opt.step()

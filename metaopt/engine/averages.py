@@ -7,11 +7,11 @@ from contextlib import contextmanager
 import torch
 
 from metaopt.distributed.shards import is_sharded, local
+from metaopt.engine.chain import ParamState
 from metaopt.engine.run.entries import AVERAGE_SHOWN, TEMPLATE
 from metaopt.engine.run.run import Run
 from metaopt.engine.update import Update
 from metaopt.engine.views.cutting import views_of
-from metaopt.engine.views.group_view import GroupView
 from metaopt.engine.views.params import updated_params
 from metaopt.errors import ParameterError, StepError, did_you_mean
 from metaopt.module_buffers import KeptBuffers
@@ -19,8 +19,9 @@ from metaopt.torch_internals import Versions, keep_versions, reshard_fsdp_module
 
 # elements swapped at a time, so that the temporary tensor stays small
 BLOCK = 1 << 20
-# a parameter, the part of it that this process holds, its average, and whether the average is kept in the state
-Shown = tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]
+# a parameter, the part of it that this process holds, its average, and where in the wrapper's state that is kept, if it
+# is not computed
+Shown = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int | None]
 
 
 @contextmanager
@@ -80,10 +81,11 @@ def restore_weights(run: Run) -> None:
     label = run.param_groups[0].get(AVERAGE_SHOWN)
     if not label:
         return
+    swapped = list(_swapped(run, label))
     for p, weights in _set_aside(run, label):
         local(p).copy_(local(weights))
-    for shown in _swapped(run, label):
-        swap(shown[1], shown[2])
+    for weights, average in swapped:
+        swap(weights, average)
     _forget_weights(run, label)
     _mark(run, "")
 
@@ -97,19 +99,20 @@ def show(run: Run, label: str) -> None:
     """
     done: list[Shown] = []
     try:
-        for p, weights, average, kept in _averages(run, label):
-            if kept:
-                swap(weights, average)
-            else:
+        for p, weights, average, place in _averages(run, label):
+            if place is None:
                 run.state[p][f"{label}.fast"] = p.detach().clone()
                 weights.copy_(average)
-            done.append((p, weights, average, kept))
-    except BaseException:
-        for p, weights, average, kept in reversed(done):
-            if kept:
-                swap(weights, average)
             else:
+                swap(weights, average)
+                run.state[p][f"{label}.shown"] = float(place)
+            done.append((p, weights, average, place))
+    except BaseException:
+        for p, weights, average, place in reversed(done):
+            if place is None:
                 weights.copy_(local(run.state[p][f"{label}.fast"]))
+            else:
+                swap(weights, average)
         _forget_weights(run, label)
         raise
 
@@ -206,16 +209,31 @@ def _forget_weights(run: Run, label: str) -> None:
     for group in run.param_groups:
         for p in group["params"]:
             param_state = run.state.get(p, {})
+            found = [param_state.pop(f"{label}.{name}", None) for name in ("fast", "shown")]
             # `state[p]` is absent or whole
-            if param_state.pop(f"{label}.fast", None) is not None and not param_state:
+            if found != [None, None] and not param_state:
                 del run.state[p]
 
 
-def _swapped(run: Run, label: str) -> Iterator[Shown]:
-    """Yield the parameters that were swapped with a kept average."""
-    for shown in _averages(run, label):
-        if f"{label}.fast" not in run.state.get(shown[0], {}):
-            yield shown
+def _swapped(run: Run, label: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the weights that were swapped with a kept average, and where they are now.
+
+    The wrapper is not asked: its count or its settings may have changed since, so that it would show something else.
+    """
+    marked = False
+    for group in run.param_groups:
+        wrapper = run.structure.chain_of(group).labelled.get(label)
+        for p in group["params"] if wrapper is not None else ():
+            param_state = run.state.get(p, {})
+            marked = marked or f"{label}.fast" in param_state
+            if f"{label}.shown" in param_state:
+                marked = True
+                keys = run.structure.chain_of(group).slots_of(wrapper).state_keys
+                yield local(p), local(param_state[keys[int(param_state[f"{label}.shown"])]])
+    if not marked:  # a checkpoint of an earlier version has no marks
+        for _, weights, average, place in _averages(run, label):
+            if place is not None:
+                yield weights, average
 
 
 def _averages(run: Run, label: str) -> Iterator[Shown]:
@@ -225,6 +243,7 @@ def _averages(run: Run, label: str) -> Iterator[Shown]:
         wrapper = run.structure.chain_of(group).labelled.get(label)
         if wrapper is None or "averaged" not in wrapper.implemented_hooks() or group[TEMPLATE]:
             continue
+        keys = run.structure.chain_of(group).slots_of(wrapper).state_keys
         members = updated_params(update, group, wrapper)
         if not run.updates:  # a wrapper that keeps nothing would be asked before the first update
             members = [p for p in members if p in run.state]
@@ -233,17 +252,17 @@ def _averages(run: Run, label: str) -> Iterator[Shown]:
             if averages is None:
                 continue
             for p, weights, average in zip(view.parameters, view.params, averages, strict=True):
-                yield p, weights, average, average.dtype == weights.dtype and _is_kept(view, p, average)
+                place = _place(run.state.get(p, {}), keys, average) if average.dtype == weights.dtype else None
+                yield p, weights, average, place
 
 
-def _is_kept(view: GroupView, p: torch.Tensor, average: torch.Tensor) -> bool:
-    """Return whether an average is a tensor of the wrapper's own state, not computed from it."""
-    return any(
-        isinstance(value, torch.Tensor)
-        and local(value).data_ptr() == average.data_ptr()
-        and local(value).shape == average.shape
-        for value in view.own_state(p)
-    )
+def _place(param_state: ParamState, keys: tuple[str, ...], average: torch.Tensor) -> int | None:
+    """Return which tensor of the wrapper's own state an average is; None if it is computed from the state."""
+    for place, key in enumerate(keys):
+        kept = local(param_state[key]) if key in param_state else None
+        if kept is not None and kept.data_ptr() == average.data_ptr() and kept.shape == average.shape:
+            return place
+    return None
 
 
 def swap(a: torch.Tensor, b: torch.Tensor) -> None:

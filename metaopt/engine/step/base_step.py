@@ -129,20 +129,24 @@ def _step_in_blocks(update: Update, chain: Chain, group: ParamGroup) -> None:
     if lists is not None and _postpone_with_rules(update, group, lists, wrappers):
         return
     begin = 0
-    for block in blocks_of(params):
-        part = slice(begin, begin + len(block))
-        begin = part.stop
-        if lists is not None and block[0].element_size() >= 4:
-            # the kernel moves copies: what it adds to the weights is known before they move
-            copies = update.copies_to_move(block)
-            lists.step(group, copies, gradients[part], vars(chain.base).get("grad_scale"), part)
-            update.take_change_of_copies(block, copies)
-            del copies  # if a hook fails, its traceback holds what this function holds
-        else:
-            update.keep_block(block)
-            _step_on(chain, group, block, late)
-        call_on_update(update, group, wrappers, block)
-        update.forget_change(block)
+    copies: list[torch.Tensor] = []
+    try:
+        for block in blocks_of(params):
+            part = slice(begin, begin + len(block))
+            begin = part.stop
+            if lists is not None and block[0].element_size() >= 4:
+                # the kernel moves copies: what it adds to the weights is known before they move
+                copies = update.copies_to_move(block)
+                lists.step(group, copies, gradients[part], vars(chain.base).get("grad_scale"), part)
+                update.take_change_of_copies(block, copies)
+            else:
+                update.keep_block(block)
+                _step_on(chain, group, block, late)
+            call_on_update(update, group, wrappers, block)
+            update.forget_change(block)
+    except BaseException:
+        del copies, gradients  # the error's traceback holds what this function holds
+        raise
 
 
 def _step_on(chain: Chain, group: ParamGroup, params: Params, late: set[int]) -> None:

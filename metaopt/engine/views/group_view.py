@@ -203,12 +203,6 @@ class GroupView(GroupNumbers):
         self._fetched[key] = copies, originals, [copy._version for copy in copies]
         return copies
 
-    def own_state(self, p: torch.Tensor) -> list[Any]:
-        """Return the wrapper's entries in a parameter's state."""
-        self._update.make_postponed()
-        label = self._wrapper.label
-        return [value for key, value in self._update.run.state[p].items() if str(key).startswith(f"{label}.")]
-
     def write_back(self) -> None:
         """Send what the wrapper changed of fetched copies back, without waiting; see `Run.await_copies`."""
         for fetched, originals, versions in self._fetched.values():
