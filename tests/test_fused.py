@@ -281,3 +281,32 @@ def test_a_kernel_that_the_user_chose_is_left_with_a_warning_where_it_would_be_w
     twin.step()
     torch.testing.assert_close(p.detach(), plain.detach(), rtol=1e-5, atol=1e-6)
     assert opt.param_groups[0]["fused"] is None
+
+
+def test_state_that_only_the_base_has_of_a_frozen_parameter_costs_no_lists() -> None:
+    """As a checkpoint of the bare base brings it to a stack with an average, and the parameter is frozen by then."""
+    model = small_model()
+    plain = torch.optim.AdamW(model.parameters(), lr=0.01)
+    fill_gradients(model, 0)
+    plain.step()
+    opt = metaopt.build(model, "adamw(lr=0.01) | ema(0.9)")
+    with pytest.warns(metaopt.MetaoptWarning, match="started fresh: ema"):
+        opt.load_state_dict(plain.state_dict())
+    first = next(model.parameters()).requires_grad_(False)
+    first.grad = None
+
+    def update(step: int) -> None:
+        fill_gradients(model, step)
+        first.grad = None
+        opt.step()
+
+    for step in range(1, 4):
+        update(step)
+    lists = dict(opt._run.fused_lists)
+    update(4)
+    assert lists and {key: each for key, each in opt._run.fused_lists.items() if lists.get(key) is each} == lists
+    # its first gradient makes its average
+    first.requires_grad_(True)
+    fill_gradients(model, 5)
+    opt.step()
+    assert "ema.average" in opt.state[first]

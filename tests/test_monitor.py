@@ -278,3 +278,9 @@ def test_sparse_gradients_and_bases_with_odd_states_are_measured():
     log = Log()
     train("adafactor(lr=0.01) | monitor(moments=True)", log=log, updates=2)
     assert any(tag.startswith("monitor/moments/row_var/") for tag in log.points[2])
+
+
+def test_a_part_that_only_looks_makes_no_state() -> None:
+    log = Log()
+    _, opt = train("sgd(lr=0.1) | monitor", log=log)
+    assert not opt.state

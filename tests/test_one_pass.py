@@ -30,6 +30,16 @@ SPECS = [
 Built = tuple[list[torch.nn.Parameter], Any]
 
 
+class Silent(metaopt.Logger):
+    """A log that keeps nothing."""
+
+    def open(self, *, step: int, tags: Any, spec: str, hparams: Any) -> None:
+        pass
+
+    def scalars(self, step: int, values: Any) -> None:
+        pass
+
+
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[postponed.PostponedStep]:
     """Return a list of the updates that the library makes."""
@@ -369,3 +379,28 @@ def test_what_the_first_base_of_a_failed_update_has_done_stays_with_and_without_
             opt.step()
         ends.append([p.detach() for p in model.parameters()])
     assert all(map(torch.equal, *ends))
+
+
+@pytest.mark.parametrize("behind", [[], [metaopt.ema]])
+def test_a_part_that_only_looks_sees_the_norm_of_clipped_gradients(
+    behind: list[Callable[[], Any]], made: list[postponed.PostponedStep]
+) -> None:
+    norms: list[float] = []
+
+    class Looks(metaopt.Wrapper):
+        observes = True
+
+        def looks_ahead(self) -> bool:
+            return True
+
+        def observe(self, groups: metaopt.Groups) -> None:
+            norms.append(float(groups.norm()))
+
+    p = torch.nn.Parameter(torch.zeros(1 << 17))
+    spec = [metaopt.clip_grad_norm(0.1), metaopt.adamw(lr=0.1), *(part() for part in behind), Looks()]
+    opt = metaopt.build([p], spec, log=Silent(), log_every=2)
+    for _ in range(4):
+        p.grad = torch.ones_like(p)
+        opt.step()
+    assert made and len(norms) > 2
+    assert norms == pytest.approx([0.1] * len(norms), rel=1e-4)

@@ -115,3 +115,38 @@ def test_a_reset_drops_means_that_are_on_their_way() -> None:
     opt.reset_state("averages")
     opt.state_dict()  # which puts what is on its way into the state
     assert not opt.state
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_was_sent_before_a_reset_does_not_move_the_weights_after_it(resumed: bool) -> None:
+    p, q = (torch.nn.Parameter(torch.zeros(())) for _ in range(2))
+    opt, plain = metaopt.build([p], "sgd(lr=0.1) | outer(k=4, delay=2, across='replicas')"), torch.optim.SGD([q], 0.1)
+
+    def step(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> None:
+        parameter.grad = torch.ones(())
+        optimizer.step()
+
+    for _ in range(5):  # sent behind the fourth
+        step(opt, p)
+    q.data.copy_(p.data)
+    if resumed:
+        opt.load_state_dict(opt.state_dict())
+    opt.reset_state("averages")
+    for _ in range(2):  # would come behind the sixth
+        step(opt, p)
+        step(plain, q)
+    assert torch.equal(p, q)
+    for _ in range(3):  # sent behind the eighth, comes behind the tenth
+        step(opt, p)
+        step(plain, q)
+    assert not torch.equal(p, q)
+
+
+def test_a_reset_of_counters_begins_a_new_round() -> None:
+    p = torch.nn.Parameter(torch.zeros(()))
+    opt = metaopt.build([p], "sgd(lr=0.1) | outer(k=4, across='replicas')")
+    for _ in range(5):
+        p.grad = torch.ones(())
+        opt.step()
+    opt.reset_state("counters")
+    assert opt.param_groups[0]["metaopt.steps"] == 0

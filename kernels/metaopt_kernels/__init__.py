@@ -32,8 +32,9 @@ MOST_NUMBERS = 64
 LENGTH = 6
 # how a product and a sum round: twice, or once with the first product fused, or with the last
 TWICE, FIRST, LAST = range(3)
-# what torch calls the instructions that it uses, and the library that uses the same; bytes of a vector
-VARIANTS = {"AVX512": ("avx512", 64), "AVX2": ("avx2", 32), "DEFAULT": ("base", 32)}
+# what torch calls the instructions that it uses, and the library that uses the same; bytes that round as a whole: under
+# AVX-512 compilers take half a vector at the end of a tensor
+VARIANTS = {"AVX512": ("avx512", 32), "AVX2": ("avx2", 32), "DEFAULT": ("base", 32)}
 
 Tensors = Sequence[torch.Tensor]
 Instruction = tuple[int, ...]  # the operation, where the result goes, and up to four operands

@@ -158,7 +158,7 @@ class Update:
         """Have the gradients of a chain multiplied by a factor before anyone uses them; the number 1 costs nothing."""
         if isinstance(factor, torch.Tensor) or factor != 1.0:
             pending = self.pending_scale.get(chain)
-            self.pending_scale[chain] = factor if pending is None else _as_tensor(pending) * factor
+            self.pending_scale[chain] = factor if pending is None else pending * factor
 
     def apply_scale(self, chain: Chain) -> None:
         """Multiply a chain's gradients by its pending factor, once."""

@@ -233,7 +233,7 @@ def as_pipeline(parts: Any) -> Pipeline:
             f"{type(parts).__name__} is an optimizer that exists already: metaopt.wrap(optimizer, parts) puts parts "
             f"around it, build() takes its class"
         )
-    if isinstance(parts, torch.nn.Module):
+    if isinstance(parts, torch.nn.Module | torch.Tensor):
         raise SpecError(
             f"the spec must be text or parts, got {type(parts).__name__}: build(model, spec) takes the model first"
         )

@@ -7,7 +7,7 @@ import torch
 
 from metaopt.engine import averages
 from metaopt.engine.chain import PLACEHOLDER, Chain
-from metaopt.engine.run.entries import UPDATES
+from metaopt.engine.run.entries import STEPS, UPDATES
 from metaopt.engine.run.run import Run
 from metaopt.errors import StepError, did_you_mean
 from metaopt.scheduled_values import LR_FACTOR
@@ -24,8 +24,9 @@ def reset(run: Run, names: tuple[str, ...]) -> None:
     _validate(run, names)
     averages.restore_weights(run)
     chosen = set(names or RESET_NAMES)
-    if run.exchange is not None and chosen & {"averages", *(each.wrapper.label for each in run.structure.exchanges)}:
-        run.exchange.forget()  # what is on its way belongs to anchors that go
+    exchanging = {each.wrapper.label for each in run.structure.exchanges}
+    if run.exchange is not None and chosen & {"averages", "counters", *exchanging}:
+        run.exchange.drop()  # what is on its way belongs to anchors that go, or is awaited at a count of before
     for group in run.param_groups:
         chain = run.structure.chain_of(group)
         gone = {label for label in chain.labelled if "averages" in chosen or label in chosen}
@@ -39,6 +40,8 @@ def reset(run: Run, names: tuple[str, ...]) -> None:
                 group[key].fill_(scalar.initial)
         if "counters" in chosen:
             group[UPDATES] = 0
+            if STEPS in group:
+                group[STEPS] = 0
             group.pop(LR_FACTOR, None)
     run.begin_schedules()
     run.invalidate()

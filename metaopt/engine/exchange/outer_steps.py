@@ -42,6 +42,8 @@ class Exchange:
         self._round: int | None = None
         # by wrapper and fragment, while a delay lasts
         self._under_way: dict[tuple[str, str, int], list[Bucket]] = {}
+        # by wrapper and fragment: what was sent went with a reset, so that nothing comes back
+        self._dropped: set[tuple[str, str, int]] = set()
 
     def join(self) -> bool:
         """Agree with the other replicas, once, on model, settings and weights; return whether weights changed here."""
@@ -72,6 +74,7 @@ class Exchange:
 
     def act_in_skipped_step(self, update: Update) -> None:
         """Make the exchanges that are due at a step that makes no update here; alone there are none."""
+        self.was_due = False
         if self.run.replicas.size == 1:
             return
         update.pending_state = {}  # no update begins these parameters
@@ -94,7 +97,9 @@ class Exchange:
                 for bucket in self._sent_in_turn(update, placed, number):
                     self._step(update, placed, bucket.chunks, bucket.means())
             elif due:
-                self._under_way[self._place(placed, number)] = list(self._sent(update, placed, number))
+                place = self._place(placed, number)
+                self._under_way[place] = list(self._sent(update, placed, number))
+                self._dropped.discard(place)
             elif since >= delay and (since - delay) % k == 0:
                 self._receive(update, placed, number)
 
@@ -134,6 +139,8 @@ class Exchange:
     # ---- what comes back
 
     def _receive(self, update: Update, placed: PlacedWrapper, number: int) -> None:
+        if self._place(placed, number) in self._dropped:
+            return
         sent = self._under_way.pop(self._place(placed, number), None)
         # after a load they are in the state
         for bucket in buckets_of_fragment(self.run, placed, number) if sent is None else sent:
@@ -170,7 +177,14 @@ class Exchange:
 
     def forget(self) -> None:
         """Drop what is on its way: a checkpoint was loaded, which brings its own."""
+        self._dropped.clear()
         for buckets in self._under_way.values():
             for bucket in buckets:
                 bucket.means()
         self._under_way.clear()
+
+    def drop(self) -> None:
+        """Drop what is on its way, and what a checkpoint has brought of it: a reset begins the anchors anew."""
+        self.forget()
+        for placed in self.run.structure.exchanges:
+            self._dropped |= {self._place(placed, number) for number in range(int(vars(placed.wrapper)["fragments"]))}

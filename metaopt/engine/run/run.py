@@ -57,7 +57,10 @@ class ReplicaExchange(Protocol):
         """Put what is on its way into the state."""
 
     def forget(self) -> None:
-        """Drop what is on its way."""
+        """Drop what is on its way, for what a checkpoint has brought."""
+
+    def drop(self) -> None:
+        """Drop what is on its way, and what a checkpoint has brought of it."""
 
 
 class Run:

@@ -19,7 +19,7 @@ def views_of(
     kinds: list[Any] = [(p.dtype, p.device) for p in parameters]
     chain = update.run.structure.chain_of(group)
     if chain.slots_of(wrapper).keeps_moments or wrapper.observes:
-        moments = [tuple(base_keys(chain, update.run.state[p])) for p in parameters]
+        moments = [tuple(base_keys(chain, update.run.state.get(p) or {})) for p in parameters]
         kinds = list(zip(kinds, moments, strict=True))
     if len(set(kinds)) == 1:
         return [GroupView(update, group, wrapper, parameters, updates=updates)]

@@ -271,7 +271,8 @@ class GroupView(GroupNumbers):
     def base_moments(self) -> dict[str, list[torch.Tensor]]:
         self._update.make_postponed()
         state, first = self._update.run.state, self.parameters[0]
-        keys = [k for k in base_keys(self._chain, state[first]) if is_moment(state[first][k], k, first)]
+        held = state.get(first) or {}
+        keys = [k for k in base_keys(self._chain, held) if is_moment(held[k], k, first)]
         return {key: [local(state[p][key]) for p in self.parameters] for key in keys}
 
     def copies(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -170,6 +170,8 @@ def gradient_norm(
         for chain in chains:
             update.apply_scale(chain)
         factor = None
+    for group in groups:
+        update.divide_gradients(group)
     gradients = [g for group in groups for g in update.params_and_grads(group)[1]]
     if any(map(attrgetter("is_sparse"), gradients)):
         gradients = list(map(dense, gradients))

@@ -25,8 +25,10 @@ def updated_params(update: Update, group: ParamGroup, wrapper: Wrapper) -> Param
     found = [p for p in begun if first in state[p]]
     if others:
         found = [p for p in found if all(key in state[p] for key in others)]
-    if len(found) < len(begun):  # a client has since written state of the base only: the next update completes it
-        run.invalidate()
+    if len(found) < len(begun):
+        known = {id(p) for p in (*found, *(run.incomplete or ()))}
+        if any(id(p) not in known for p in begun):
+            run.invalidate()  # a client has since written state of the base only: the next update completes it
     return found
 
 
