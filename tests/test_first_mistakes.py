@@ -44,7 +44,7 @@ def test_the_style_of_wrapping_classes_is_refused_with_the_line_to_write() -> No
 def test_arguments_in_another_order_and_a_method_that_is_not_called_are_answered_with_what_to_write() -> None:
     model = torch.nn.Linear(2, 1)
     with pytest.raises(metaopt.SpecError, match=r"got Parameter: build\(model, spec\) takes the model first"):
-        metaopt.build("adamw(lr=1e-3)", list(model().parameters()))
+        metaopt.build("adamw(lr=1e-3)", list(model.parameters()))
     with pytest.raises(metaopt.SpecError, match=r"got Linear.*: build\(model, spec\) takes the model first"):
         metaopt.build("adamw(lr=1e-3)", model)
     with pytest.raises(metaopt.ParameterError, match=r"got method: call it, parameters\(\)"):

@@ -222,13 +222,13 @@ def _swapped(run: Run, label: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]
     """
     marked = False
     for group in run.param_groups:
-        wrapper = run.structure.chain_of(group).labelled.get(label)
-        for p in group["params"] if wrapper is not None else ():
+        chain = run.structure.chain_of(group)
+        for p in group["params"] if label in chain.labelled else ():
             param_state = run.state.get(p, {})
             marked = marked or f"{label}.fast" in param_state
             if f"{label}.shown" in param_state:
                 marked = True
-                keys = run.structure.chain_of(group).slots_of(wrapper).state_keys
+                keys = chain.slots_of(chain.labelled[label]).state_keys
                 yield local(p), local(param_state[keys[int(param_state[f"{label}.shown"])]])
     if not marked:  # a checkpoint of an earlier version has no marks
         for _, weights, average, place in _averages(run, label):
