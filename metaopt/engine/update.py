@@ -328,14 +328,14 @@ class Update:
 
     # ---- the end
 
-    def clean_up(self) -> None:
+    def remove_temporaries(self) -> None:
         """Remove replaced gradients and the base's `grad_scale`, also if the update failed."""
         for chain in self.run.structure.chains:
             chain.base.__dict__.pop("grad_scale", None)
         for p in self.with_replaced_grads:
             p.grad = None
 
-    def release(self) -> None:
+    def free_memory(self) -> None:
         """Let go of gradients and copies: a failed step's traceback, which may be kept for long, holds this object."""
         self.weights_before, self.change, self.change_memory, self.block_memory = {}, {}, {}, {}
         self.weights_for_observers, self.change_for_observers = {}, None

@@ -20,7 +20,7 @@ class LeftOut:
         self._waiting = [(name, weakref.ref(p)) for name, p in named]
         self._next = 0
 
-    def look(self, groups: Sequence[Mapping[str, Any]]) -> "LeftOut | None":
+    def check(self, groups: Sequence[Mapping[str, Any]]) -> "LeftOut | None":
         """Look at the next few parameters, between the backward pass and an update; return None if that was the last.
 
         Another optimizer may hold them, so this is a warning and not an error.

@@ -36,7 +36,7 @@ class SecondClip:
             self._sample = _some(gradient).clone()
             self._version = gradient._version
 
-    def look(self, groups: Sequence[Mapping[str, Any]]) -> "SecondClip | None":
+    def check(self, groups: Sequence[Mapping[str, Any]]) -> "SecondClip | None":
         """Compare, right before the stack uses the gradients; return None after the last time.
 
         Waits for the device only if somebody has written to the gradient since `backward()`, in the first updates.

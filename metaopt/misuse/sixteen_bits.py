@@ -55,7 +55,7 @@ class StillWatch:
         self._kept = _spread(kept)
         self._due = updates + UPDATES
 
-    def look(self, state: Mapping[Any, Any], updates: int) -> "StillWatch | None":
+    def check(self, state: Mapping[Any, Any], updates: int) -> "StillWatch | None":
         """Compare after so many updates, while the gradients of the last one are there; return None if that is done."""
         if updates < self._due:
             return self

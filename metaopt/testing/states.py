@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from metaopt.engine.run.entries import STEPS as COUNTED_STEPS
+from metaopt.engine.run.entries import STEP_CALLS
 from metaopt.stack import Stack
 from metaopt.testing.comparing import tensors
 from metaopt.testing.feeding import STEPS, Halves
@@ -124,7 +124,7 @@ def declares_what_it_keeps(subject: StackSubject) -> None:
         if key not in known and not str(key).startswith(("metaopt.", *declared))
     }
     # the engine counts steps where replicas meet by them
-    groups = {key for group in opt.param_groups for key in group} - {*bare.param_groups[0], COUNTED_STEPS}
+    groups = {key for group in opt.param_groups for key in group} - {*bare.param_groups[0], STEP_CALLS}
     foreign |= groups - {
         f"{w.label}.{name}" for w in opt.wrappers for name in (*w.hyperparameters, *w.counters, *w.scalars)
     }

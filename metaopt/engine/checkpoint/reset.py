@@ -7,7 +7,7 @@ import torch
 
 from metaopt.engine import averages
 from metaopt.engine.chain import PLACEHOLDER, Chain
-from metaopt.engine.run.entries import STEPS, UPDATES
+from metaopt.engine.run.entries import STEP_CALLS, UPDATES
 from metaopt.engine.run.run import Run
 from metaopt.errors import StepError, did_you_mean
 from metaopt.scheduled_values import LR_FACTOR
@@ -40,8 +40,8 @@ def reset(run: Run, names: tuple[str, ...]) -> None:
                 group[key].fill_(scalar.initial)
         if "counters" in chosen:
             group[UPDATES] = 0
-            if STEPS in group:
-                group[STEPS] = 0
+            if STEP_CALLS in group:
+                group[STEP_CALLS] = 0
             group.pop(LR_FACTOR, None)
     run.begin_schedules()
     run.invalidate()

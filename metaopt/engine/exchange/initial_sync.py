@@ -10,7 +10,7 @@ import torch
 from metaopt.distributed.shards import holders_of_other_shards, local
 from metaopt.engine.chain import Chain
 from metaopt.engine.exchange.buckets import exchanged_params
-from metaopt.engine.run.entries import STEPS, TEMPLATE
+from metaopt.engine.run.entries import STEP_CALLS, TEMPLATE
 from metaopt.engine.run.run import Run
 from metaopt.errors import StepError
 
@@ -36,7 +36,7 @@ def compared(run: Run) -> Comparison | None:
     _refuse_other_shards(run)
     if replicas.size == 1:
         return None
-    steps, device = int(run.param_groups[0].get(STEPS, 0)), run.param_groups[0]["params"][0].device
+    steps, device = int(run.param_groups[0].get(STEP_CALLS, 0)), run.param_groups[0]["params"][0].device
     own = [_model(run), _settings(run), steps, run.updates, _weights(run)]
     told = replicas.gather(own, device)
     for place, what in enumerate(("parameters (names, shapes, dtypes or groups)", "settings of the exchange")):
@@ -100,7 +100,7 @@ def _take_outer_weights(run: Run, source: int, steps: int, updates: int, *, is_n
     for p, anchor in covered.items():
         local(p.detach()).copy_(anchor)
     for group in run.param_groups:
-        group[STEPS] = steps
+        group[STEP_CALLS] = steps
     run.count_from(updates)
 
 
@@ -139,7 +139,7 @@ def _settings(run: Run) -> int:
 def _weights(run: Run) -> int:
     """Return a number for the outer weights, or before the first step for the weights."""
     keys: dict[Chain, list[str]] = {}
-    for placed in run.structure.exchanges if run.param_groups[0].get(STEPS, 0) else ():
+    for placed in run.structure.exchanges if run.param_groups[0].get(STEP_CALLS, 0) else ():
         for chain in run.structure.chains_of(placed):
             keys.setdefault(chain, []).append(f"{placed.wrapper.label}.{placed.wrapper.anchor_across}")
     found: list[torch.Tensor] = []

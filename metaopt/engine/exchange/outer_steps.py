@@ -18,7 +18,7 @@ from metaopt.engine.exchange.buckets import (
     views_of_chunks,
 )
 from metaopt.engine.exchange.initial_sync import compared, steps_per_round, take_weights
-from metaopt.engine.run.entries import STEPS
+from metaopt.engine.run.entries import STEP_CALLS
 from metaopt.engine.run.run import Run
 from metaopt.engine.structure import PlacedWrapper
 from metaopt.engine.update import Update
@@ -55,7 +55,7 @@ class Exchange:
 
     # ---- when
 
-    def count_step(self) -> None:
+    def count_call(self) -> None:
         """Count a call of `step()`; with a wrapper that gathers several steps into one update, so many are a round."""
         run = self.run
         self.was_due = False
@@ -63,13 +63,13 @@ class Exchange:
         if run.replicas.size == 1:
             self._round = run.updates
             for group in run.param_groups:
-                group[STEPS] = run.updates * each
+                group[STEP_CALLS] = run.updates * each
             return
-        before = int(run.param_groups[0].get(STEPS, 0))
+        before = int(run.param_groups[0].get(STEP_CALLS, 0))
         # a flush ends a round that has begun
         steps = -(-before // each) * each if run.flushing else before + 1
         for group in run.param_groups:
-            group[STEPS] = steps
+            group[STEP_CALLS] = steps
         self._round = steps // each if steps > before and steps % each == 0 else None
 
     def act_in_skipped_step(self, update: Update) -> None:
@@ -78,7 +78,7 @@ class Exchange:
         if self.run.replicas.size == 1:
             return
         update.pending_state = {}  # no update begins these parameters
-        self.count_step()
+        self.count_call()
         for placed in self.run.structure.exchanges:
             self.act(update, placed)
 
@@ -95,7 +95,7 @@ class Exchange:
             self.was_due = self.was_due or due
             if due and not delay:
                 for bucket in self._sent_in_turn(update, placed, number):
-                    self._step(update, placed, bucket.chunks, bucket.means())
+                    self._outer_step(update, placed, bucket.chunks, bucket.means())
             elif due:
                 place = self._place(placed, number)
                 self._under_way[place] = list(self._sent(update, placed, number))
@@ -148,14 +148,16 @@ class Exchange:
             means = bucket.means() if sent is not None else [kept.clone() for kept in pending]
             for kept in pending if sent is None or bucket.is_saved else ():
                 kept.zero_()
-            self._step(update, placed, bucket.chunks, means)
+            self._outer_step(update, placed, bucket.chunks, means)
 
     def _pending(self, placed: PlacedWrapper, chunks: list[Chunk]) -> list[torch.Tensor]:
         key = f"{placed.wrapper.label}.pending"
         kept = [(local(self.run.state[chunk.parameter][key]), chunk.rows) for chunk in chunks]
         return [tensor if rows is None else tensor[rows[0] : rows[1]] for tensor, rows in kept]
 
-    def _step(self, update: Update, placed: PlacedWrapper, chunks: list[Chunk], means: list[torch.Tensor]) -> None:
+    def _outer_step(
+        self, update: Update, placed: PlacedWrapper, chunks: list[Chunk], means: list[torch.Tensor]
+    ) -> None:
         """Let the wrapper make its outer step along means that have come."""
         wrapper = placed.wrapper
         for view, positions in views_of_chunks(update, wrapper, chunks):

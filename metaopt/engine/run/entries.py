@@ -22,6 +22,6 @@ OWN_SCHEDULES = "metaopt.own_schedules"
 BUILT_LR = "metaopt.built_lr"
 # how many calls of `step()` came as far as the base or were skipped, if wrappers exchange means over replicas: all
 # replicas make the same; `flush()` counts on to the end of the round. Alone, as many as the updates need
-STEPS = "metaopt.steps"
+STEP_CALLS = "metaopt.steps"
 # the version of a checkpoint's format; one without this entry has format 1 (docs/upgrading.md)
 FORMAT_KEY, FORMAT = "metaopt.format", 2

@@ -15,7 +15,7 @@ from metaopt.engine.run.entries import (
     FORMAT_KEY,
     LABELS,
     OWN_SCHEDULES,
-    STEPS,
+    STEP_CALLS,
     TEMPLATE,
     TOTAL_STEPS,
     UPDATES,
@@ -163,7 +163,7 @@ def complete_group(run: Run, group: ParamGroup) -> None:
     group.setdefault(UPDATES, 0)
     group[FORMAT_KEY] = FORMAT
     if run.structure.exchanges:
-        group.setdefault(STEPS, next((g[STEPS] for g in run.param_groups if STEPS in g), 0))
+        group.setdefault(STEP_CALLS, next((g[STEP_CALLS] for g in run.param_groups if STEP_CALLS in g), 0))
     group.setdefault(TOTAL_STEPS, run.structure.total_steps)
     group.setdefault(AVERAGE_SHOWN, "")
     group.setdefault(TEMPLATE, "")

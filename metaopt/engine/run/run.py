@@ -44,7 +44,7 @@ class ReplicaExchange(Protocol):
     def join(self) -> bool:
         """Agree with the other replicas, once, on the weights; return whether they changed here."""
 
-    def count_step(self) -> None:
+    def count_call(self) -> None:
         """Count a call of `step()`."""
 
     def act(self, update: Any, placed: PlacedWrapper) -> None:

@@ -63,7 +63,7 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
         return None
     took_weights = run.exchange is not None and run.exchange.join()
     if run.left_out is not None:
-        run.left_out = run.left_out.look(run.param_groups)
+        run.left_out = run.left_out.check(run.param_groups)
     if run.has_schedules:
         for scheduled, group in zip(run.scheduled, run.base.param_groups, strict=True):
             scheduled.sync_with_group(group)
@@ -76,7 +76,7 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
         if closure is not None or ((structure.needs_closure or structure.around) and not run.flushing):
             _evaluate(update, evaluation, closure)
         if run.second_clip is not None:
-            run.second_clip = run.second_clip.look(run.base.param_groups)
+            run.second_clip = run.second_clip.check(run.base.param_groups)
         if not any(update.params_and_grads(group)[0] for group in run.base.param_groups) and not run.flushing:
             return _skip(update, evaluation, "no gradients")
         if structure.keeps_early_state:
@@ -85,7 +85,7 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
         if structure.on_gradients or structure.gradient_observers or update.is_logged:
             call_on_gradients(update)
             if update.skip_reason is not None:
-                update.clean_up()
+                update.remove_temporaries()
                 return _skip(update, evaluation, update.skip_reason)
             if update.with_replaced_grads:  # some had no gradient before
                 first_update.collect_pending_state(update)
@@ -129,8 +129,8 @@ def abandon(update: Update) -> None:
     update.run.metrics.drop_update()
     first_update.restore_wrapper_state(update)
     update.run.invalidate()
-    update.clean_up()
-    update.release()
+    update.remove_temporaries()
+    update.free_memory()
 
 
 def _prepare_base(update: Update) -> None:
@@ -175,22 +175,22 @@ def finish(update: Update, loss: Any) -> None:
             run.watch_16_bits()
         run.state_size = len(run.base.state)
         if run.exchange is not None:
-            run.exchange.count_step()
+            run.exchange.count_call()
         for placed in run.structure.acts_behind:
             act_behind(update, placed)
         update.make_postponed()
         if run.still_watch is not None:
-            run.still_watch = run.still_watch.look(run.base.state, run.updates)
+            run.still_watch = run.still_watch.check(run.base.state, run.updates)
         if run.structure.observers:
             observe(update)
         measure(update, loss)
     except BaseException:
         run.metrics.drop_update(gathered=True)
         update.make_postponed()
-        update.release()
+        update.free_memory()
         raise
     finally:
-        update.clean_up()
+        update.remove_temporaries()
         if run.has_schedules:
             run.write_schedules()
     updates = run.updates
