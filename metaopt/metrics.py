@@ -65,6 +65,10 @@ class Metrics:
         """Say what the run is, for the logger to hear when it opens; `page` is made only for one that shows it."""
         self.tags, self._spec, self._hparams, self._page = tuple(tags), spec, hparams, page
 
+    def ask(self) -> None:
+        """Measure from now on, also if there is no log."""
+        self._asked = True
+
     def wanted(self, update: int, within: int = 1) -> bool:
         """Return whether a point is written after this update (counted from 1), or after one of the next `within - 1`.
 
@@ -166,7 +170,7 @@ class Metrics:
 
     def latest(self) -> dict[str, float]:
         """Return the last measured value of every tag; several of one update as `measure` says."""
-        self._asked = True
+        self.ask()
         now = self._measured()
         many = {tag: found for tag, found in self._last_many.items() if isinstance(found, OfTensors)}
         values = read({tag: [value] for tag, value in {**self._last, **now}.items()})

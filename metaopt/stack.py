@@ -498,6 +498,7 @@ class Stack(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         structure = self._run.structure
+        self._run.adopt_rates()
         self._run.await_copies()
         if self._run.exchange is not None:
             self._run.exchange.settle()

@@ -1,7 +1,9 @@
 """Every schedule against torch's scheduler of the same rule, and against law 15: what time means."""
 
+import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -323,3 +325,33 @@ def test_lr_scale_multiplies_constant_and_scheduled_rates_once() -> None:
 def test_pairs_and_integers_take_no_schedule(text: str) -> None:
     with pytest.raises(metaopt.HyperparameterError, match="takes no schedule"):
         metaopt.build([torch.nn.Parameter(torch.zeros(1))], text)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        lambda opt: opt.reset_state("moments"),
+        lambda opt: opt.reset_state("ema"),
+        lambda opt: setattr(opt, "updates", opt.updates),
+        copy.deepcopy,
+    ],
+    ids=["moments", "ema", "updates", "copy"],
+)
+def test_a_rate_that_was_set_by_hand_outlives_what_comes_before_the_next_step(event: Any) -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    opt = metaopt.build([p], "adamw(lr=cosine(0.1)) | ema(0.9)", total_steps=10)
+
+    def step(stack: Any) -> None:
+        for group in stack.param_groups:
+            for each in group["params"]:
+                each.grad = torch.ones_like(each)
+        stack.step()
+
+    step(opt)
+    scheduled = opt.param_groups[0]["lr"]
+    opt.param_groups[0]["lr"] = scheduled / 10
+    with pytest.warns(metaopt.MetaoptWarning, match="the rest of the schedule is scaled"):
+        after = event(opt) or opt
+    assert after.param_groups[0]["lr"] == pytest.approx(scheduled / 10)
+    step(after)
+    assert 0 < after.param_groups[0]["lr"] < scheduled / 10

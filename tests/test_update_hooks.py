@@ -444,3 +444,19 @@ def test_what_is_changed_of_blocks_of_a_fetched_tensor_is_kept(way: str, monkeyp
         opt.step()
         expected = [seen + p.detach() + p.detach() for seen, p in zip(expected, params, strict=True)]
     assert same([opt.state[p]["sums.seen"] for p in params], expected)
+
+
+def test_what_is_logged_is_known_before_the_base_too() -> None:
+    seen: set[int] = set()
+
+    class Early(metaopt.Wrapper, every="k"):
+        k: int = metaopt.hyper(1)
+
+        def on_update(self, group: metaopt.Group) -> None:
+            if group.is_logged:
+                seen.add(group.updates + 1)
+
+    params = weights()
+    opt = metaopt.build(params, metaopt.sgd(lr=0.1) | Early(), log_every=4)
+    train(opt, params, range(9))
+    assert seen == {4, 8}

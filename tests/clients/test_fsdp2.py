@@ -1,5 +1,8 @@
 """FSDP2: a stack over DTensor parameters is the stack over whole ones, and what it keeps is sharded with them."""
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import pytest
 import torch
 from clients.ranks import on_two_ranks
@@ -215,3 +218,31 @@ def test_what_is_measured_over_shards_is_that_of_the_whole_model() -> None:
         for tag, number in others.items():
             if tag != "train/loss":  # each rank has the loss of its share of the batch
                 assert abs(numbers[tag] - number) <= 1e-3 * abs(number) + 1e-5, (tag, numbers[tag], number)
+
+
+class Nowhere(metaopt.Logger):
+    """A log that is not kept."""
+
+    def open(self, *, step: int, tags: Iterable[str], spec: str, hparams: Any) -> None:
+        pass
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+
+@on_two_ranks
+def test_a_log_of_one_rank_alone_does_not_leave_the_others_behind() -> None:
+    first = torch.distributed.get_rank() == 0
+    model = sharded(small_model())
+    opt = metaopt.build(model, SPEC, log=Nowhere() if first else None)
+    opt.updates = 47
+    train(model, opt, 47, 50)
+    assert opt.metrics()["train/grad_norm"] > 0
+    model = sharded(small_model())
+    opt = metaopt.build(model, SPEC)
+    train(model, opt, 0, 1)
+    if first:
+        opt.metrics()
+    opt.updates = 48
+    train(model, opt, 48, 51)
+    assert opt.updates == 51

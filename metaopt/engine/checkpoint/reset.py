@@ -23,6 +23,7 @@ def reset(run: Run, names: tuple[str, ...]) -> None:
     """
     _validate(run, names)
     averages.restore_weights(run)
+    run.adopt_rates()
     chosen = set(names or RESET_NAMES)
     exchanging = {each.wrapper.label for each in run.structure.exchanges}
     if run.exchange is not None and chosen & {"averages", "counters", *exchanging}:

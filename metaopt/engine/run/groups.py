@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
+from metaopt.distributed.shards import is_sharded
 from metaopt.engine.chain import MOST_NUMBERS, PART, Chain, ParamGroup, number_of
 from metaopt.engine.run.entries import (
     AVERAGE_SHOWN,
@@ -238,7 +239,12 @@ def validate_members(run: Run, group: ParamGroup) -> None:
 
 
 def know_members(run: Run) -> None:
-    """Remember which parameters the groups hold; see `validate_members`."""
+    """Remember which parameters the groups hold (see `validate_members`), and measure if some are sharded.
+
+    What is measured over shards is measured by all ranks together, whichever of them has a log or asks for values.
+    """
+    if any(is_sharded(p) for group in run.param_groups for p in group["params"]):
+        run.metrics.ask()
     for group in run.param_groups:
         for p in group["params"]:
             run.known_params[p] = True

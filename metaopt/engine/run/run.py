@@ -249,6 +249,7 @@ class Run:
         """Set the count of updates; schedules follow. Raises StepError for what is not a count."""
         if isinstance(updates, bool) or not hasattr(updates, "__index__") or index(updates) < 0:
             raise StepError(f"updates must be an integer from 0 up, got {updates!r:.60}")
+        self.adopt_rates()
         for group in self.param_groups:
             group[UPDATES] = index(updates)
         self.write_schedules()

@@ -347,7 +347,7 @@ class GroupView(GroupNumbers):
             return self._update.is_logged
         # called every k updates: the call before a point counts for it
         run, k = self._update.run, int(self._group[f"{self._wrapper.label}.{every}"])
-        return run.metrics.wanted(run.updates, k)
+        return run.metrics.wanted(self._update.updates_before + 1, k)
 
     def measure(self, name: str, value: torch.Tensor | float, reduce: Reduce = "mean") -> None:
         self._update.run.metrics.measure(f"{self._wrapper.label}/{name}", value, reduce)
