@@ -71,7 +71,7 @@ class ScheduledValues:
         """Return whether every scheduled value is the very object that was written."""
         return all(group[key] is self._written[key][0] for key in self._curves)
 
-    def sync_with_group(self, group: dict[str, Any]) -> None:
+    def check_group(self, group: dict[str, Any]) -> None:
         """Follow a count or a rate that was set by hand; raise ScheduleConflict if anything else has set a value.
 
         If the count has moved, a client has put a checkpoint's entries into the group: values are written anew. A rate

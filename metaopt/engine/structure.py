@@ -54,7 +54,7 @@ class Structure:
         self.needs_closure = any(chain.needs_closure for chain in self.chains)
         self.keeps_early_state = any(chain.early_keys for chain in self.chains)
         self.needs_weights_before = any(chain.needs_weights_before for chain in self.chains)
-        self.changes_updates = any(chain.leading_on_update for chain in self.chains)
+        self.has_leading_on_update = any(chain.leading_on_update for chain in self.chains)
 
     def chain_of(self, group: ParamGroup) -> Chain:
         """Return the chain that a group belongs to."""

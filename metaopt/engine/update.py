@@ -25,7 +25,7 @@ Params = list[torch.Tensor]
 class Update:
     """One update of a run: pending factors and state, the weights before and their change, steps that are put off.
 
-    `averaged()` and `record()` use one outside a step, in which nothing is pending.
+    `averaged()`, `record()` and `reset_state()` use one outside a step, in which nothing is pending.
     """
 
     __slots__ = (

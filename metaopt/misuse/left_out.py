@@ -14,7 +14,7 @@ NAMED = 3
 
 
 class LeftOut:
-    """Parameters that no group holds; `look` warns once if they get gradients. They are not kept alive."""
+    """Parameters that no group holds; `check` warns once if they get gradients. They are not kept alive."""
 
     def __init__(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
         self._waiting = [(name, weakref.ref(p)) for name, p in named]

@@ -16,7 +16,7 @@ ELEMENTS = 64
 
 
 class SecondClip:
-    """One parameter's gradient as `backward()` left it; `look` warns once if it was clipped since."""
+    """One parameter's gradient as `backward()` left it; `check` warns once if it was clipped since."""
 
     def __init__(self, groups: Iterable[Mapping[str, Any]], clips: Sequence[str]) -> None:
         trained = [p for g in groups for p in g["params"] if p.requires_grad and p.is_leaf and p.is_floating_point()]

@@ -49,7 +49,7 @@ class Kept:
 
 
 class StillWatch:
-    """Samples of weights and averages of 16 bits; `look` warns once if most of them have not moved."""
+    """Samples of weights and averages of 16 bits; `check` warns once if most of them have not moved."""
 
     def __init__(self, kept: Sequence[Kept], updates: int) -> None:
         self._kept = _spread(kept)

@@ -226,7 +226,7 @@ class Run:
         """Replace a group's learning rate; a schedule goes on by the same factor. A rate of 0 stays."""
         position = next(i for i, own in enumerate(self.param_groups) if own is group)
         scheduled, current = self.scheduled[position], group.get("lr")
-        scheduled.sync_with_group(group)
+        scheduled.check_group(group)
         if current is None:
             raise StepError(f"group {group.get('name', position)} has no learning rate that could be changed")
         old = float(current)

@@ -66,7 +66,7 @@ def begin(run: Run, closure: Closure | None) -> Evaluation | None:
         run.left_out = run.left_out.check(run.param_groups)
     if run.has_schedules:
         for scheduled, group in zip(run.scheduled, run.base.param_groups, strict=True):
-            scheduled.sync_with_group(group)
+            scheduled.check_group(group)
     update = Update(run, is_logged=run.metrics.wanted(first[UPDATES] + 1))
     update.step_weight, run.step_weight = run.step_weight, 1.0
     evaluation = Evaluation(update, closure)
@@ -145,7 +145,7 @@ def _prepare_base(update: Update) -> None:
     for placed in structure.before_update:
         for group in due_groups(update, placed, counted=False):
             call(placed.wrapper.before_update, views_of(update, group, placed.wrapper, update.params_of(group)))
-    if structure.needs_weights_before or structure.changes_updates:
+    if structure.needs_weights_before or structure.has_leading_on_update:
         # a base may take gradients away inside its step: which parameters it updates is known only now
         update.params_by_group = {id(group): update.params_of(group) for group in run.param_groups}
         for group in run.param_groups:
