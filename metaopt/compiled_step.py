@@ -60,7 +60,7 @@ class CompiledStep:
         return loss
 
     def begin(self, run: Run, closure: Closure | None) -> tuple[Any, bool, bool]:
-        """Do what comes before the base's step; return the loss, whether to step the base, and whether with a closure."""
+        """Do what comes before the base's step; return the loss, whether to step the base, whether with a closure."""
         evaluation = begin(run, closure)
         if evaluation is None or evaluation.update is None:
             return None if evaluation is None else evaluation.loss, False, False

@@ -33,7 +33,7 @@ def is_incomplete(run: Run, chain: Chain, p: torch.Tensor) -> bool:
 
 
 def find_incomplete(run: Run) -> None:
-    """Find again which parameters' state lacks something; looks only at the parameters in `run.incomplete`, or at all if that is None."""
+    """Find again which parameters' state lacks something: among those in `run.incomplete`, or all if that is None."""
     known = None if run.incomplete is None else {id(p) for p in run.incomplete}
     if known is None or known:
         run.incomplete = [

@@ -20,8 +20,8 @@ OWN_SCHEDULES = "metaopt.own_schedules"
 # the rate that a group was built with, None under a schedule: a client that changes the rate later has not asked for
 # another setting
 BUILT_LR = "metaopt.built_lr"
-# in how many calls of `step()` the base was stepped or the update skipped, if wrappers exchange means over replicas: all
-# replicas make the same; `flush()` counts on to the end of the round. Alone, as many as the updates need
+# in how many calls of `step()` the base was stepped or the update skipped, if wrappers exchange means over replicas:
+# all replicas make the same; `flush()` counts on to the end of the round. Alone, as many as the updates need
 STEP_CALLS = "metaopt.steps"
 # the version of a checkpoint's format; one without this entry has format 1 (docs/upgrading.md)
 FORMAT_KEY, FORMAT = "metaopt.format", 2
