@@ -69,7 +69,7 @@ def validate_fit(run: Run, found: Matched, choice: Choice, count: int) -> None:
             if not param_state and isinstance(param_state, dict | None):
                 continue
             called = i if named[p].startswith("#") else named[p]
-            if isinstance(param_state, Mapping):
+            if isinstance(param_state, dict | Mapping):  # most are dicts, which is seen sooner
                 _validate_param_state(run, group, slots, called, p, param_state)
             # some bases keep numbers of the whole run under names
             elif not isinstance(i, str):
@@ -154,12 +154,12 @@ def _validate_param_state(
     live = run.state.get(p) or run.constructor_state.get(p) or {}
     suspect: dict[Any, torch.Tensor] = {}
     for key, value in saved.items():
+        expected = live.get(key)
+        if isinstance(expected, torch.Tensor) and isinstance(value, torch.Tensor) and expected.shape == value.shape:
+            continue
         if key in slots and not isinstance(value, torch.Tensor):
             raise CheckpointError(f"the checkpoint's {key} of parameter {i} is a {type(value).__name__}, not a tensor")
         if not isinstance(value, torch.Tensor):
-            continue
-        expected = live.get(key)
-        if isinstance(expected, torch.Tensor) and expected.shape == value.shape:
             continue
         if key in slots and value.shape != (torch.Size() if slots[key].kind == "scalar" else p.shape):
             raise _of_another_model(key, value, i, p)
