@@ -17,8 +17,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-os.environ["METAOPT_KERNELS"] = "0"  # a pass of the library is no call of torch
-
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -185,7 +183,8 @@ def measured() -> tuple[list[Times], dict[str, float]]:
 
 def in_a_process(checkout: Path) -> tuple[list[Times], dict[str, float]]:
     """Return what a new process measures with the metaopt of a checkout."""
-    environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    # a pass of the library is not a call of torch
+    environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "METAOPT_KERNELS": "0"}
     # -P: the folder of this program must not come before PYTHONPATH
     command = [sys.executable, "-P", __file__, "--worker"]
     done = subprocess.run(command, env=environment, cwd=checkout, stdout=subprocess.PIPE, text=True, check=True)
