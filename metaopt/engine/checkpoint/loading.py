@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from metaopt.engine.chain import ParamGroup, ParamState
+from metaopt.engine.chain import Chain, ParamGroup, ParamState
 from metaopt.engine.checkpoint.matching import Matched, matched
 from metaopt.engine.checkpoint.precedence import belongs, count_of, counts_of_bases, merged_groups
 from metaopt.engine.checkpoint.report import Choice, LoadReport
@@ -56,8 +56,11 @@ def load(run: Run, state_dict: dict[str, Any], choice: Choice = Choice()) -> Loa
 def _base_state(state: dict[Any, Any], foreign: tuple[str, ...]) -> dict[Any, Any]:
     """Return the base's own entries; a parameter without any (its moments were reset) is left out, not left empty."""
     found = {}
+    # parameters share their keys: each is looked at once
+    keys = {key for saved in state.values() if isinstance(saved, dict) for key in saved}
+    of_base = {key for key in keys if not belongs(key, foreign)}
     for i, saved in state.items():
-        own = {k: v for k, v in saved.items() if not belongs(k, foreign)} if isinstance(saved, dict) else saved
+        own = {k: v for k, v in saved.items() if k in of_base} if isinstance(saved, dict) else saved
         # some bases keep numbers of the whole run here, under names: 0 is one of them
         if own or not isinstance(saved, dict):
             found[i] = own
@@ -100,25 +103,35 @@ def _restore_wrapper_state(run: Run, groups: list[ParamGroup], saved: dict[Any, 
     ids = joined.from_iterable(g["params"] for g in groups)
     if not isinstance(run.state, defaultdict):
         run.base.state = defaultdict(dict, run.state)
-    places = ((p, run.structure.chain_of(group)) for group in run.param_groups for p in group["params"])
-    for i, (p, chain) in zip(ids, places, strict=True):
-        entries = saved.get(i)
-        if not isinstance(entries, dict):
-            continue
+    state = run.state
+    for group in run.param_groups:
+        chain = run.structure.chain_of(group)
         slots = {keyed.key: keyed for keyed in chain.slots}
-        for key, value in entries.items():
-            label, _, name = key.partition(".") if isinstance(key, str) else ("", "", "")
-            if label not in chain.labelled or not isinstance(value, torch.Tensor):
+        # by key, which parameters share: whether it is a wrapper's that is to be restored
+        restored: dict[Any, bool] = {}
+        for p in group["params"]:
+            entries = saved.get(next(ids))
+            if not isinstance(entries, dict):
                 continue
-            slot = chain.labelled[label].slots.get(name)
-            if slot is not None and slot.kind == "previous":
-                continue  # an earlier version kept the weights from before the update in the state
-            keyed = slots.get(key)
-            if keyed is not None and p.is_floating_point():
-                # torch would round a float32 tensor of a 16-bit parameter
-                run.state[p][key] = copy_for_slot(value, keyed.slot, vars(keyed.wrapper), p)
-            else:
-                run.state[p][key] = value.detach().to(device=p.device, copy=True)
+            for key, value in entries.items():
+                if key not in restored:
+                    restored[key] = _is_restored(chain, key)
+                if not restored[key] or not isinstance(value, torch.Tensor):
+                    continue
+                keyed = slots.get(key)
+                if keyed is not None and p.is_floating_point():
+                    # torch would round a float32 tensor of a 16-bit parameter
+                    state[p][key] = copy_for_slot(value, keyed.slot, vars(keyed.wrapper), p)
+                else:
+                    state[p][key] = value.detach().to(device=p.device, copy=True)
+
+
+def _is_restored(chain: Chain, key: Any) -> bool:
+    """Return whether an entry of a parameter's state belongs to a wrapper."""
+    label, _, name = key.partition(".") if isinstance(key, str) else ("", "", "")
+    slot = chain.labelled[label].slots.get(name) if label in chain.labelled else None
+    # an earlier version kept the weights from before the update in the state
+    return label in chain.labelled and (slot is None or slot.kind != "previous")
 
 
 def _restore_dtypes(run: Run, groups: list[ParamGroup], saved: Mapping[Any, Any]) -> None:
@@ -159,7 +172,12 @@ def _was_cast(saved: Any, loaded: Any) -> bool:
     if isinstance(saved, torch.Tensor) and isinstance(loaded, torch.Tensor):
         return saved.dtype != loaded.dtype
     if isinstance(saved, dict) and isinstance(loaded, dict):
-        return any(_was_cast(saved.get(key), value) for key, value in loaded.items())
+        for key, value in loaded.items():
+            before = saved.get(key)
+            # what torch hands on as it is was not cast
+            if before is not value and _was_cast(before, value):
+                return True
+        return False
     if isinstance(saved, list | tuple) and isinstance(loaded, list | tuple) and len(saved) == len(loaded):
         return any(_was_cast(*pair) for pair in zip(saved, loaded, strict=True))
     return False

@@ -43,7 +43,15 @@ class Matched:
 
 def matched(live_groups: list[ParamGroup], state_dict: Mapping[str, Any], names: Sequence[str] | None) -> Matched:
     """Return which saved parameter is which live one. Raises CheckpointError if that cannot be known."""
-    groups = copy.deepcopy(list(state_dict["param_groups"]))
+    # lists of thousands of numbers or names are copied at once
+    lists: list[dict[str, list[Any]]] = [
+        {key: list(group[key]) for key in ("params", "param_names") if isinstance(group.get(key), list)}
+        for group in state_dict["param_groups"]
+    ]
+    groups = [
+        {**copy.deepcopy({k: v for k, v in group.items() if k not in own}), **own}
+        for group, own in zip(state_dict["param_groups"], lists, strict=True)
+    ]
     state = state_dict["state"]
     saved, live = _saved_names(groups, names), _live_names(live_groups)
     if names is not None and live is None:

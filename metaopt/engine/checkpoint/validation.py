@@ -12,6 +12,7 @@ from metaopt.engine.param_state.scratch import scratch_step
 from metaopt.engine.run.entries import AVERAGE_SHOWN, FORMAT, FORMAT_KEY, TOTAL_STEPS, UPDATES
 from metaopt.engine.run.run import Run
 from metaopt.errors import CheckpointError
+from metaopt.slots import Slot
 
 # points at which the schedules of two lengths are compared
 SAMPLES = 1000
@@ -62,16 +63,19 @@ def validate_fit(run: Run, found: Matched, choice: Choice, count: int) -> None:
         )
     named = run.names()
     for group, ids in zip(run.param_groups, found.ids, strict=True):
+        slots = {keyed.key: keyed.slot for keyed in run.structure.chain_of(group).slots}
         for i, p in zip(ids, group["params"], strict=True):
-            param_state = found.state.get(i, {})
+            param_state = found.state.get(i)
+            if not param_state and isinstance(param_state, dict | None):
+                continue
             called = i if named[p].startswith("#") else named[p]
+            if isinstance(param_state, dict | Mapping):  # most are dicts, which is seen sooner
+                _validate_param_state(run, group, slots, called, p, param_state)
             # some bases keep numbers of the whole run under names
-            if not isinstance(param_state, Mapping) and not isinstance(i, str):
+            elif not isinstance(i, str):
                 raise CheckpointError(
                     f"the checkpoint's state of parameter {called} is a {type(param_state).__name__}, not a dict"
                 )
-            if isinstance(param_state, Mapping):
-                _validate_param_state(run, group, called, p, param_state)
 
 
 def _validate_base_keys(chain: Chain, saved: ParamGroup, group: ParamGroup, position: int) -> None:
@@ -144,18 +148,18 @@ def _validate_counts(run: Run, groups: list[ParamGroup]) -> None:
             )
 
 
-def _validate_param_state(run: Run, group: ParamGroup, i: Any, p: torch.Tensor, saved: Mapping[str, Any]) -> None:
-    chain = run.structure.chain_of(group)
-    slots = {keyed.key: keyed.slot for keyed in chain.slots}
+def _validate_param_state(
+    run: Run, group: ParamGroup, slots: Mapping[str, Slot], i: Any, p: torch.Tensor, saved: Mapping[str, Any]
+) -> None:
     live = run.state.get(p) or run.constructor_state.get(p) or {}
     suspect: dict[Any, torch.Tensor] = {}
     for key, value in saved.items():
+        expected = live.get(key)
+        if isinstance(expected, torch.Tensor) and isinstance(value, torch.Tensor) and expected.shape == value.shape:
+            continue
         if key in slots and not isinstance(value, torch.Tensor):
             raise CheckpointError(f"the checkpoint's {key} of parameter {i} is a {type(value).__name__}, not a tensor")
         if not isinstance(value, torch.Tensor):
-            continue
-        expected = live.get(key)
-        if isinstance(expected, torch.Tensor) and expected.shape == value.shape:
             continue
         if key in slots and value.shape != (torch.Size() if slots[key].kind == "scalar" else p.shape):
             raise _of_another_model(key, value, i, p)
@@ -163,7 +167,7 @@ def _validate_param_state(run: Run, group: ParamGroup, i: Any, p: torch.Tensor, 
             suspect[key] = value
     if suspect:
         fits = any(isinstance(value, torch.Tensor) and value.shape == p.shape for value in saved.values())
-        _compare_with_scratch(chain, group, i, p, suspect, another_fits=fits)
+        _compare_with_scratch(run.structure.chain_of(group), group, i, p, suspect, another_fits=fits)
 
 
 def _compare_with_scratch(

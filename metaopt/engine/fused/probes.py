@@ -38,7 +38,9 @@ def has_fused_kernel(kind: Kind, params: Sequence[torch.Tensor]) -> bool:
     if kind not in (SGD, Adagrad, Adam, AdamW):
         return False
     others = set()
-    for p in params:
+    # one parameter of each kind: there may be thousands
+    kinds = map(attrgetter("device", "dtype", "layout", "__class__"), params)
+    for p in dict(zip(kinds, params, strict=True)).values():
         device = p.device.type
         if device not in devices or not p.is_floating_point() or p.is_sparse:
             return False

@@ -188,7 +188,7 @@ def take_constructor_state(run: Run) -> None:
     # a base may keep numbers of its own beside the parameters' state
     states = {p: s for p, s in run.state.items() if isinstance(p, torch.Tensor) and isinstance(s, dict)}
     unstepped = [p for p, s in states.items() if "step" in s and not bool(s["step"])]
-    for group in run.param_groups:
+    for group in run.param_groups if states else ():
         chain = run.structure.chain_of(group)
         for p in group["params"]:
             if states.get(p) and chain.name not in run.constructor_chains:

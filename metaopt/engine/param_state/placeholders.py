@@ -96,6 +96,9 @@ def with_placeholders(run: Run, state_dict: dict[str, Any]) -> dict[str, Any]:
     Nothing is added for a base that cannot step over zeros: an ordinary checkpoint is complete without.
     """
     state, groups = state_dict["state"], state_dict["param_groups"]
+    may_fill = any(chain.resets or chain.early_keys for chain in run.structure.chains)
+    if not may_fill and not any(PLACEHOLDER in entries for entries in state.values() if isinstance(entries, dict)):
+        return {**state_dict, "state": {**state}}  # of most stacks: no parameter needs a closer look
     filled: dict[Any, ParamState] = {}
     begun = False
     for group, live in zip(groups, run.param_groups, strict=True):

@@ -3,6 +3,7 @@
 Changes the groups, the schedules that follow them, and what the run remembers of both.
 """
 
+import weakref
 from collections.abc import Collection, Sequence
 
 import torch
@@ -197,8 +198,6 @@ def complete_group(run: Run, group: ParamGroup) -> None:
 def place_scalars(run: Run, group: ParamGroup, chain: Chain) -> None:
     """Give a group the scalars of its wrappers, beside its parameters; those of the whole run are one tensor."""
     device = group["params"][0].device if group["params"] else torch.device("cpu")
-    wide = any(p.dtype in (torch.float64, torch.complex128) for p in group["params"])
-    dtype = torch.float64 if wide else torch.float32
     for key, (wrapper, scalar) in chain.scalars.items():
         shared = None
         if scalar.per == "run":
@@ -209,7 +208,8 @@ def place_scalars(run: Run, group: ParamGroup, chain: Chain) -> None:
         elif key in group:
             group[key] = group[key].to(device=device)
         else:
-            group[key] = _new_scalar(scalar, wrapper, dtype, device)
+            wide = any(p.dtype in (torch.float64, torch.complex128) for p in group["params"])
+            group[key] = _new_scalar(scalar, wrapper, torch.float64 if wide else torch.float32, device)
 
 
 def _separate_scalars(run: Run) -> None:
@@ -230,7 +230,7 @@ def _new_scalar(scalar: Scalar, wrapper: Wrapper, dtype: torch.dtype, device: to
 def validate_members(run: Run, group: ParamGroup) -> None:
     """Refuse a group whose parameters a client has replaced by another number; names may be out of date."""
     names, members = group.get("param_names"), group["params"]
-    if names is not None and len(names) != len(members) and not all(p in run.known_params for p in members):
+    if names is not None and len(names) != len(members) and not all(map(run.knows, members)):
         raise StepError(
             f"a group of {len(names)} parameters ({', '.join(names[:3])}, ...) holds {len(members)} now: a client "
             f"has put others in their places. DeepSpeed's ZeRO does so: a rank gets a flat share, of which norms, "
@@ -246,5 +246,5 @@ def know_members(run: Run) -> None:
     if any(is_sharded(p) for group in run.param_groups for p in group["params"]):
         run.metrics.ask()
     for group in run.param_groups:
-        for p in group["params"]:
-            run.known_params[p] = True
+        params = group["params"]
+        run.known_params.update(zip(map(id, params), map(weakref.ref, params), strict=True))

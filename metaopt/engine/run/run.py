@@ -8,7 +8,6 @@ from operator import index
 from typing import Any, Protocol
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from metaopt.distributed.replicas import Replicas
 from metaopt.engine.chain import ParamGroup, ParamState
@@ -107,8 +106,8 @@ class Run:
         self.model: weakref.ref[torch.nn.Module] | None = None
         # tensors in main memory are being written to from an accelerator
         self.copies_under_way = False
-        # parameters that a group of this run holds or held
-        self.known_params: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        # by id: parameters that a group of this run holds or held, as far as they are alive
+        self.known_params: dict[int, weakref.ref[torch.Tensor]] = {}
         # the list of groups, and how many of them the run knows; see `groups.adopt_groups`
         self.adopted: tuple[list[ParamGroup], int] = (self.param_groups, 0)
         self.invalidate()
@@ -134,6 +133,11 @@ class Run:
     def is_differentiable(self) -> bool:
         """Whether the user differentiates through updates (torch's `differentiable=True`)."""
         return bool(self.base.defaults.get("differentiable"))
+
+    def knows(self, p: torch.Tensor) -> bool:
+        """Return whether a group of this run holds or held a parameter."""
+        known = self.known_params.get(id(p))
+        return known is not None and known() is p
 
     def groups_of(self, placed: PlacedWrapper) -> list[ParamGroup]:
         """Return the groups that a wrapper acts on."""

@@ -1,0 +1,45 @@
+"""What `benchmarks.scaling` and `benchmarks.profile_tiny` see: memory taken for a moment, every call of an update."""
+
+import sys
+from collections import Counter
+
+import pytest
+import torch
+
+from benchmarks import profile_tiny, scaling
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of resident memory is read from /proc")
+def test_memory_that_is_taken_for_a_moment_is_seen_although_it_is_free_again() -> None:
+    size = 64 * 2**20
+    assert scaling.peak_bytes(lambda: torch.ones(size // 4)) > 0.9 * size
+    assert scaling.peak_bytes(lambda: None) < 0.1 * size
+
+
+def test_what_is_measured_is_a_line_of_the_table() -> None:
+    rows = [*scaling.checkpoints(rounds=2), *scaling.many_groups(rounds=1), *scaling.building(rounds=1)]
+    assert [at_most for _, at_most, _ in rows] == ["1.5", "1.3", "1.5", "1.3", "1.1", "40 ms"]
+    assert all(measured[:1].isdigit() for *_, measured in rows)
+
+
+def test_every_call_of_a_cycle_of_updates_is_made_again_and_has_a_purpose() -> None:
+    optim = profile_tiny.Optim()
+    stack, hand = (profile_tiny.Contender(stack=stack) for stack in (True, False))
+    for contender in (stack, hand):
+        contender.microseconds(contender.step, 5)
+    of_stack = Counter(purpose for purpose, *_ in profile_tiny.recorded(stack, optim))
+    assert of_stack == {
+        "AdamW's kernel": 5,
+        "counting updates": 5,
+        "the norm": 15,
+        "the factor of the clip": 25,
+        "the pull of every fifth update": 2,
+    }
+    # of torch's own optimizer only the kernel and the counts are called inside of it
+    inside = Counter(purpose for purpose, is_inside, _ in profile_tiny.recorded(hand, optim) if is_inside)
+    assert inside == {"AdamW's kernel": 5, "counting updates": 5}
+    calls = [call for *_, call in profile_tiny.recorded(stack, optim)]
+    before = [p.detach().clone() for p in stack.params]
+    with torch.no_grad():
+        profile_tiny.replay(calls)()
+    assert not any(torch.equal(p, b) for p, b in zip(stack.params, before, strict=True))
