@@ -1,7 +1,7 @@
 """How a base is stepped: by torch's kernel or the library, by its own `step()`, or block by block for `on_update`.
 
-It changes the weights and the base's state. Which of the ways it takes is decided in `step_bases` and `_step_directly`, at
-each update; a group that a fused kernel cannot update loses `fused` for good (`turn_off_...`).
+It changes the weights and the base's state. Which of the ways it takes is decided in `step_bases` and `_step_directly`,
+at each update; a group that a fused kernel cannot update loses `fused` for good (`turn_off_...`).
 """
 
 from operator import attrgetter
