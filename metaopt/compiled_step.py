@@ -13,7 +13,7 @@ import torch
 
 from metaopt.engine.chain import ParamGroup
 from metaopt.engine.run.run import Run
-from metaopt.engine.step.base_step import turn_off_kernel_for_gradients
+from metaopt.engine.step.base_step import turn_off_kernel_for_gradients, turn_off_kernel_for_late_momentum
 from metaopt.engine.step.evaluation import Evaluation
 from metaopt.engine.step.hooks import call_on_update_of_chain, keep_weights_for_on_update
 from metaopt.engine.step.order import abandon, begin, finish
@@ -70,6 +70,7 @@ class CompiledStep:
                 run.structure.multi_base.assign_groups()
             for chain in run.structure.chains:
                 turn_off_kernel_for_gradients(evaluation.update, chain)
+                turn_off_kernel_for_late_momentum(evaluation.update, chain)
                 if chain.leading_on_update and not chain.needs_weights_before:
                     keep_weights_for_on_update(evaluation.update, chain)
             self._replace_rates(run)

@@ -481,7 +481,6 @@ class Stack(torch.optim.Optimizer):
             raise
         if self._run.exchange is not None:
             self._run.exchange.forget()
-        self._run.begin_schedules()
         self._run.invalidate()
         for hook in user_hooks(self._optimizer_load_state_dict_post_hooks, self._run.base):
             hook(self)

@@ -358,3 +358,26 @@ def test_a_rate_left_by_a_schedule_is_told_where_there_is_no_schedule_any_more()
     _, opt = stack_of("adamw(lr=0.01) | ema(0.9)")
     with pytest.warns(UserWarning, match=r"lr=0.005 \(this stack: 0.01\)"):
         opt.load_state_dict(saved_after("adamw(lr=cosine(0.01)) | ema(0.9)", 10, 20))
+
+
+def test_a_schedule_without_a_value_at_the_loaded_count_leaves_everything_as_it_was() -> None:
+    saved = saved_after("adamw(lr=0.1)", 6)
+    ends = False
+
+    def decay(updates: int) -> float:
+        if ends and updates > 4:
+            raise ValueError("no value")
+        return 0.9 / (updates + 1)
+
+    model = small_model()
+    opt = metaopt.build(metaopt.groups(model), metaopt.adamw(lr=0.1) | metaopt.ema(decay=decay))
+    twin = small_model()
+    plain = metaopt.build(metaopt.groups(twin), metaopt.adamw(lr=0.1) | metaopt.ema(decay=decay))
+    train(model, opt, range(2))
+    train(twin, plain, range(2))
+    ends = True
+    with pytest.raises(ValueError, match="no value"):
+        opt.load_state_dict(saved)
+    train(model, opt, range(2, 4))
+    train(twin, plain, range(2, 4))
+    assert_same(everything(model, opt), everything(twin, plain))

@@ -287,3 +287,21 @@ def test_a_group_is_capturable_after_a_compiled_step_only_if_it_was_before() -> 
     train(model, opt, range(2), call=step)
     assert opt.param_groups[0]["capturable"] is False
     assert opt.updates == 2
+
+
+def test_momentum_that_begins_late_is_that_of_the_eager_step() -> None:
+    """torch's fused SGD takes all momentum buffers or none; compiled, it cannot be stepped in two parts."""
+    runs = []
+    for compiled in (True, False):
+        model = small_model()
+        opt = metaopt.build(model.named_parameters(), "sgd(lr=0.1, momentum=0.9)")
+        step = torch.compile(opt.step, backend="eager") if compiled else opt.step
+        last = list(model.parameters())[-1]
+        for number in range(5):
+            opt.zero_grad()
+            loss_of(model, number).backward()
+            if number < 2:
+                last.grad = None
+            step()
+        runs.append(weights(model))
+    torch.testing.assert_close(*runs, rtol=1e-6, atol=1e-7)

@@ -32,18 +32,21 @@ def load(run: Run, state_dict: dict[str, Any], choice: Choice = Choice()) -> Loa
     base_state = _base_state(saved_state, tuple(f"{label}." for label in (*run.structure.labels(), *report.dropped)))
     extras = {k: _without_bytes(v) for k, v in state_dict.items() if k not in ("state", "param_groups")}
     live = run.base.state, run.base.param_groups
+    following = {name: getattr(run, name) for name in ("scheduled", "has_schedules", "adopted", "last_update")}
     try:
         with only_class_hooks(run.base):
             run.base.load_state_dict({**extras, "state": base_state, "param_groups": groups})
         _restore_dtypes(run, groups, base_state)
         _restore_wrapper_state(run, groups, saved_state)
+        for group in run.param_groups:
+            place_scalars(run, group, run.structure.chain_of(group))
+        run.begin_schedules()  # one may have no value at the loaded count
     except BaseException:
         run.base.state, run.base.param_groups = live
+        vars(run).update(following)
         raise
     for p in run.state:  # what the constructor made of these will not be needed
         run.constructor_state.pop(p, None)
-    for group in run.param_groups:
-        place_scalars(run, group, run.structure.chain_of(group))
     if any(str(group[TEMPLATE]).startswith("made") for group in run.param_groups):
         # saved before the base had begun: only what wrappers had summed up by then is real
         remove_placeholders(run, keep_early=True)

@@ -243,8 +243,9 @@ def know_members(run: Run) -> None:
 
     What is measured over shards is measured by all ranks together, whichever of them has a log or asks for values.
     """
-    if any(is_sharded(p) for group in run.param_groups for p in group["params"]):
-        run.metrics.ask()
     for group in run.param_groups:
         params = group["params"]
+        # one parameter of each class: there may be thousands
+        if any(map(is_sharded, dict(zip(map(type, params), params, strict=True)).values())):
+            run.metrics.ask()
         run.known_params.update(zip(map(id, params), map(weakref.ref, params), strict=True))

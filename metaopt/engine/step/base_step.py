@@ -200,3 +200,10 @@ def turn_off_kernel_for_gradients(update: Update, chain: Chain) -> None:
                     continue  # torch refuses them itself
                 warn_of_kernel(chain.base)
             group["fused"] = None
+
+
+def turn_off_kernel_for_late_momentum(update: Update, chain: Chain) -> None:
+    """Turn the fused kernel of SGD off, if it was our choice, where the base cannot be stepped in two parts."""
+    if chain.fused_by_default and _late_momentum(update, chain):
+        for group in chain.groups_in(update.run.param_groups):
+            group["fused"] = None
