@@ -6,14 +6,13 @@ gradient (SGD without momentum: at once); `lists_for` decides. Everything else g
 
 from array import array
 from collections.abc import Sequence
-from itertools import repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
 
-from metaopt.distributed.shards import PLAIN
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState
+from metaopt.engine.fused.uniform import Tensors, is_uniform
 from metaopt.programs import Compiled
 
 # settings under which torch does more than call the kernel
@@ -22,7 +21,6 @@ CAREFUL = ("amsgrad", "capturable", "differentiable")
 # elements from which on it pays that a factor of the gradients is not written to them
 LARGE = 1 << 16
 
-Tensors = list[torch.Tensor]
 # all parameters of a group that have a gradient
 ALL = slice(None)
 
@@ -116,9 +114,12 @@ class FusedLists:
 
 
 def lists_for(
-    known: dict[int, FusedLists], chain: Chain, group: ParamGroup, members: Tensors, gradients: Tensors
+    known: dict[int, FusedLists], chain: Chain, group: ParamGroup, members: Tensors, dtype: torch.dtype | None
 ) -> FusedLists | None:
-    """Return the lists for an update of a group; None: the base has to step itself, at least this time."""
+    """Return the lists for an update of a group; None: the base has to step itself, at least this time.
+
+    `dtype` is that of parameters and gradients if they are uniform, otherwise None; see `uniform_dtype`.
+    """
     if chain.fused_state is None or not members or not group.get("fused") or any(map(group.get, CAREFUL)):
         known.pop(id(group), None)
         return None
@@ -126,8 +127,7 @@ def lists_for(
         return None
     if any(isinstance(number, torch.Tensor) for number in (group["lr"], *group.get("betas", ()))):
         return None
-    dtype = members[0].dtype
-    if not (is_uniform(members, dtype) and is_uniform(gradients, dtype) and dtype.is_floating_point):
+    if dtype is None:
         return None
     lists = known.get(id(group))
     if lists is None or not lists.are_valid(chain, group, members):
@@ -159,17 +159,6 @@ def why_no_lists(group: ParamGroup, members: Tensors) -> str | None:
     if members and not (is_uniform(members, members[0].dtype) and members[0].dtype.is_floating_point):
         return "its parameters are not plain contiguous tensors of one floating dtype"
     return None
-
-
-def is_uniform(tensors: Tensors, dtype: torch.dtype) -> bool:
-    """Return whether all are ordinary dense tensors of one dtype, row by row in the processor's memory."""
-    return (
-        PLAIN.issuperset(map(type, tensors))
-        and all(map(is_, map(attrgetter("dtype"), tensors), repeat(dtype)))
-        and all(map(is_, map(attrgetter("layout"), tensors), repeat(torch.strided)))
-        and all(map(attrgetter("is_cpu"), tensors))
-        and all(map(torch.Tensor.is_contiguous, tensors))
-    )
 
 
 def fits_kernel(members: Tensors, gradients: Tensors) -> bool:

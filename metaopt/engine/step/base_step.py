@@ -63,7 +63,7 @@ def _step_directly(update: Update, chain: Chain) -> bool:
     found = []
     for group in chain.groups_in(update.run.param_groups):
         params, gradients = update.params_and_grads(group)
-        lists = lists_for(update.run.fused_lists, chain, group, params, gradients)
+        lists = lists_for(update.run.fused_lists, chain, group, params, update.uniform_dtype(group))
         if lists is not None:
             found.append((lists, group, params, gradients))
         elif params:
@@ -115,7 +115,7 @@ def _step_in_blocks(update: Update, chain: Chain, group: ParamGroup) -> None:
     A block stays in the cache, and only its weights are kept twice.
     """
     params, gradients = update.params_and_grads(group)
-    lists = lists_for(update.run.fused_lists, chain, group, params, gradients)
+    lists = lists_for(update.run.fused_lists, chain, group, params, update.uniform_dtype(group))
     if lists is None:
         turn_off_kernel_for_gradients(update, chain)
     late = _late_momentum(update, chain) if lists is None else set()
@@ -190,7 +190,9 @@ def turn_off_kernel_for_gradients(update: Update, chain: Chain) -> None:
     """Turn the fused kernel off for groups whose gradients now are not what it can read; see `warn_of_kernel`."""
     for group in chain.groups_in(update.run.param_groups):
         chosen = chain.fused_by_default or (group["params"] and group["params"][0].is_cpu)
-        if chosen and group.get("fused") and not fits_kernel(*update.params_and_grads(group)):
+        if not chosen or not group.get("fused") or update.uniform_dtype(group) is not None:
+            continue
+        if not fits_kernel(*update.params_and_grads(group)):
             if not chain.fused_by_default:
                 if any(map(attrgetter("is_sparse"), update.params_and_grads(group)[1])):
                     continue  # torch refuses them itself

@@ -45,7 +45,7 @@ def _coalesce(update: Update) -> None:
     """Add up the rows that a sparse gradient holds twice: an embedding leaves a row that it looked up twice as two."""
     for group in update.run.base.param_groups:
         params, gradients = update.params_and_grads(group)
-        if any(map(attrgetter("is_sparse"), gradients)):
+        if update.uniform_dtype(group) is None and any(map(attrgetter("is_sparse"), gradients)):
             for p, gradient in zip(params, gradients, strict=True):
                 if gradient.is_sparse and not gradient.is_coalesced():
                     p.grad = gradient.coalesce()
