@@ -9,6 +9,7 @@ import torch
 
 from metaopt.distributed.shards import dense, local
 from metaopt.engine.chain import Chain, ParamGroup, ParamState
+from metaopt.engine.fused.lists import are_identical
 from metaopt.engine.fused.postponed import PostponedStep
 from metaopt.engine.fused.probes import takes_factor
 from metaopt.engine.fused.uniform import uniform_dtype
@@ -144,6 +145,13 @@ class Update:
             known = self.run.uniform_tensors
             self._uniform_dtypes[key] = uniform_dtype(known, key, *self.params_and_grads(group))
         return self._uniform_dtypes[key]
+
+    def are_uniform(self, group: ParamGroup, params: Params) -> bool:
+        """Return whether some parameters of a group are known to have one dtype and device."""
+        known = self._params_and_grads.get(id(group))
+        if known is None or self._uniform_dtypes.get(id(group)) is None:
+            return False
+        return params is known[0] or are_identical(params, known[0])
 
     def gradients_changed(self) -> None:
         """Look the gradients up again when they are next needed: some were made, replaced or taken away."""

@@ -53,5 +53,8 @@ def uniform_dtype(
     dtype = params[0].dtype if params else None
     if dtype is None or not (dtype.is_floating_point and is_uniform(params, dtype) and is_uniform(gradients, dtype)):
         return None
+    # of other sizes if somebody has given a parameter other memory
+    if list(map(torch.Tensor.numel, params)) != list(map(torch.Tensor.numel, gradients)):
+        return None
     known[key] = UniformTensors(params, gradients)
     return dtype
