@@ -28,12 +28,16 @@ def _dtensor_module() -> Any:
 
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Return whether a tensor is a DTensor."""
+    if type(tensor) in PLAIN:
+        return False
     module = _dtensor_module()
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """Return the part of a tensor that this process holds: a DTensor's shard, any other tensor itself."""
+    if type(tensor) in PLAIN:  # most are, and are asked for several times in an update
+        return tensor
     part: torch.Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return part
 
