@@ -205,8 +205,8 @@ def _with_base(hook: Callable[..., Any], base: Optimizer, stack: Any, *rest: Any
 def properties_check(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
     """Return a function that says whether as many other tensors have the properties of these; None without such.
 
-    Class, dtype, device, layout, sizes, strides and `requires_grad`: looked at from Python, one of them takes as long as
-    all of them in this call, which `torch.compile` guards its graphs with.
+    Class, dtype, device, layout, sizes, strides and `requires_grad`. From Python one of these takes as long as all of
+    them in this call, by which `torch.compile` guards its graphs.
     """
     if not _has_guards():
         return None
@@ -214,7 +214,8 @@ def properties_check(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | N
 
 
 def _guards(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
-    check: Callable[..., bool] = torch._C._dynamo.guards.TensorGuards(
+    guards: Any = torch._C._dynamo.guards
+    check: Callable[..., bool] = guards.TensorGuards(
         *tensors,
         dynamic_dims_sizes=[list(t.shape) for t in tensors],
         dynamic_dims_strides=[list(t.stride()) for t in tensors],

@@ -261,7 +261,7 @@ def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Return the elements of tensors as one vector."""
     if set(map(torch.Tensor.dim, tensors)) == {1}:
         return torch.cat(tensors)
-    joined: torch.Tensor = torch._utils._flatten_dense_tensors(tensors)
+    joined: torch.Tensor = torch._utils._flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
     return joined
 
 

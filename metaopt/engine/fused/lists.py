@@ -30,8 +30,8 @@ ALL = slice(None)
 class KnownEntries:
     """Which parameters had which entries of a base's state, as far as lists were made of them.
 
-    The state is a mapping by tensors, whose hash costs as much as a call: to compare all of it costs less than to look up
-    each parameter.
+    The hash of a tensor costs as much as a call of torch: it takes less time to compare all of a state with what it was
+    than to look up each parameter in it.
     """
 
     def __init__(self) -> None:

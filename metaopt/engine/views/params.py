@@ -2,6 +2,7 @@
 
 from itertools import repeat
 from operator import attrgetter, contains
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ def updated_params(update: Update, group: ParamGroup, wrapper: Wrapper) -> Param
         return [p for p in group["params"] if p in state or p.grad is not None]
     keys, params = slots.state_keys, group["params"]
     # one look-up for each parameter: the hash of a tensor takes as long as a call of torch
-    entries = list(map(state.get, params))
+    entries: list[Any] = list(map(state.get, params))
     if all(entries) and all(all(map(contains, entries, repeat(key))) for key in keys):
         return list(params)
     begun = [(p, entry) for p, entry in zip(params, entries, strict=True) if entry is not None]
