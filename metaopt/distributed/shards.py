@@ -223,11 +223,12 @@ def _norm_of_uniform(tensors: list[torch.Tensor], p: float) -> torch.Tensor:
     norms: list[torch.Tensor] = []
     if first.is_cpu and first.dtype in (torch.float32, torch.float64):
         norms, tensors = _norms_of_small(tensors, p)
-    large: list[torch.Tensor] = []
-    others: list[torch.Tensor] = []
-    for t in tensors:
-        (large if t.numel() >= LARGE and _has_rows(t) else others).append(t)
-    norms += [torch.linalg.vector_norm(t.view(ROWS, -1), p, dim=1) for t in large]
+    by_rows = [t.numel() >= LARGE and _has_rows(t) for t in tensors]
+    others = tensors
+    if any(by_rows):
+        others = [t for t, by in zip(tensors, by_rows, strict=True) if not by]
+        large = [t for t, by in zip(tensors, by_rows, strict=True) if by]
+        norms += [torch.linalg.vector_norm(t.view(ROWS, -1), p, dim=1) for t in large]
     if others:
         # 16 bits have no norm beyond 65504, or one of three digits
         dtype = torch.float32 if first.dtype in (torch.float16, torch.bfloat16) else None

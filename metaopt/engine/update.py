@@ -215,7 +215,8 @@ class Update:
             self.apply_scale(chain)
             return
         # the kernel divides by it in its own pass
-        chain.base.grad_scale = _as_tensor(self.pending_scale.pop(chain)).reciprocal().to(torch.float32)  # type: ignore[attr-defined]
+        divisor = _as_tensor(self.pending_scale.pop(chain)).reciprocal()
+        chain.base.grad_scale = divisor if divisor.dtype is torch.float32 else divisor.float()  # type: ignore[attr-defined]
 
     def _may_be_folded(self, group: ParamGroup) -> bool:
         """Return whether the elements of a group's parameters are narrow enough for the factor of a fused kernel."""

@@ -141,8 +141,8 @@ class FusedLists:
         """Update `params` and the state: the members in `part`, or copies of them that are to be moved instead."""
         if "step" in self.keys:
             self._count(part)
-        # a clip may have taken the norm on another device
-        divisor = None if divisor is None else divisor.to(params[0].device)
+        if divisor is not None and not divisor.is_cpu:  # a clip has taken the norm on another device
+            divisor = divisor.to(params[0].device)
         kernel = _adam if "step" in self.keys else _sgd
         kernel(group, params, gradients, [kept[part] for kept in self.state_lists], divisor)
 
@@ -177,9 +177,7 @@ def lists_for(
         return None
     if "found_inf" in vars(chain.base):  # of a GradScaler: torch reads it
         return None
-    if any(isinstance(number, torch.Tensor) for number in (group["lr"], *group.get("betas", ()))):
-        return None
-    if dtype is None:
+    if dtype is None or any(isinstance(number, torch.Tensor) for number in (group["lr"], *group.get("betas", ()))):
         return None
     lists = known.get(id(group))
     if lists is None or lists.dtype is not dtype or not lists.are_valid(chain, group, members, edition):
