@@ -36,11 +36,9 @@ class UniformTensors:
 
     def have_same(self, params: Tensors, gradients: Tensors) -> bool:
         """Return whether other parameters and gradients are known to be uniform, too."""
-        return (
-            self._check is not None
-            and len(params) == len(gradients) == self._number
-            and self._check(*params, *gradients)
-        )
+        if self._check is None or not len(params) == len(gradients) == self._number:
+            return False
+        return self._check(*params, *gradients)
 
 
 def uniform_dtype(
