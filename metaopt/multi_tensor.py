@@ -13,7 +13,7 @@ Tensors = list[torch.Tensor]
 
 def on_accelerator(tensors: Sequence[torch.Tensor]) -> bool:
     """Return whether tensors are kept where each call costs a launch."""
-    return bool(tensors) and tensors[0].device.type != "cpu"
+    return bool(tensors) and not tensors[0].is_cpu
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

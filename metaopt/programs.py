@@ -20,7 +20,7 @@ else:
     library = metaopt_kernels
 
 # of the library that this file writes programs for: another one is not used
-INTERFACE = 3
+INTERFACE = 4
 # the number that the library fills in: the divisor of the gradients
 DIVISOR = 63
 MOST_REGISTERS = 12

@@ -199,6 +199,50 @@ def _with_base(hook: Callable[..., Any], base: Optimizer, stack: Any, *rest: Any
     return hook(base, *rest)
 
 
+# ---- properties of tensors
+
+
+def properties_check(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
+    """Return a function that says whether as many other tensors have the properties of these; None without such.
+
+    Class, dtype, device, layout, sizes, strides and `requires_grad`. From Python one of these takes as long as all of
+    them in this call, by which `torch.compile` guards its graphs.
+    """
+    if not _has_guards():
+        return None
+    return _guards(tensors)
+
+
+def _guards(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
+    guards: Any = torch._C._dynamo.guards
+    check: Callable[..., bool] = guards.TensorGuards(
+        *tensors,
+        dynamic_dims_sizes=[list(t.shape) for t in tensors],
+        dynamic_dims_strides=[list(t.stride()) for t in tensors],
+    ).check
+    return check
+
+
+@functools.cache
+def _has_guards() -> bool:
+    """Return whether torch's guards tell apart what they have to, tried once: they are no public interface."""
+    try:
+        like = torch.empty(2, 3, device="cpu")
+        others = [
+            torch.empty(2, 3, device="cpu", dtype=torch.float64),
+            torch.empty(2, 4, device="cpu"),
+            torch.empty(3, 2, device="cpu").t(),
+            torch.empty(2, 6, device="cpu")[:, ::2],
+            torch.empty(2, 3, device="meta"),
+            torch.empty(2, 3, device="cpu").to_sparse(),
+            torch.nn.Parameter(torch.empty(2, 3, device="cpu"), requires_grad=False),
+        ]
+        check = _guards([like, like])
+        return check(like, torch.empty(2, 3, device="cpu")) and not any(check(like, other) for other in others)
+    except (AttributeError, TypeError, RuntimeError):
+        return False
+
+
 # ---- copies of optimizers
 
 # a step that a torch scheduler replaced, and what GradScaler and the engine set for one step

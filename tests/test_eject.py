@@ -170,6 +170,21 @@ def test_other_dtypes_train_alike_too() -> None:
     trains_alike(text.replace(", fused=True", ""), spec, dtype=torch.bfloat16)
 
 
+def test_the_norm_of_many_small_tensors_is_the_stack_s() -> None:
+    spec = "clip_grad_norm(0.01) | adamw(lr=0.01)"
+    shapes = [(3,), (2, 5), (), (2000,)] * 50
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    stack, other = metaopt.build(ours, spec), made(eject(spec), theirs)
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        stack.step()
+        other.step()
+    assert all(map(torch.equal, ours, theirs))
+
+
 def test_a_checkpoint_of_the_file_goes_on() -> None:
     text = eject(TYPICAL, RUN)
     _, other, _, theirs = trains_alike(text, TYPICAL, 10)

@@ -10,6 +10,8 @@ from small_runs import fill_gradients, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import metaopt
+from metaopt import torch_internals
+from metaopt.engine.fused.uniform import UniformTensors
 from metaopt.lab.shapes import shapes_of
 
 KINDS = {
@@ -76,6 +78,15 @@ def frozen(model: torch.nn.Module, opt: Any) -> None:
     next(model.parameters()).requires_grad_(requires_grad=False)
 
 
+def other_memory(model: torch.nn.Module, opt: Any) -> None:
+    for p in model.parameters():
+        p.data = p.data.clone() * 0.5
+    for entry in entries(opt):
+        for value in entry.values():
+            if value is not None:
+                value.data = value.data.clone()
+
+
 def nothing(model: torch.nn.Module, opt: Any) -> None:
     """Leave everything as it is."""
 
@@ -92,6 +103,7 @@ CHANGES = [
     no_momentum,
     slow_path,
     frozen,
+    other_memory,
 ]
 
 
@@ -187,6 +199,78 @@ def test_weights_and_gradients_with_any_strides_are_updated_rightly(layout: str,
         opt.step()
         twin.step()
     torch.testing.assert_close(p.detach(), plain.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "momentum"])
+def test_parameters_may_exchange_their_state(kind: str) -> None:
+    params, twins = ([torch.nn.Parameter(torch.full((3,), n)) for n in (1.0, 2.0)] for _ in range(2))
+    opt = metaopt.build(params, KINDS[kind])
+    settings = {k: v for k, v in opt.base.defaults.items() if k != "decoupled_weight_decay"}
+    plain = type(opt.base)(twins, **settings)
+    for step in range(6):
+        for (p, q), stepped in ((params, opt), (twins, plain)):
+            if step == 4:
+                stepped.state[p], stepped.state[q] = stepped.state[q], stepped.state[p]
+            p.grad, q.grad = torch.full((3,), 1.0), torch.full((3,), -0.1 * step)
+            stepped.step()
+    assert all(map(torch.equal, params, twins))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_parameter_may_be_turned_where_it_is(kind: str) -> None:
+    # the same address and sizes, other strides
+    start = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
+    base, _, settings = KINDS[kind].partition("(")
+    p, plain = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    opt = metaopt.build([p], KINDS[kind])
+    twin = metaopt.build([plain], f"{base}(fused=False, foreach=False, {settings}")
+    for step in range(6):
+        if step == 4:
+            p.data, plain.data = p.data.t(), plain.data.t()
+        gradient = torch.randn(5, 5, generator=torch.Generator().manual_seed(step))
+        p.grad, plain.grad = gradient.clone(), gradient.clone()
+        opt.step()
+        twin.step()
+    torch.testing.assert_close(p.detach(), plain.detach(), rtol=1e-5, atol=1e-6)
+
+
+UNLIKE = {
+    "class": torch.nn.Parameter(torch.ones(4, 6), requires_grad=False),
+    "dtype": torch.ones(4, 6, dtype=torch.float64),
+    "device": torch.ones(4, 6, device="meta"),
+    "sparse": torch.ones(4, 6).to_sparse(),
+    "sizes": torch.ones(4, 7),
+    "strides": torch.ones(6, 4).t(),
+    "gaps": torch.ones(4, 12)[:, ::2],
+    "graph": torch.ones(4, 6, requires_grad=True),
+}
+
+
+@pytest.mark.parametrize("unlike", UNLIKE)
+def test_a_tensor_with_another_property_is_not_taken_for_one_that_was_uniform(unlike: str) -> None:
+    plain = [torch.zeros(4, 6) for _ in range(4)]
+    uniform = UniformTensors(plain[:2], plain[2:])
+    assert uniform.have_same(plain[2:], plain[:2])
+    assert not uniform.have_same(plain[:1], plain[2:])
+    for place in range(4):
+        tensors = list(plain)
+        tensors[place] = UNLIKE[unlike]
+        assert not uniform.have_same(tensors[:2], tensors[2:])
+
+
+@pytest.mark.parametrize("spec", ["clip_grad_norm(0.1) | adamw(lr=0.01) | lookahead(k=2)", "sgd(lr=0.1) | cautious"])
+def test_without_torch_s_guards_updates_are_the_same(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = []
+    for has_guards in (True, False):
+        if not has_guards:
+            monkeypatch.setattr(torch_internals, "_has_guards", lambda: False)
+        model = small_model()
+        opt = metaopt.build(model, spec)
+        for step in range(6):
+            fill_gradients(model, step)
+            opt.step()
+        ends.append([p.detach() for p in model.parameters()])
+    assert all(map(torch.equal, *ends))
 
 
 def test_a_gradient_may_become_sparse_late() -> None:

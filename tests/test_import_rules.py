@@ -57,7 +57,7 @@ BELOW_ENGINE = {
 # the modules of the engine, the lowest first: each imports only from those above it here
 ENGINE = (
     "chain",
-    *("fused.probes", "fused.lists", "fused.postponed", "fused.recorded"),
+    *("fused.probes", "fused.uniform", "fused.lists", "fused.postponed", "fused.recorded"),
     "multi_base",
     "structure",
     *("run.entries", "run.run", "run.groups"),

@@ -58,6 +58,47 @@ def test_the_norm_of_large_tensors_is_exact_to_the_last_digits(p, shapes):
     torch.testing.assert_close(total_norm(tensors, p).double(), exact, rtol=3e-6, atol=0.0)
 
 
+def small_tensors(dtype: torch.dtype) -> list[torch.Tensor]:
+    """Return many small tensors of all kinds, and a few others."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(), (7,), (0,), (3, 4), (1000,), (16, 64), (2, 3, 4), (1025,)] * 60
+    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    return [*tensors, torch.randn(40, 6).t()[::2].to(dtype), torch.randn(64, 2048).to(dtype)]
+
+
+@pytest.mark.parametrize("p", [0.5, 1.0, 2.0, 3.0, float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_norm_of_many_small_tensors_has_no_more_error_than_torch_s(p, dtype):
+    tensors = small_tensors(dtype)
+    if p == float("inf"):
+        tensors = [t for t in tensors if t.numel()]
+    exact = torch.linalg.vector_norm(torch.cat([t.double().flatten() for t in tensors]), p)
+    norm, torchs = total_norm(tensors, p), torch.nn.utils.get_total_norm(tensors, p)
+    assert norm.dtype == dtype
+    assert norm.dim() == 0
+    # in 64 bits the exact number has an error of its own
+    rounding = torch.finfo(dtype).eps * exact * (1 if dtype == torch.float32 else 1000)
+    assert (norm - exact).abs() <= max((torchs - exact).abs(), rounding)
+    assert torch.equal(total_norm(tensors, p, uniform=True), norm)
+
+
+@pytest.mark.parametrize("shape", [(16,), (4, 4)])
+def test_the_calls_for_a_norm_do_not_grow_with_many_small_tensors(shape):
+    tensors = [torch.full(shape, 1e-3) for _ in range(1000)]
+    with torch.profiler.profile() as profile:
+        norm = total_norm(tensors)
+    assert sum(event.count for event in profile.key_averages() if "norm" in event.key) <= 4
+    assert float(norm) == pytest.approx(16000**0.5 * 1e-3, rel=1e-7)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("p", [1.0, 2.0])
+def test_one_of_many_small_tensors_that_is_not_finite_is_not_hidden(bad, p):
+    tensors = [torch.ones(4) for _ in range(100)]
+    tensors[40][1] = bad
+    torch.testing.assert_close(total_norm(tensors, p), torch.tensor(bad), equal_nan=True)
+
+
 @pytest.mark.parametrize("cut", ["turned", "odd", "strided"])
 def test_large_tensors_that_have_no_even_rows_are_left_to_torch(cut, device):
     whole = torch.randn(512, 514, device=device)

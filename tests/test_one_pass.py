@@ -300,6 +300,12 @@ def test_a_sparse_gradient_and_16_bits_take_torch_s_path(made: list[postponed.Po
     assert not made
 
 
+@pytest.mark.parametrize("number", [6, 100])
+def test_many_small_tensors_are_one_call_without_any_rule(number: int, made: list[postponed.PostponedStep]) -> None:
+    trained("adamw", torch.float32, steps=4, shapes=[(4, 2)] * number)
+    assert len(made) == (3 if number == 100 else 0)
+
+
 def test_versions_count_the_updates_of_the_library(made: list[postponed.PostponedStep]) -> None:
     def versions(built: Built) -> list[int]:
         return [t._version for p in built[0] for t in (p, *built[1].state[p].values())]

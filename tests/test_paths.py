@@ -27,6 +27,10 @@ def strided() -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.randn(4, 8).t())]
 
 
+def many() -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.ones(3)) for _ in range(30)]
+
+
 def path(opt: Any) -> str:
     (line,) = metaopt.explain(opt).paths
     return line
@@ -53,6 +57,8 @@ STEPPED = [
     (lambda: metaopt.build(parameters(), "adamw | cautious | ema"), "cautious"),
     (lambda: metaopt.build(parameters(), "sgd(lr=0.1) | update_floor | radial_brake | cautious_decay"), "radial_brake"),
     (lambda: metaopt.build(parameters(), "adamw | clip_update_norm(0.1) | ema"), "compares the weights"),
+    (lambda: metaopt.build(many(), "clip_grad_norm(1.0) | adamw"), "AdamW"),
+    (lambda: metaopt.build(many(), "sgd(lr=0.1) | tail_average"), "SGD"),
     (lambda: metaopt.build(parameters(torch.float64), "adamw | ema"), "AdamW"),
     (lambda: metaopt.build(parameters(torch.bfloat16), "adamw | ema"), "AdamW"),
 ]

@@ -8,7 +8,7 @@ import ctypes
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 __version__ = "0.1.0"
 
 # of the interface between this file and kernels.cpp
-INTERFACE = 3
+INTERFACE = 4
 OFF = "METAOPT_KERNELS"
 SINGLE = ["move", "add", "sub", "mul", "div", "lt", "le", "gt", "select", "sqrt", "abs", "neg", "hypot", "max", "lerp"]
 OTHERS = ["addcmul", "adam", "sgd", "dot", "dots", "mean", "pass"]
@@ -38,6 +38,7 @@ VARIANTS = {"AVX512": ("avx512", 32), "AVX2": ("avx2", 32), "DEFAULT": ("base", 
 
 Tensors = Sequence[torch.Tensor]
 Instruction = tuple[int, ...]  # the operation, where the result goes, and up to four operands
+Begins = Callable[[int, int, int], None]  # objects, their number, and where to write at which address each begins
 Way = tuple[int, int]  # how whole vectors round, and how the rest of a tensor does
 
 
@@ -60,11 +61,46 @@ class Program:
         self.code = array.array("i", itertools.chain.from_iterable(padded))
 
 
+class Places:
+    """Where the tensors of a list begin; their memory may be another one at every look."""
+
+    def __init__(self, tensors: Tensors, begins: Begins | None) -> None:
+        self._tensors = list(tensors)
+        self._objects = array.array("Q", list(map(id, self._tensors)))
+        self._begins = begins
+
+    def look(self) -> "array.array[int]":
+        """Return where each begins now."""
+        if self._begins is None:
+            return array.array("Q", list(map(torch.Tensor.data_ptr, self._tensors)))
+        found = array.array("Q", bytes(8 * len(self._objects)))
+        self._begins(self._objects.buffer_info()[0], len(found), found.buffer_info()[0])
+        return found
+
+
+def _begins_of(path: Path) -> Begins | None:
+    """Return the library's loop over torch's own function, which costs a tenth of a call from Python for each tensor.
+
+    Generated code of `torch.compile` is given the address of that function. None if torch has none, or another one.
+    """
+    address = getattr(torch._C._dynamo.guards, "_torchinductor_pyobject_tensor_data_ptr", None)
+    if not isinstance(address, int):
+        return None
+    # unlike `CDLL` it keeps Python's lock, without which nobody may touch the objects
+    function = ctypes.PyDLL(str(path)).metaopt_begins
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    function.restype = None
+    begins = partial(function, address)
+    samples = [torch.empty(3, device="cpu"), torch.nn.Parameter(torch.empty(5, device="cpu")[2:])]
+    return begins if [*Places(samples, begins).look()] == [*Places(samples, None).look()] else None
+
+
 class Kernels:
     """The library, and how torch rounds on this machine."""
 
-    def __init__(self, library: ctypes.CDLL, vector: int, variant: str) -> None:
+    def __init__(self, library: ctypes.CDLL, vector: int, variant: str, begins: Begins | None = None) -> None:
         self.vector = vector
+        self._begins = begins
         self.variant = variant
         self._run = {torch.float32: library.metaopt_run_float, torch.float64: library.metaopt_run_double}
         for function in self._run.values():
@@ -75,6 +111,10 @@ class Kernels:
     def knows(self, dtype: torch.dtype, *names: str) -> bool:
         """Return whether the library computes torch's numbers, bit for bit, for "adam", "sgd", "lerp", "addcmul"."""
         return dtype in self._run and all(self._rounding(dtype, name) is not None for name in names)
+
+    def places(self, tensors: Tensors) -> Places:
+        """Return what finds out where these tensors begin, any number of times; it holds them."""
+        return Places(tensors, self._begins)
 
     def run(
         self,
@@ -217,4 +257,4 @@ def load() -> Kernels | None:
         library = ctypes.CDLL(str(path))
     except OSError:  # not built, or built for another machine
         return None
-    return Kernels(library, vector, variant) if library.metaopt_version() == INTERFACE else None
+    return Kernels(library, vector, variant, _begins_of(path)) if library.metaopt_version() == INTERFACE else None

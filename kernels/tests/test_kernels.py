@@ -19,6 +19,7 @@ from metaopt_kernels import (  # noqa: E402
     SCRATCH,
     TENSOR,
     Kernels,
+    Places,
     Program,
     adam_settings,
     addresses,
@@ -251,6 +252,19 @@ def test_two_threads_of_torch_compute_the_same(kernels: Kernels) -> None:
         count=addresses(own_counts),
     )
     assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16])
+def test_places_are_those_of_torch_whoever_gave_a_tensor_other_memory(kernels: Kernels, dtype: torch.dtype) -> None:
+    assert kernels._begins is not None  # of this torch
+    whole = torch.zeros(90, dtype=dtype)
+    tensors = [whole[3:7], torch.nn.Parameter(torch.ones(5, dtype=dtype)), whole[:0], whole[::2]]
+    places = kernels.places(tensors)
+    for _ in range(3):
+        assert places.look() == addresses(tensors)
+        tensors[1].data = torch.ones(5000, dtype=dtype)
+        tensors[0].data = whole[8:]
+    assert Places(tensors, None).look() == places.look()
 
 
 def test_the_package_installs_without_a_compiler(tmp_path: Path) -> None:

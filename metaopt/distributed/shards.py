@@ -14,6 +14,9 @@ from metaopt.multi_tensor import at_least_float32
 # elements from which on a tensor's norm is taken by rows, and how many rows
 LARGE = 1 << 16
 ROWS = 64
+# so many tensors of at most so many elements are copied into one, of at most LARGE elements, before their norm is taken
+MANY = 64
+SMALL = 1 << 10
 
 PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
@@ -25,12 +28,16 @@ def _dtensor_module() -> Any:
 
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Return whether a tensor is a DTensor."""
+    if type(tensor) in PLAIN:
+        return False
     module = _dtensor_module()
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """Return the part of a tensor that this process holds: a DTensor's shard, any other tensor itself."""
+    if type(tensor) in PLAIN:  # most are, and are asked for several times in an update
+        return tensor
     part: torch.Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return part
 
@@ -158,14 +165,17 @@ def _summed(values: torch.Tensor, rows: bool) -> list[int]:
 # ---- of many tensors together
 
 
-def total_norm(tensors: list[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
+def total_norm(tensors: list[torch.Tensor], norm_type: float = 2.0, *, uniform: bool = False) -> torch.Tensor:
     """Return the p-norm over all elements of all tensors, as one 0-dim tensor that every rank agrees on.
 
     |g| = (sum_i |g_i|^p)^(1/p), with one reduction for each device mesh and each way to split over it, two if p is
     infinite; tensors that are not DTensors count once. It is added up in float32, in float64 if a tensor has it.
+    `uniform`: the caller knows that they are plain tensors of one dtype and device.
     """
     if math.isinf(norm_type):  # which has no value over no elements
         tensors = [tensor for tensor in tensors if tensor.numel()]
+    if uniform:
+        return _norm_of_uniform(tensors, norm_type)
     plain: list[torch.Tensor] = []
     # tensors of one mesh that are split over the same of its dimensions are reduced together
     meshes: dict[tuple[Any, tuple[bool, ...]], list[Any]] = {}
@@ -192,28 +202,68 @@ def _norm_here(tensors: list[torch.Tensor], p: float) -> torch.Tensor:
     if not tensors:
         return torch.nn.utils.get_total_norm(tensors, p)
     first, kinds = tensors[0], dict.fromkeys((t.dtype, t.device) for t in tensors)
-    if len(kinds) > 1:
-        # of each device first: torch would send the norm of each tensor over by itself
-        parts = [_norm_here([t for t in tensors if (t.dtype, t.device) == kind], p) for kind in kinds]
-        wide = functools.reduce(torch.promote_types, (part.dtype for part in parts))
-        total: torch.Tensor = torch.linalg.vector_norm(torch.stack([n.to(first.device, wide) for n in parts]), p)
-        return total
+    if len(kinds) == 1:
+        return _norm_of_uniform(tensors, p)
+    # of each device first: torch would send the norm of each tensor over by itself
+    parts = [_norm_of_uniform([t for t in tensors if (t.dtype, t.device) == kind], p) for kind in kinds]
+    wide = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+    total: torch.Tensor = torch.linalg.vector_norm(torch.stack([n.to(first.device, wide) for n in parts]), p)
+    return total
+
+
+def _norm_of_uniform(tensors: list[torch.Tensor], p: float) -> torch.Tensor:
+    """Return the norm over tensors of one dtype and device: what torch's function does without sorting by them."""
+    if not tensors:
+        return torch.nn.utils.get_total_norm(tensors, p)
+    first = tensors[0]
     if p == math.inf and first.device.type == "cpu" and first.is_floating_point():
         # the same number as torch's own infinity norm, in a ninth of its time on a processor
         extremes = [extreme for tensor in tensors for extreme in torch.aminmax(tensor)]
         return torch.stack(extremes).abs().amax()
-    # what torch's function does for each device and dtype, without sorting by them
-    large: list[torch.Tensor] = []
-    small: list[torch.Tensor] = []
-    for t in tensors:
-        (large if t.numel() >= LARGE and _has_rows(t) else small).append(t)
-    norms = [torch.linalg.vector_norm(t.view(ROWS, -1), p, dim=1) for t in large]
-    if small:
+    norms: list[torch.Tensor] = []
+    if first.is_cpu and first.dtype in (torch.float32, torch.float64):
+        norms, tensors = _norms_of_small(tensors, p)
+    by_rows = [t.numel() >= LARGE and _has_rows(t) for t in tensors]
+    others = tensors
+    if any(by_rows):
+        others = [t for t, by in zip(tensors, by_rows, strict=True) if not by]
+        large = [t for t, by in zip(tensors, by_rows, strict=True) if by]
+        norms += [torch.linalg.vector_norm(t.view(ROWS, -1), p, dim=1) for t in large]
+    if others:
         # 16 bits have no norm beyond 65504, or one of three digits
         dtype = torch.float32 if first.dtype in (torch.float16, torch.bfloat16) else None
-        norms.append(multi_tensor.stacked(torch._foreach_norm(small, p, dtype)))
-    norm: torch.Tensor = torch.linalg.vector_norm(torch.cat(norms) if large else norms[0], p)
+        norms.append(multi_tensor.stacked(torch._foreach_norm(others, p, dtype)))
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.cat(norms) if len(norms) > 1 else norms[0], p)
     return norm
+
+
+def _norms_of_small(tensors: list[torch.Tensor], p: float) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return norms over many small tensors at a time, and the tensors that are not among them.
+
+    A processor takes longer to begin with a small tensor than for its elements, and a copy of it is less work than its
+    norm. So many elements are added up in 64 bits: in 32 the sum would have fewer right digits than norms one by one.
+    """
+    if len(tensors) < MANY or p not in (1.0, 2.0):  # other powers of 64 bits take long
+        return [], tensors
+    sizes = list(map(torch.Tensor.numel, tensors))
+    small, others = tensors, list[torch.Tensor]()
+    if max(sizes) > SMALL:
+        small = [t for t, size in zip(tensors, sizes, strict=True) if size <= SMALL]
+        others = [t for t, size in zip(tensors, sizes, strict=True) if size > SMALL]
+    if len(small) < MANY:
+        return [], tensors
+    step = LARGE // SMALL if sum(sizes) > LARGE else len(small)
+    parts = [small[begin : begin + step] for begin in range(0, len(small), step)]
+    norms = [torch.linalg.vector_norm(_joined(part), p, dtype=torch.float64) for part in parts]
+    return [torch.stack(norms).to(tensors[0].dtype)], others
+
+
+def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Return the elements of tensors as one vector."""
+    if set(map(torch.Tensor.dim, tensors)) == {1}:
+        return torch.cat(tensors)
+    joined: torch.Tensor = torch._utils._flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    return joined
 
 
 def _has_rows(tensor: torch.Tensor) -> bool:

@@ -577,9 +577,21 @@ def total_norm(tensors: Tensors, p: float) -> torch.Tensor:
         return torch.linalg.vector_norm(torch.stack([n.to(tensors[0].device) for n in parts]), p)  # type: ignore
     # large tensors by rows: a processor then uses all its threads, and the sum is more exact
     on_cpu = tensors[0].device.type == "cpu" and tensors[0].dtype in (torch.float32, torch.float64)
-    by_rows = [on_cpu and t.numel() >= 65536 and t.numel() % 64 == 0 and t.is_contiguous() for t in tensors]
-    norms = [torch.linalg.vector_norm(t.view(64, -1), p, dim=1) for t, by in zip(tensors, by_rows, strict=True) if by]
-    small = [t for t, by in zip(tensors, by_rows, strict=True) if not by]
+    norms, others = norms_of_small(tensors, p) if on_cpu else ([], tensors)
+    by_rows = [on_cpu and t.numel() >= 65536 and t.numel() % 64 == 0 and t.is_contiguous() for t in others]
+    norms += [torch.linalg.vector_norm(t.view(64, -1), p, dim=1) for t, by in zip(others, by_rows, strict=True) if by]
+    rest = [t for t, by in zip(others, by_rows, strict=True) if not by]
     wide = torch.float32 if tensors[0].dtype in (torch.float16, torch.bfloat16) else None  # 16 bits end at 65504
-    norms += [torch.stack(torch._foreach_norm(small, p, wide))] if small else []
+    norms += [torch.stack(torch._foreach_norm(rest, p, wide))] if rest else []
     return torch.linalg.vector_norm(torch.cat(norms), p)  # type: ignore
+
+
+def norms_of_small(tensors: Tensors, p: float) -> tuple[Tensors, Tensors]:
+    """Return norms over many small tensors at a time, copied into one, and the tensors that are not among them."""
+    small, others = ([t for t in tensors if (t.numel() <= 1024) == is_small] for is_small in (True, False))
+    if len(small) < 64 or p not in (1.0, 2.0):
+        return [], tensors
+    step = 64 if sum(t.numel() for t in tensors) > 65536 else len(small)
+    parts = [torch.cat([t.flatten() for t in small[i : i + step]]) for i in range(0, len(small), step)]
+    norms = [torch.linalg.vector_norm(part, p, dtype=torch.float64) for part in parts]
+    return [torch.stack(norms).to(tensors[0].dtype)], others

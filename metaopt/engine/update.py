@@ -9,8 +9,10 @@ import torch
 
 from metaopt.distributed.shards import dense, local
 from metaopt.engine.chain import Chain, ParamGroup, ParamState
+from metaopt.engine.fused.lists import are_identical
 from metaopt.engine.fused.postponed import PostponedStep
 from metaopt.engine.fused.probes import takes_factor
+from metaopt.engine.fused.uniform import uniform_dtype
 from metaopt.engine.run.entries import UPDATES
 from metaopt.engine.run.run import Run
 from metaopt.flat_memory import flat_room
@@ -30,6 +32,7 @@ class Update:
 
     __slots__ = (
         "_params_and_grads",
+        "_uniform_dtypes",
         "accumulates",
         "applied_versions",
         "block_memory",
@@ -71,6 +74,8 @@ class Update:
         # ---- parameters and gradients
         # by group: the parameters that have a gradient, and these gradients, until somebody changes them
         self._params_and_grads: dict[int, tuple[Params, list[torch.Tensor]]] = {}
+        # by group: their dtype if they are what a fused kernel takes, otherwise None
+        self._uniform_dtypes: dict[int, torch.dtype | None] = {}
         # by group: the parameters that the base updates, written down right before it does
         self.params_by_group: dict[int, Params] = {}
         # parameters whose gradient a wrapper has replaced: they lose it at the end of the step
@@ -133,9 +138,25 @@ class Update:
             found = self._params_and_grads[id(group)] = params, gradients
         return found
 
+    def uniform_dtype(self, group: ParamGroup) -> torch.dtype | None:
+        """Return the dtype of `params_and_grads` if they are what a processor's fused kernels take, otherwise None."""
+        key = id(group)
+        if key not in self._uniform_dtypes:
+            known = self.run.uniform_tensors
+            self._uniform_dtypes[key] = uniform_dtype(known, key, *self.params_and_grads(group))
+        return self._uniform_dtypes[key]
+
+    def are_uniform(self, group: ParamGroup, params: Params) -> bool:
+        """Return whether some parameters of a group are known to have one dtype and device."""
+        known = self._params_and_grads.get(id(group))
+        if known is None or self._uniform_dtypes.get(id(group)) is None:
+            return False
+        return params is known[0] or are_identical(params, known[0])
+
     def gradients_changed(self) -> None:
         """Look the gradients up again when they are next needed: some were made, replaced or taken away."""
         self._params_and_grads.clear()
+        self._uniform_dtypes.clear()
 
     def make_postponed(self) -> None:
         """Make the steps that were put off: somebody looks at weights, gradients or state."""
@@ -184,7 +205,7 @@ class Update:
             getattr(chain.base, "_step_supports_amp_scaling", False)
             and not chain.needs_closure
             and all(group.get("fused") for group in groups)
-            and all(p.element_size() <= WIDEST_FOLDED for group in groups for p in group["params"])
+            and all(map(self._may_be_folded, groups))
             and (
                 self.run.accelerators == ()
                 or takes_factor(type(chain.base), [p for group in groups for p in group["params"]])
@@ -194,7 +215,15 @@ class Update:
             self.apply_scale(chain)
             return
         # the kernel divides by it in its own pass
-        chain.base.grad_scale = _as_tensor(self.pending_scale.pop(chain)).reciprocal().to(torch.float32)  # type: ignore[attr-defined]
+        divisor = _as_tensor(self.pending_scale.pop(chain)).reciprocal()
+        chain.base.grad_scale = divisor if divisor.dtype is torch.float32 else divisor.float()  # type: ignore[attr-defined]
+
+    def _may_be_folded(self, group: ParamGroup) -> bool:
+        """Return whether the elements of a group's parameters are narrow enough for the factor of a fused kernel."""
+        dtype = self.uniform_dtype(group)
+        if dtype is not None and len(self.params_and_grads(group)[0]) == len(group["params"]):
+            return dtype.itemsize <= WIDEST_FOLDED
+        return all(p.element_size() <= WIDEST_FOLDED for p in group["params"])
 
     # ---- the change of the weights
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from metaopt.engine.chain import Chain, ParamGroup
-from metaopt.engine.fused.lists import LARGE, why_no_lists
+from metaopt.engine.fused.lists import LARGE, MANY, why_no_lists
 from metaopt.engine.fused.recorded import rules_on_update
 from metaopt.programs import kernels, library
 from metaopt.rules import Rule, rules_of
@@ -37,9 +37,9 @@ def _path(stack: Stack, chain: Chain) -> str:
         return f"{kernel}, {_on_copies(changing)}"
     behind = f"; {left}" if left else ""
     labels = [wrapper.label for wrapper in joined]
-    # an update waits for whatever part has rules, and is made by the library although none joins
-    waits = any(wrapper.has_rules for wrapper in chain.written_behind) and not chain.needs_weights_before
-    if not (joined or waits):
+    # an update waits for whatever part has rules, and is made by the library although none joins; so is one of many
+    waits = any(w.has_rules for w in chain.written_behind) or any(len(group["params"]) >= MANY for group in groups)
+    if not joined and (chain.needs_weights_before or not waits):
         return kernel + _about_a_factor(stack, chain, dtypes) + behind
     absent = _why_no_library(chain, joined, dtypes)
     if absent is None:

@@ -5,26 +5,69 @@ gradient (SGD without momentum: at once); `lists_for` decides. Everything else g
 """
 
 from array import array
-from collections.abc import Sequence
-from itertools import repeat
+from collections.abc import Collection, Mapping
 from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
 
-from metaopt.distributed.shards import PLAIN
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState
-from metaopt.programs import Compiled
+from metaopt.engine.fused.uniform import Tensors, is_uniform
+from metaopt.programs import Compiled, kernels
 
 # settings under which torch does more than call the kernel
 CAREFUL = ("amsgrad", "capturable", "differentiable")
 
 # elements from which on it pays that a factor of the gradients is not written to them
 LARGE = 1 << 16
+# tensors from which on the library, which takes less time for each, is faster although it has to be prepared
+MANY = 24
 
-Tensors = list[torch.Tensor]
 # all parameters of a group that have a gradient
 ALL = slice(None)
+
+
+class KnownEntries:
+    """Which parameters had which entries of a base's state, as far as lists were made of them.
+
+    The hash of a tensor costs as much as a call of torch: it takes less time to compare all of a state with what it was
+    than to look up each parameter in it.
+    """
+
+    def __init__(self) -> None:
+        self._params: list[Any] = []
+        self._entries: list[Any] = []
+        # raised with every change
+        self.edition = 0
+
+    def look(self, state: Mapping[Any, Any]) -> int:
+        """Return the edition of the state: it is another one after a parameter got another entry, or lost its own."""
+        if not (are_identical(state, self._params) and are_identical(state.values(), self._entries)):
+            self._params, self._entries = list(state), list(state.values())
+            self.edition += 1
+        return self.edition
+
+
+class LocatedTensors:
+    """Tensors that the library reads and writes by their addresses, which are looked up in every update."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self.tensors = tensors
+        self._places = kernels().places(tensors)
+        # where they were when their properties were last right
+        self._checked: array[int] | None = None
+
+    def addresses(self, dtype: torch.dtype, sizes: "array[int] | None") -> "array[int] | None":
+        """Return where the tensors begin; None if they are not all uniform, of one dtype and of some sizes.
+
+        Their properties are looked at again when somebody has given them other memory (`p.data = ...`).
+        """
+        found: array[int] = self._places.look()
+        if found != self._checked:
+            if not is_uniform(self.tensors, dtype) or sizes not in (None, sizes_of(self.tensors)):
+                return None
+            self._checked = found
+        return found
 
 
 class FusedLists:
@@ -32,8 +75,11 @@ class FusedLists:
 
     def __init__(self, keys: tuple[str, ...], members: Tensors, states: list[ParamState]) -> None:
         self.keys = keys
-        self._members = list(members)
+        self.members = list(members)
+        self.dtype = members[0].dtype
         self._states = states
+        # of the state in which the members had these entries
+        self._edition = 0
         self.state_lists: list[Tensors] = [list(map(itemgetter(key), states)) for key in keys]
         # the same tensors were updated twice: their counts may move into one tensor
         self._is_settled = False
@@ -41,9 +87,9 @@ class FusedLists:
         self._counts: torch.Tensor | None = None
         # by what a postponed step is to do: its program for the library, None if it does not fit
         self.programs: dict[Any, Compiled | None] = {}
-        # by list: the addresses at which its tensors were last found right for the library
-        self._checked: dict[Any, array[int]] = {}
-        self.sizes = array("q", map(torch.Tensor.numel, members))
+        # by list: tensors that were found right for the library
+        self._located: dict[Any, LocatedTensors] = {}
+        self.sizes = sizes_of(members)
         self.elements = sum(self.sizes)
 
     @property
@@ -51,19 +97,23 @@ class FusedLists:
         """The name of the base's update in the library."""
         return "adam" if "step" in self.keys else "sgd"
 
-    def are_valid(self, chain: Chain, group: ParamGroup, members: Tensors) -> bool:
-        """Return whether a group with these members has the state that the lists hold."""
-        if _keys(chain, group) != self.keys or not are_identical(members, self._members):
+    def are_valid(self, chain: Chain, group: ParamGroup, members: Tensors, edition: int) -> bool:
+        """Return whether a group with these members has the state that the lists hold; see `KnownEntries`."""
+        if _keys(chain, group) != self.keys or not are_identical(members, self.members):
             return False
         if not self.keys:
             return True
-        if not are_identical(list(map(chain.base.state.get, members)), self._states):
-            return False
+        if not edition or edition != self._edition:
+            if not are_identical(list(map(chain.base.state.get, members)), self._states):
+                return False
+            self._edition = edition
         try:
-            held = [list(map(itemgetter(key), self._states)) for key in self.keys]
+            self._is_settled = all(
+                all(map(is_, map(itemgetter(key), self._states), kept))
+                for key, kept in zip(self.keys, self.state_lists, strict=True)
+            )
         except KeyError:
             return False
-        self._is_settled = all(map(are_identical, held, self.state_lists))
         return self._is_settled
 
     def are_uniform(self, dtype: torch.dtype) -> bool:
@@ -74,17 +124,11 @@ class FusedLists:
         )
 
     def addresses(self, key: Any, tensors: Tensors) -> "array[int] | None":
-        """Return where the tensors of a list begin; None if they are not of the members' dtype and sizes."""
-        found = array("Q", map(torch.Tensor.data_ptr, tensors))
-        if self._checked.get(key) == found:
-            return found
-        dtype = torch.float32 if key == "step" else self._members[0].dtype
-        if not is_uniform(tensors, dtype) or (
-            key != "step" and array("q", map(torch.Tensor.numel, tensors)) != self.sizes
-        ):
-            return None
-        self._checked[key] = found
-        return found
+        """Return where the tensors of a list, which nobody changes, begin; None if they are not as the members are."""
+        located = self._located.get(key)
+        if located is None or not (tensors is located.tensors or are_identical(tensors, located.tensors)):
+            located = self._located[key] = LocatedTensors(tensors)
+        return located.addresses(torch.float32 if key == "step" else self.dtype, None if key == "step" else self.sizes)
 
     def step(
         self,
@@ -97,8 +141,8 @@ class FusedLists:
         """Update `params` and the state: the members in `part`, or copies of them that are to be moved instead."""
         if "step" in self.keys:
             self._count(part)
-        # a clip may have taken the norm on another device
-        divisor = None if divisor is None else divisor.to(params[0].device)
+        if divisor is not None and not divisor.is_cpu:  # a clip has taken the norm on another device
+            divisor = divisor.to(params[0].device)
         kernel = _adam if "step" in self.keys else _sgd
         kernel(group, params, gradients, [kept[part] for kept in self.state_lists], divisor)
 
@@ -116,21 +160,27 @@ class FusedLists:
 
 
 def lists_for(
-    known: dict[int, FusedLists], chain: Chain, group: ParamGroup, members: Tensors, gradients: Tensors
+    known: dict[int, FusedLists],
+    chain: Chain,
+    group: ParamGroup,
+    members: Tensors,
+    dtype: torch.dtype | None,
+    edition: int = 0,
 ) -> FusedLists | None:
-    """Return the lists for an update of a group; None: the base has to step itself, at least this time."""
+    """Return the lists for an update of a group; None: the base has to step itself, at least this time.
+
+    `dtype` is that of parameters and gradients if they are uniform, otherwise None (`uniform_dtype`). `edition` is that
+    of the base's state (`KnownEntries`), or 0 if it is not known: the entry of each member is then looked up.
+    """
     if chain.fused_state is None or not members or not group.get("fused") or any(map(group.get, CAREFUL)):
         known.pop(id(group), None)
         return None
     if "found_inf" in vars(chain.base):  # of a GradScaler: torch reads it
         return None
-    if any(isinstance(number, torch.Tensor) for number in (group["lr"], *group.get("betas", ()))):
-        return None
-    dtype = members[0].dtype
-    if not (is_uniform(members, dtype) and is_uniform(gradients, dtype) and dtype.is_floating_point):
+    if dtype is None or any(isinstance(number, torch.Tensor) for number in (group["lr"], *group.get("betas", ()))):
         return None
     lists = known.get(id(group))
-    if lists is None or not lists.are_valid(chain, group, members):
+    if lists is None or lists.dtype is not dtype or not lists.are_valid(chain, group, members, edition):
         known.pop(id(group), None)
         lists = _lists_of_state(chain, group, members)
         if lists is None or not lists.are_uniform(dtype):
@@ -159,17 +209,6 @@ def why_no_lists(group: ParamGroup, members: Tensors) -> str | None:
     if members and not (is_uniform(members, members[0].dtype) and members[0].dtype.is_floating_point):
         return "its parameters are not plain contiguous tensors of one floating dtype"
     return None
-
-
-def is_uniform(tensors: Tensors, dtype: torch.dtype) -> bool:
-    """Return whether all are ordinary dense tensors of one dtype, row by row in the processor's memory."""
-    return (
-        PLAIN.issuperset(map(type, tensors))
-        and all(map(is_, map(attrgetter("dtype"), tensors), repeat(dtype)))
-        and all(map(is_, map(attrgetter("layout"), tensors), repeat(torch.strided)))
-        and all(map(attrgetter("is_cpu"), tensors))
-        and all(map(torch.Tensor.is_contiguous, tensors))
-    )
 
 
 def fits_kernel(members: Tensors, gradients: Tensors) -> bool:
@@ -211,7 +250,12 @@ def _keys(chain: Chain, group: ParamGroup) -> tuple[str, ...]:
     return chain.fused_state if chain.fused_state and group.get("momentum", True) else ()
 
 
-def are_identical(found: Sequence[Any], kept: Sequence[Any]) -> bool:
+def sizes_of(tensors: Tensors) -> "array[int]":
+    """Return how many elements each tensor has."""
+    return array("q", list(map(torch.Tensor.numel, tensors)))
+
+
+def are_identical(found: Collection[Any], kept: Collection[Any]) -> bool:
     """Return whether two lists hold the same objects."""
     return len(found) == len(kept) and all(map(is_, found, kept))
 

@@ -5,12 +5,15 @@ Only with the optional library. The step changes weights and state when it is ma
 
 from array import array
 from collections.abc import Mapping
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import torch
 
 from metaopt.engine.chain import ParamGroup, ParamState
-from metaopt.engine.fused.lists import FusedLists, Tensors
+from metaopt.engine.fused.lists import FusedLists
+from metaopt.engine.fused.uniform import Tensors
 from metaopt.joined_rules import GRAD, UPDATE, Item
 from metaopt.programs import Compiled, Unfit, kernels, library
 from metaopt.rules import Rule
@@ -42,8 +45,7 @@ class PostponedStep:
         native = kernels()
         if native is None or not native.knows(self.params[0].dtype, lists.kernel):
             return False
-        # gradients are new tensors at every update: seen by `lists_for`
-        named = [("param", self.params), ("grad", self.gradients), *zip(lists.keys, lists.state_lists, strict=True)]
+        named = [("param", lists.members), ("grad", self.gradients), *zip(lists.keys, lists.state_lists, strict=True)]
         return all(self._place(key, tensors) is not None for key, tensors in named)
 
     def add(
@@ -70,7 +72,7 @@ class PostponedStep:
                 place = UPDATE
             elif slot is not None and slot.kind in ("anchor", "start", "zeros"):
                 key = f"{wrapper.label}.{name}"
-                place = self._place(key, [state[p][key] for p in self.params])
+                place = self._place(key, list(map(itemgetter(key), map(state.__getitem__, self.params))))
             if place is None:
                 return False
             lists.append((name, place))
@@ -96,11 +98,13 @@ class PostponedStep:
             count=self._addresses[self._places["step"]] if "step" in lists.keys else None,
             divisor=self.divisor,
         )
-        torch.autograd.graph.increment_version([t for i, each in enumerate(self._tensors) if i != GRAD for t in each])
+        written = [tensors for place, tensors in enumerate(self._tensors) if place != GRAD]
+        torch.autograd.graph.increment_version(list(chain.from_iterable(written)))
 
     def _place(self, key: Any, tensors: Tensors) -> int | None:
         if key not in self._places:
-            found = self._lists.addresses(key, tensors)
+            # gradients are new tensors in most updates, and known to be uniform
+            found = addresses_of(tensors) if key == "grad" else self._lists.addresses(key, tensors)
             if found is None:
                 return None
             self._places[key] = len(self._tensors)
@@ -133,6 +137,11 @@ def postponed_step(
         return None
     postponed = PostponedStep(lists, group, members, gradients, divisor)
     return postponed if postponed.begin() else None
+
+
+def addresses_of(tensors: Tensors) -> "array[int]":
+    """Return where tensors begin."""
+    return array("Q", list(map(torch.Tensor.data_ptr, tensors)))
 
 
 def _settings(group: ParamGroup, kernel: str) -> tuple[float, ...]:

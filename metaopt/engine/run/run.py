@@ -11,7 +11,8 @@ import torch
 
 from metaopt.distributed.replicas import Replicas
 from metaopt.engine.chain import ParamGroup, ParamState
-from metaopt.engine.fused.lists import FusedLists
+from metaopt.engine.fused.lists import FusedLists, KnownEntries
+from metaopt.engine.fused.uniform import UniformTensors
 from metaopt.engine.run.entries import OWN_SCHEDULES, UPDATES
 from metaopt.engine.structure import PlacedWrapper, Structure
 from metaopt.errors import HyperparameterError, StepError
@@ -164,6 +165,9 @@ class Run:
         self.without_momentum: dict[int, list[torch.Tensor]] = {}
         # by group: what its fused kernel takes
         self.fused_lists: dict[int, FusedLists] = {}
+        self.known_entries = KnownEntries()
+        # by group: parameters and gradients that a fused kernel took
+        self.uniform_tensors: dict[int, UniformTensors] = {}
         # the types of the devices beside the processor that hold parameters; None: not known
         self.accelerators: tuple[str, ...] | None = None
         # steps at a rate of 0 had gradients: no client is looking for keys (see `placeholders.is_template_step`)

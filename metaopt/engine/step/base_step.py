@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup
-from metaopt.engine.fused.lists import LARGE, FusedLists, fits_kernel, lists_for
+from metaopt.engine.fused.lists import LARGE, MANY, FusedLists, fits_kernel, lists_for
 from metaopt.engine.fused.postponed import postponed_step
 from metaopt.engine.fused.probes import has_fused_kernel
 from metaopt.engine.fused.recorded import rules_on_update
@@ -61,9 +61,11 @@ def _step_directly(update: Update, chain: Chain) -> bool:
     if chain.fused_state is None:
         return False
     found = []
-    for group in chain.groups_in(update.run.param_groups):
+    run = update.run
+    edition = run.known_entries.look(chain.base.state)
+    for group in chain.groups_in(run.param_groups):
         params, gradients = update.params_and_grads(group)
-        lists = lists_for(update.run.fused_lists, chain, group, params, gradients)
+        lists = lists_for(run.fused_lists, chain, group, params, update.uniform_dtype(group), edition)
         if lists is not None:
             found.append((lists, group, params, gradients))
         elif params:
@@ -103,8 +105,11 @@ def _postpone_with_rules(update: Update, group: ParamGroup, lists: FusedLists, w
 
 
 def _gains_by_postponing(chain: Chain, group: ParamGroup, lists: FusedLists, scale: Any) -> bool:
-    """Return whether the library saves a pass over memory; a small update alone is faster by torch's kernel."""
-    if scale is not None and lists.elements > LARGE:
+    """Return whether the library is faster: it saves passes over memory, and calls for each of many tensors.
+
+    A small update of a few tensors alone is faster by torch's kernel.
+    """
+    if len(lists.sizes) >= MANY or (scale is not None and lists.elements > LARGE):
         return True
     return any(wrapper.has_rules and is_due(wrapper, group, counted=False) for wrapper in chain.written_behind)
 
@@ -115,7 +120,7 @@ def _step_in_blocks(update: Update, chain: Chain, group: ParamGroup) -> None:
     A block stays in the cache, and only its weights are kept twice.
     """
     params, gradients = update.params_and_grads(group)
-    lists = lists_for(update.run.fused_lists, chain, group, params, gradients)
+    lists = lists_for(update.run.fused_lists, chain, group, params, update.uniform_dtype(group))
     if lists is None:
         turn_off_kernel_for_gradients(update, chain)
     late = _late_momentum(update, chain) if lists is None else set()
@@ -194,7 +199,9 @@ def turn_off_kernel_for_gradients(update: Update, chain: Chain) -> None:
     """Turn the fused kernel off for groups whose gradients now are not what it can read; see `warn_of_kernel`."""
     for group in chain.groups_in(update.run.param_groups):
         chosen = chain.fused_by_default or (group["params"] and group["params"][0].is_cpu)
-        if chosen and group.get("fused") and not fits_kernel(*update.params_and_grads(group)):
+        if not chosen or not group.get("fused") or update.uniform_dtype(group) is not None:
+            continue
+        if not fits_kernel(*update.params_and_grads(group)):
             if not chain.fused_by_default:
                 if any(map(attrgetter("is_sparse"), update.params_and_grads(group)[1])):
                     continue  # torch refuses them itself

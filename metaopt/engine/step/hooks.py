@@ -45,7 +45,7 @@ def _coalesce(update: Update) -> None:
     """Add up the rows that a sparse gradient holds twice: an embedding leaves a row that it looked up twice as two."""
     for group in update.run.base.param_groups:
         params, gradients = update.params_and_grads(group)
-        if any(map(attrgetter("is_sparse"), gradients)):
+        if update.uniform_dtype(group) is None and any(map(attrgetter("is_sparse"), gradients)):
             for p, gradient in zip(params, gradients, strict=True):
                 if gradient.is_sparse and not gradient.is_coalesced():
                     p.grad = gradient.coalesce()
@@ -82,13 +82,14 @@ def call_on_update(update: Update, group: ParamGroup, wrappers: list[Wrapper], p
 
 def act_behind(update: Update, placed: PlacedWrapper) -> None:
     """Call what a wrapper does behind the base: a later `on_update`, `after_updates`, `after_update`."""
-    wrapper, hooks = placed.wrapper, placed.wrapper.implemented_hooks()
+    wrapper = placed.wrapper
     if update.run.exchange is not None and wrapper.takes_means:
         update.run.exchange.act(update, placed)
         return
     due = due_groups(update, placed, counted=True)
     if not due:
         return
+    hooks = wrapper.implemented_hooks()
     if "after_updates" in hooks or not wrapper.has_rules:
         update.make_postponed()
     if "on_update" in hooks:

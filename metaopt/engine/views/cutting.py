@@ -16,9 +16,12 @@ def views_of(
     """Split parameters by device, dtype and the moments that the base keeps of them; no view is empty."""
     if not parameters:
         return []
-    kinds: list[Any] = [(p.dtype, p.device) for p in parameters]
     chain = update.run.structure.chain_of(group)
-    if chain.slots_of(wrapper).keeps_moments or wrapper.observes:
+    by_moments = chain.slots_of(wrapper).keeps_moments or wrapper.observes
+    if not by_moments and update.are_uniform(group, parameters):
+        return [GroupView(update, group, wrapper, parameters, updates=updates)]
+    kinds: list[Any] = [(p.dtype, p.device) for p in parameters]
+    if by_moments:
         moments = [tuple(base_keys(chain, update.run.state.get(p) or {})) for p in parameters]
         kinds = list(zip(kinds, moments, strict=True))
     if len(set(kinds)) == 1:

@@ -4,6 +4,7 @@ The tensors are those of parameters, gradients, state and update themselves, or 
 """
 
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ class GroupView(GroupNumbers):
 
     def cut(self, most: int) -> list["GroupView"]:
         """Return the same in blocks of at most so many elements each, cut between tensors and between rows."""
-        if sum(p.numel() for p in self.params) <= most:
+        if sum(map(torch.Tensor.numel, self.params)) <= most:
             return [self]
         blocks: list[tuple[list[int], list[Rows]]] = []
         filled = 0
@@ -181,7 +182,7 @@ class GroupView(GroupNumbers):
             tensors = all_local([update.state_of(p)[key] for p in self.parameters])
         else:
             state = update.run.state
-            tensors = all_local([state[p][key] for p in self.parameters])
+            tensors = all_local(list(map(itemgetter(key), map(state.__getitem__, self.parameters))))
         if slot.kind not in ("scalar", "moments"):
             tensors = self._cut(tensors)
         return self._fetch(key, tensors) if _is_elsewhere(slot, self._wrapper) else tensors

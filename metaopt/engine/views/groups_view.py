@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import chain as joined
 from operator import attrgetter
 from typing import Any
 
@@ -172,10 +173,13 @@ def gradient_norm(
         factor = None
     for group in groups:
         update.divide_gradients(group)
-    gradients = [g for group in groups for g in update.params_and_grads(group)[1]]
-    if any(map(attrgetter("is_sparse"), gradients)):
+    lists = [update.params_and_grads(group)[1] for group in groups]
+    gradients = lists[0] if len(lists) == 1 else list(joined.from_iterable(lists))
+    dtypes = set(map(update.uniform_dtype, groups))
+    uniform = len(dtypes) == 1 and None not in dtypes
+    if not uniform and any(map(attrgetter("is_sparse"), gradients)):
         gradients = list(map(dense, gradients))
-    total = total_norm(gradients, norm_type)
+    total = total_norm(gradients, norm_type, uniform=uniform)
     if factor is None:
         return total
     return total * (factor.abs().to(total.device) if isinstance(factor, torch.Tensor) else abs(factor))

@@ -1,5 +1,9 @@
 """Which parameters of a group a wrapper acts on: those with its state, with a gradient, not frozen. Moves no tensor."""
 
+from itertools import repeat
+from operator import attrgetter, contains
+from typing import Any
+
 import torch
 
 from metaopt.engine.chain import ParamGroup
@@ -20,14 +24,16 @@ def updated_params(update: Update, group: ParamGroup, wrapper: Wrapper) -> Param
     state = run.state
     if not slots.state_keys:
         return [p for p in group["params"] if p in state or p.grad is not None]
-    first, *others = slots.state_keys
-    begun = [p for p in group["params"] if p in state]
-    found = [p for p in begun if first in state[p]]
-    if others:
-        found = [p for p in found if all(key in state[p] for key in others)]
+    keys, params = slots.state_keys, group["params"]
+    # one look-up for each parameter: the hash of a tensor takes as long as a call of torch
+    entries: list[Any] = list(map(state.get, params))
+    if all(entries) and all(all(map(contains, entries, repeat(key))) for key in keys):
+        return list(params)
+    begun = [(p, entry) for p, entry in zip(params, entries, strict=True) if entry is not None]
+    found = [p for p, entry in begun if all(key in entry for key in keys)]
     if len(found) < len(begun):
         known = {id(p) for p in (*found, *(run.incomplete or ()))}
-        if any(id(p) not in known for p in begun):
+        if any(id(p) not in known for p, _ in begun):
             run.invalidate()  # a client has since written state of the base only: the next update completes it
     return found
 
@@ -35,7 +41,9 @@ def updated_params(update: Update, group: ParamGroup, wrapper: Wrapper) -> Param
 def trained_params(update: Update, group: ParamGroup, wrapper: Wrapper) -> Params:
     """Return what `after_update` acts on: the updated parameters, without the frozen ones if it moves weights."""
     found = updated_params(update, group, wrapper)
-    return found if wrapper.acts_on_frozen else [p for p in found if is_trained(p)]
+    if wrapper.acts_on_frozen or all(map(attrgetter("requires_grad"), found)):
+        return found
+    return [p for p in found if is_trained(p)]
 
 
 def is_trained(p: torch.Tensor) -> bool:
