@@ -28,33 +28,23 @@ def _where(condition: Any, a: Any, b: Any, out: torch.Tensor) -> None:
     torch.where(condition, as_tensor(a, out.dtype), as_tensor(b, out.dtype), out=out)
 
 
-def _hypot(a: Any, b: Any, out: torch.Tensor) -> None:
-    torch.hypot(as_tensor(a, out.dtype), as_tensor(b, out.dtype), out=out)
-
-
 def _lerp(start: Any, end: Any, weight: Any, out: torch.Tensor) -> None:
-    if isinstance(start, torch.Tensor) and isinstance(end, torch.Tensor):
-        start, end = start.to(out.dtype), end.to(out.dtype)
-        torch.lerp(start, end, weight.to(out.dtype) if isinstance(weight, torch.Tensor) else weight, out=out)
-    else:
-        torch.add(as_tensor(start, out.dtype), weight * (end - start), out=out)
+    weight = weight.to(out.dtype) if isinstance(weight, torch.Tensor) else weight
+    torch.lerp(start.to(out.dtype), end.to(out.dtype), weight, out=out)
 
 
 def _addcmul(a: Any, b: Any, c: Any, out: torch.Tensor) -> None:
-    if not isinstance(b, torch.Tensor):
-        b, c = c, b
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and isinstance(c, torch.Tensor):
+    a = as_tensor(a, out.dtype)
+    if isinstance(b, torch.Tensor) and isinstance(c, torch.Tensor):
         torch.addcmul(a.to(out.dtype), b.to(out.dtype), c.to(out.dtype), out=out)
-    elif isinstance(b, torch.Tensor) and not isinstance(c, torch.Tensor):
-        torch.add(as_tensor(a, out.dtype), b, alpha=c, out=out)
     else:
-        torch.add(as_tensor(a, out.dtype), b * c, out=out)
+        torch.add(a, b * c, out=out)
 
 
 _CALLS: dict[str, Callable[..., Any]] = {
     **{name: getattr(torch, name) for name in ("add", "sub", "mul", "div", "lt", "le", "gt")},
-    **{name: getattr(torch, name) for name in ("sqrt", "abs", "neg", "square", "reciprocal", "clamp")},
+    **{name: getattr(torch, name) for name in ("hypot", "sqrt", "abs", "neg", "square", "reciprocal", "clamp")},
     # of 1 for what is true, and 0
     "and": torch.mul,
 }
-_MORE: dict[str, Callable[..., Any]] = {"where": _where, "hypot": _hypot, "lerp": _lerp, "addcmul": _addcmul}
+_MORE: dict[str, Callable[..., Any]] = {"where": _where, "lerp": _lerp, "addcmul": _addcmul}

@@ -129,7 +129,7 @@ class _Run:
 
     def _on_numbers(self, symbol: Symbol) -> torch.Tensor:
         args = [self._found[arg] for arg in self._plan.args[symbol]]
-        if symbol.op in ("where", "div", "hypot"):
+        if symbol.op in ("where", "div"):
             dtypes = [arg.dtype for arg in args if isinstance(arg, torch.Tensor) and arg.dtype != torch.bool]
             dtype = dtypes[0] if dtypes else at_least_float32(self._like[0].dtype)
             args = [as_tensor(arg, dtype) for arg in args]
