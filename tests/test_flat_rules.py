@@ -30,6 +30,7 @@ class Counted(Wrapper):
         share = torch.mean((update * param <= 0) & (grad > -1.0))
         angles = torch.mean(torch.where(torch.abs(grad) > 0, update / grad, 0.0))
         ones = torch.norm(torch.sqrt(1 + torch.square(grad))) + torch.dot(torch.reciprocal(grad) * grad, grad / grad)
+        ones = ones + torch.norm(update)
         chosen = torch.where(grad > size, torch.hypot(update, grad * lr), torch.clamp(update, min=-1.0))
         reach = torch.where(share > size, 1.0, torch.hypot(share, ones)) * 2 / (1 + ones) - angles * 1e-3 * lr
         chosen = torch.lerp(chosen, update, share * 0.1) + torch.addcmul(grad, update, reach) * lr
@@ -63,12 +64,33 @@ class Shifts(Wrapper):
         self.shift(group)
 
 
+class Crosses(Wrapper):
+    """A rule of which each output comes from the other's list."""
+
+    kept = zeros()
+
+    @elementwise
+    def cross(update, kept):  # type: ignore[no-untyped-def]  # noqa: N805
+        return {
+            "update": torch.where(kept > 0, kept * 0.1, 1e-3 + kept),
+            "kept": torch.where(update > 0, update, 2 * update),
+        }
+
+    def on_update(self, group: Group) -> None:
+        self.cross(group)
+
+
 BUILT_IN = [
     *("cautious", "cautious_decay", "clip_update_rms", "radial_brake(outward=0.3, inward=0.2)", "update_floor(0.38)"),
     *("trust_ratio", "trust_ratio(0.001, eps=1e-3, min_norm=0.1, max_ratio=0.8)", "update_floor(rows=True)"),
     *("lookahead(k=2)", "ema(0.9, warmup=True)"),
 ]
-OWN: dict[str, list[type[Wrapper]]] = {"counted": [Counted], "behind": [Behind], "shifts": [Shifts, Counted]}
+OWN: dict[str, list[type[Wrapper]]] = {
+    "counted": [Counted],
+    "behind": [Behind],
+    "shifts": [Shifts, Counted],
+    "crosses": [Crosses],
+}
 BASES = ["adamw(lr=0.01)", "adamw(lr=0.01, fused=False)", "sgd(lr=0.1, momentum=0.9, maximize=True)", "muon(lr=0.01)"]
 
 
