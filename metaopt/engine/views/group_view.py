@@ -4,12 +4,14 @@ The tensors are those of parameters, gradients, state and update themselves, or 
 """
 
 from collections.abc import Mapping
+from itertools import accumulate, pairwise
 from operator import itemgetter
 from typing import Any
 
 import torch
 
-from metaopt.distributed.shards import all_local, dense, like_parameter, local
+from metaopt import flat_rules
+from metaopt.distributed.shards import all_local, dense, is_sharded, like_parameter, local
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState, is_moment
 from metaopt.engine.fused.lists import are_identical
 from metaopt.engine.fused.postponed import PostponedStep
@@ -20,8 +22,9 @@ from metaopt.engine.views.blocks import Rows, block_size, row_ranges
 from metaopt.engine.views.numbers import GroupNumbers
 from metaopt.engine.views.params import is_trained
 from metaopt.errors import StepError
+from metaopt.flat_memory import parts_of
 from metaopt.group import Groups, Reduce
-from metaopt.multi_tensor import add_, cast, copies, lerp_
+from metaopt.multi_tensor import add_, cast, copies, lerp_, on_accelerator
 from metaopt.rules import Rule
 from metaopt.rules import run as run_rule
 from metaopt.slots import Slot
@@ -75,11 +78,32 @@ class GroupView(GroupNumbers):
         if postponed is not None and self._joins(postponed, rule, values):
             return
         # rows of a tensor do not have its sums
-        for block in [self] if graph.sums else self.blocks():
-            run_rule(graph, block, {name: block._named(name) for name in rule.tensors}, values)
+        for block in self._whole_tensors() if graph.sums else self.blocks():
+            block._run(rule, values)
             if "param" in graph.outputs:
                 block.move_inner_anchors()
             block.write_back()
+
+    def _run(self, rule: Rule, values: Mapping[str, Any]) -> None:
+        graph, lists = rule.graph, {name: self._named(name) for name in rule.tensors}
+        if not flat_rules.fits(graph, [*lists.values()]):
+            run_rule(graph, self, lists, values)
+            return
+        if "param" in lists and "param" not in graph.outputs:
+            lists["param"] = self._cut(self._update.read_only_weights(self.parameters))
+        over_shards = self.sum_over_shards if any(map(is_sharded, self.parameters)) else None
+        flat_rules.run(graph, self, lists, values, over_shards)
+
+    def _whole_tensors(self) -> list["GroupView"]:
+        """Return the same in blocks of whole tensors, so that copies of them take bounded memory on an accelerator."""
+        if not on_accelerator(self.parameters):
+            return [self]
+        # by the sizes of whole parameters, which are the same on all ranks: each part adds up over them
+        ends = [0, *accumulate(len(part) for (part,) in parts_of(self.parameters))]
+        if len(ends) == 2:
+            return [self]
+        rows = self._rows or [None] * len(self.parameters)
+        return [self._part([*range(a, b)], rows[a:b]) for a, b in pairwise(ends)]
 
     def _joins(self, postponed: PostponedStep, rule: Rule, numbers: Mapping[str, Any]) -> bool:
         """Return whether a rule joins a postponed step of the same parameters, in its pass over memory."""
