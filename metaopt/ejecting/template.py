@@ -243,8 +243,7 @@ class Stack(torch.optim.Optimizer):
     """A base optimizer with parts before it (on gradients and weights) and behind it (on its update and after it)."""
 
     def __init__(self, base: torch.optim.Optimizer, before: Any = (), behind: Any = (), schedules: Any = None) -> None:
-        self.base, self.parts_before, self.parts_behind = base, before, behind
-        self.schedules = schedules or {}
+        self.base, self.parts_before, self.parts_behind, self.schedules = base, before, behind, schedules or {}
         super().__init__(base.param_groups, base.defaults)
         for group in self.param_groups:
             group.setdefault("updates", 0)
@@ -397,8 +396,7 @@ class Stack(torch.optim.Optimizer):
         # </branches>
         # <scales>
         if self.factor is not None and self._folds():
-            self.base.grad_scale = self.factor.reciprocal().to(torch.float32)  # type: ignore[attr-defined]
-            self.factor = None
+            self.base.grad_scale, self.factor = self.factor.reciprocal().to(torch.float32), None  # type: ignore
         # </scales>
         self.apply_factor()
         # </on_gradients>
@@ -414,9 +412,8 @@ class Stack(torch.optim.Optimizer):
 
     def _folds(self) -> bool:
         """Return whether the base's fused kernel multiplies the gradients in its own pass."""
-        members = [p for group in self.param_groups for p in group["params"]]
-        fused = all(group.get("fused") for group in self.param_groups)
-        return fused and all(p.element_size() <= 4 for p in members) and self.base._step_supports_amp_scaling  # type: ignore
+        fits = all(g.get("fused") and p.element_size() <= 4 for g in self.param_groups for p in g["params"])
+        return fits and self.base._step_supports_amp_scaling  # type: ignore
 
     def _needs_weights(self, part: Any) -> bool:
         kinds = [kind for kind, _ in part.slots.values()]
@@ -570,28 +567,19 @@ def chosen(params: Any, patterns: list[str]) -> list[Tensors]:
 
 
 def total_norm(tensors: Tensors, p: float) -> torch.Tensor:
-    """Return the p-norm over all tensors together."""
+    """Return the p-norm over all tensors; on a processor many small ones are taken together, large ones by rows."""
     kinds = dict.fromkeys((t.dtype, t.device) for t in tensors)
     if len(kinds) > 1:
         parts = [total_norm([t for t in tensors if (t.dtype, t.device) == kind], p) for kind in kinds]
         return torch.linalg.vector_norm(torch.stack([n.to(tensors[0].device) for n in parts]), p)  # type: ignore
-    # large tensors by rows: a processor then uses all its threads, and the sum is more exact
     on_cpu = tensors[0].device.type == "cpu" and tensors[0].dtype in (torch.float32, torch.float64)
-    norms, others = norms_of_small(tensors, p) if on_cpu else ([], tensors)
+    small = [t.flatten() for t in tensors if t.numel() <= 1024 and on_cpu and p in (1.0, 2.0)]
+    joined = [torch.cat(small[i : i + 512]) for i in range(0, len(small), 512)] if len(small) >= 64 else []
+    norms = [torch.linalg.vector_norm(part, p, dtype=torch.float64).to(part.dtype)[None] for part in joined]
+    others = [t for t in tensors if t.numel() > 1024] if joined else tensors
     by_rows = [on_cpu and t.numel() >= 65536 and t.numel() % 64 == 0 and t.is_contiguous() for t in others]
     norms += [torch.linalg.vector_norm(t.view(64, -1), p, dim=1) for t, by in zip(others, by_rows, strict=True) if by]
     rest = [t for t, by in zip(others, by_rows, strict=True) if not by]
     wide = torch.float32 if tensors[0].dtype in (torch.float16, torch.bfloat16) else None  # 16 bits end at 65504
     norms += [torch.stack(torch._foreach_norm(rest, p, wide))] if rest else []
     return torch.linalg.vector_norm(torch.cat(norms), p)  # type: ignore
-
-
-def norms_of_small(tensors: Tensors, p: float) -> tuple[Tensors, Tensors]:
-    """Return norms over many small tensors at a time, copied into one, and the tensors that are not among them."""
-    small, others = ([t for t in tensors if (t.numel() <= 1024) == is_small] for is_small in (True, False))
-    if len(small) < 64 or p not in (1.0, 2.0):
-        return [], tensors
-    step = 64 if sum(t.numel() for t in tensors) > 65536 else len(small)
-    parts = [torch.cat([t.flatten() for t in small[i : i + step]]) for i in range(0, len(small), step)]
-    norms = [torch.linalg.vector_norm(part, p, dtype=torch.float64) for part in parts]
-    return [torch.stack(norms).to(tensors[0].dtype)], others
