@@ -21,12 +21,11 @@ PART = 1 << 27
 
 
 class Layout(NamedTuple):
-    """Where tensors lie in one memory, and on the device: whose each chunk is, and which chunk is the first of each."""
+    """Where tensors lie in one memory, and on the device: whose each chunk is."""
 
     begins: list[int]
     total: int
     owners: torch.Tensor
-    first_chunks: torch.Tensor
 
 
 @lru_cache(maxsize=64)
@@ -36,28 +35,67 @@ def _layout(sizes: tuple[int, ...], device: torch.device) -> Layout:
     numbers = torch.arange(len(counts), device="cpu")
     owners = numbers.repeat_interleave(torch.tensor(counts, device="cpu"), output_size=firsts[-1])
     begins = [first * CHUNK for first in firsts[:-1]]
-    of_device = [t.to(device, non_blocking=True) for t in (owners, torch.tensor(firsts, device="cpu"))]
-    return Layout(begins, firsts[-1] * CHUNK, *of_device)
+    return Layout(begins, firsts[-1] * CHUNK, owners.to(device, non_blocking=True))
+
+
+@lru_cache(maxsize=64)
+def _first_chunks(sizes: tuple[int, ...], device: torch.device, times: int) -> torch.Tensor:
+    """Return where tensors begin among the chunks of several memories, one behind the other."""
+    counts = [-(-size // CHUNK) for size in sizes]
+    return torch.tensor([0, *accumulate(counts * times)], device="cpu").to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=64)
+def _padding(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return the places behind tensors."""
+    begins = _layout(sizes, device).begins
+    behind = [range(begin + size, begin + size + -size % CHUNK) for begin, size in zip(begins, sizes, strict=True)]
+    return torch.tensor([place for places in behind for place in places], dtype=torch.long, device="cpu").to(device)
+
+
+@lru_cache(maxsize=64)
+def numbers_on(numbers: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return numbers as a tensor, which is kept on the device."""
+    return torch.tensor(numbers, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
 
 def forget_layouts() -> None:
     """Free what is kept of layouts on devices."""
-    _layout.cache_clear()
+    for kept in (_layout, _first_chunks, _padding, numbers_on):
+        kept.cache_clear()
+
+
+def _sizes(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    return tuple(map(torch.Tensor.numel, tensors))
 
 
 def layout_of(tensors: Sequence[torch.Tensor]) -> Layout:
     """Return the layout of tensors."""
-    return _layout(tuple(map(torch.Tensor.numel, tensors)), tensors[0].device)
+    return _layout(_sizes(tensors), tensors[0].device)
+
+
+def _memories(tensors: Sequence[torch.Tensor], dtype: torch.dtype, number: int) -> Tensors:
+    """Return several memories for tensors, cleared by one call: they are freed together."""
+    whole = torch.zeros(number, layout_of(tensors).total, dtype=dtype, device=tensors[0].device)
+    # `data` is no part of the whole any more, so that `memory_of` finds it by its pieces
+    return [memory.data for memory in whole.unbind()]
+
+
+def flat_rooms(tensors: Sequence[torch.Tensor], dtype: torch.dtype, number: int) -> list[Tensors]:
+    """Return several rooms of the shapes of tensors, each as pieces of one memory, zeros behind each piece."""
+    return [pieces(memory, tensors) for memory in _memories(tensors, dtype, number)]
 
 
 def flat_room(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> Tensors:
     """Return room of the shapes of tensors as pieces of one memory, zeros behind each."""
-    return _pieces(torch.zeros(layout_of(tensors).total, dtype=dtype, device=tensors[0].device), tensors)
+    return flat_rooms(tensors, dtype, 1)[0]
 
 
-def _pieces(memory: torch.Tensor, tensors: Sequence[torch.Tensor]) -> Tensors:
-    begins = layout_of(tensors).begins
-    return [memory.as_strided(t.shape, _strides(t.shape), begin) for begin, t in zip(begins, tensors, strict=True)]
+def pieces(memory: torch.Tensor, tensors: Sequence[torch.Tensor]) -> Tensors:
+    """Return the pieces of a memory that lie as tensors of these shapes."""
+    offset, begins = memory.storage_offset(), layout_of(tensors).begins
+    placed = zip(begins, tensors, strict=True)
+    return [memory.as_strided(t.shape, _strides(t.shape), offset + begin) for begin, t in placed]
 
 
 @lru_cache(maxsize=512)
@@ -72,16 +110,21 @@ def memory_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
         return None
     if any(t._base is not memory or not t.is_contiguous() for t in tensors):
         return None
-    return memory if [t.storage_offset() for t in tensors] == layout.begins else None
+    offset = memory.storage_offset()
+    return memory if [t.storage_offset() - offset for t in tensors] == layout.begins else None
+
+
+def gathered(lists: Sequence[Sequence[torch.Tensor]], dtype: torch.dtype) -> Tensors:
+    """Return the memories of copies of aligned lists, made by two calls for all of them."""
+    memories = _memories(lists[0], dtype, len(lists))
+    placed = [piece for memory in memories for piece in pieces(memory, lists[0])]
+    torch._foreach_copy_(placed, [tensor for each in lists for tensor in each])
+    return memories
 
 
 def _gathered(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """Return the memory of copies of tensors."""
-    pieces = flat_room(tensors, dtype)
-    torch._foreach_copy_(pieces, list(tensors))
-    memory = pieces[0]._base
-    assert memory is not None
-    return memory
+    return gathered([tensors], dtype)[0]
 
 
 def parts_of(*lists: Sequence[torch.Tensor]) -> Iterator[tuple[Tensors, ...]]:
@@ -119,14 +162,27 @@ def dots(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> Tensors:
             products = memory.to(wide) * other
         else:
             products = _gathered(left, wide)
-            torch._foreach_mul_(_pieces(products, left), cast(right, wide))
+            torch._foreach_mul_(pieces(products, left), cast(right, wide))
         found += _sums(products, left).unbind()
     return found
 
 
 def _sums(memory: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     of_chunks = memory.view(-1, CHUNK).sum(dim=1, dtype=at_least_float32(memory.dtype))
-    return torch.segment_reduce(of_chunks, "sum", offsets=layout_of(tensors).first_chunks, unsafe=True)
+    return sums_of_chunks(of_chunks.unsqueeze(0), tensors)[0]
+
+
+def sums_of_chunks(of_chunks: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return rows of numbers of chunks added up to rows of numbers of tensors, by one call."""
+    times = len(of_chunks)
+    # one row behind the other: with two dimensions torch adds up each segment by a single thread
+    offsets = _first_chunks(_sizes(tensors), of_chunks.device, times)
+    return torch.segment_reduce(of_chunks.view(-1), "sum", offsets=offsets, unsafe=True).view(times, -1)
+
+
+def clear_behind_(memory: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+    """Set what is behind tensors in their memory to zeros again."""
+    memory.view(-1).index_fill_(0, _padding(_sizes(tensors), memory.device), 0.0)
 
 
 def multiply_(tensors: Sequence[torch.Tensor], numbers: torch.Tensor) -> None:
@@ -140,7 +196,7 @@ def multiply_(tensors: Sequence[torch.Tensor], numbers: torch.Tensor) -> None:
         copied = _gathered(part, part[0].dtype) if memory is None else memory
         copied.view(-1, CHUNK).mul_(own.index_select(0, layout_of(part).owners).unsqueeze(1))
         if memory is None:
-            torch._foreach_copy_(part, _pieces(copied, part))
+            torch._foreach_copy_(part, pieces(copied, part))
         begin += len(part)
 
 
@@ -166,7 +222,7 @@ def add_multiples_(tensors: Tensors, others: Tensors, numbers: torch.Tensor) -> 
         multiples = copied.view(-1, CHUNK)
         multiples.mul_(numbers[begin : begin + len(part)].index_select(0, layout.owners).unsqueeze(1))
         if memory is None:
-            torch._foreach_add_(part, _pieces(copied, part))
+            torch._foreach_add_(part, pieces(copied, part))
         else:
             memory.add_(copied)
         begin += len(part)

@@ -250,7 +250,7 @@ def run(graph: Graph, group: Group, tensors: Mapping[str, list[torch.Tensor]], n
         elif symbol.op in SUMS:
             found[symbol] = torch.stack(getattr(group, f"{symbol.op}s")(*args))
         else:
-            found[symbol] = _ON_TENSORS[symbol.op](*args)
+            found[symbol] = ON_TENSORS[symbol.op](*args)
     for name, symbol in graph.outputs.items():
         target, value = tensors[name], found[symbol]
         if value is not target:
@@ -264,7 +264,7 @@ def _on_lists(symbol: Symbol, args: list[Any], free: list[bool]) -> Any:
     if name in ("add", "mul") and not (isinstance(lists[0], list) and (free[0] or not free[1])):
         lists.reverse()
         free.reverse()
-    if not isinstance(lists[0], list) or name in _ONE_BY_ONE:
+    if not isinstance(lists[0], list) or name in ONE_BY_ONE:
         each = zip(*(a if isinstance(a, list | tuple) else [a] * len(_first(lists)) for a in lists), strict=True)
         return [_ON_ELEMENTS[name](*parts, free[0]) for parts in each]
     if name == "lerp" and lists[0][0].dtype != lists[1][0].dtype:
@@ -288,7 +288,7 @@ def _compared(method: str) -> Callable[..., Any]:
     return compare
 
 
-_ONE_BY_ONE = ("lt", "le", "gt", "and", "where", "hypot", "square", "real", "conj", "clamp")
+ONE_BY_ONE = ("lt", "le", "gt", "and", "where", "hypot", "square", "real", "conj", "clamp")
 _ON_ELEMENTS: dict[str, Callable[..., Any]] = {
     **{name: _compared(name) for name in ("lt", "le", "gt")},
     "and": lambda a, b, free: a * b,
@@ -305,7 +305,7 @@ _ON_ELEMENTS: dict[str, Callable[..., Any]] = {
     "lerp": lambda a, b, w, free: torch.lerp(a, b, w),
     "addcmul": lambda a, b, c, free: a + b * c,
 }
-_ON_TENSORS: dict[str, Callable[..., Any]] = {
+ON_TENSORS: dict[str, Callable[..., Any]] = {
     **_ON_NUMBERS,
     "and": lambda a, b: a & b,
     "where": lambda c, a, b: torch.where(c, a, b),

@@ -38,6 +38,9 @@ BOTTOM: dict[str, set[str]] = {
     "group": set(),
     "rules": {"errors", "group", "multi_tensor"},
     "joined_rules": {"rules"},
+    "flat_padding": {"rules"},
+    "flat_operations": set(),
+    "flat_rules": {"flat_memory", "flat_operations", "flat_padding", "group", "multi_tensor", "rules"},
     "programs": {"joined_rules", "rules"},
     "wrapper": {"errors", "hyperparameters", "schedule", "slots", "group", "rules"},
     "problem_class": {"errors", "hyperparameters"},
@@ -50,7 +53,7 @@ BOTTOM: dict[str, set[str]] = {
 # what a stack is made of works without pluggy and without any registered part
 BELOW_ENGINE = {
     *("errors", "hyperparameters", "deferred", "space", "schedule", "slots", "group", "rules", "wrapper"),
-    *("joined_rules", "programs"),
+    *("joined_rules", "programs", "flat_padding", "flat_operations", "flat_rules"),
     *("metrics", "logger", "measurements", "multi_tensor", "flat_memory"),
     *("group_entries", "misuse", "module_buffers", "distributed", "scheduled_values", "torch_internals"),
 }

@@ -13,7 +13,7 @@ from metaopt.engine.fused.postponed import PostponedStep
 from metaopt.engine.fused.probes import takes_factor
 from metaopt.engine.run.entries import UPDATES
 from metaopt.engine.run.run import Run
-from metaopt.flat_memory import flat_room
+from metaopt.flat_memory import flat_room, flat_rooms, memory_of
 from metaopt.multi_tensor import add_, at_least_float32, cast, copies, on_accelerator, operand
 
 # of parameters wider than this many bytes an element, gradients are not scaled by a fused kernel: its factor is float32
@@ -228,7 +228,7 @@ class Update:
         """
         for part in _by_dtype_and_device(params):
             weights = [local(p) for p in part]
-            before, change = (self._cut_memory(role, weights) for role in ("before", "change"))
+            before, change = self._room_for_block(weights)
             torch._foreach_copy_(before, weights)
             self.weights_before.update(zip(part, before, strict=True))
             self.change_memory.update(zip(part, change, strict=True))
@@ -245,6 +245,12 @@ class Update:
         self.weights_before.update(zip(params, params, strict=True))
         self.change.update(zip(params, copies, strict=True))
         self.unapplied.update(params)
+
+    def _room_for_block(self, weights: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+        """Return room for the weights before and for their change."""
+        if on_accelerator(weights) and weights[0].dtype == at_least_float32(weights[0].dtype):
+            return flat_rooms(weights, weights[0].dtype, 2)
+        return [self._cut_memory(role, weights) for role in ("before", "change")]
 
     def _cut_memory(self, role: str, weights: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return tensors of the weights' shapes in memory of this update; those of a change are at least float32."""
@@ -270,6 +276,14 @@ class Update:
             change = self.change[p] = torch.sub(weights.to(wide), before, out=memory)
             self.applied_versions[p] = change._version, weights._version
         return self.change[p]
+
+    def read_only_weights(self, params: Params) -> list[torch.Tensor]:
+        """Return the weights of parameters, or the copies from before the update that are the same, if they are flat."""
+        if all(p in self.unapplied for p in params):
+            before = [self.weights_before[p] for p in params]
+            if memory_of(before) is not None:
+                return before
+        return [local(p) for p in params]
 
     def _has_moved_since(self, p: torch.Tensor) -> bool:
         """Return whether a parameter has moved since its change was last worked out, if ever."""

@@ -1,8 +1,14 @@
 """Clipping each tensor's update by its root mean square, as Adafactor does."""
 
 import torch
+from torch import Tensor
 
-from metaopt import Group, Wrapper, hookimpl, hyper
+from metaopt import Group, Wrapper, elementwise, hookimpl, hyper
+
+
+def _clip(update: Tensor, *, lr: float, max_rms: float) -> dict[str, Tensor]:
+    size, bound = torch.sqrt(torch.mean((update * update.conj()).real)), lr * max_rms
+    return {"update": update * torch.where(size > bound, bound / size, 1.0)}
 
 
 class ClipUpdateRms(Wrapper):
@@ -15,11 +21,16 @@ class ClipUpdateRms(Wrapper):
 
     max_rms: float = hyper(1.0, gt=0.0, doc="the largest RMS of an update at rate 1", known_as=("d", "threshold"))
 
+    clip = elementwise(_clip)
+
     def on_update(self, group: Group) -> None:
         squares = [torch.vdot(u.flatten(), u.flatten()) for u in group.update]
-        sizes = torch.stack(group.means(squares)).real.sqrt()
+        sizes = group.stack(group.means(squares)).real.sqrt()
         bound = group.base_lr * group.max_rms
-        torch._foreach_mul_(group.update, torch.where(sizes > bound, bound / sizes, 1.0).unbind())
+        group.multiply(group.update, torch.where(sizes > bound, bound / sizes, 1.0))
+
+    def update_rules(self, group: Group) -> None:
+        self.clip(group)
 
 
 @hookimpl

@@ -34,7 +34,7 @@ class RadialBrake(Wrapper):
     def on_update(self, group: Group) -> None:
         weights, updates = group.params, group.update
         squares, mixed, whole = (
-            torch.stack(group.dots(*pair)) for pair in ((weights, weights), (weights, updates), (updates, updates))
+            group.stack(group.dots(*pair)) for pair in ((weights, weights), (weights, updates), (updates, updates))
         )
         radials = torch.where(squares > 0, mixed / squares, 0.0)
         damped = torch.where(radials > 0, radials * group.outward, radials * group.inward)
@@ -42,8 +42,8 @@ class RadialBrake(Wrapper):
         # the length of w + u after the damping, from its two legs
         lengths = torch.hypot(radii, (whole - mixed * radials).clamp(min=0.0).sqrt())
         factors = torch.where((squares > 0) & (lengths > 0), radii / lengths, 1.0)
-        torch._foreach_mul_(updates, factors.unbind())
-        torch._foreach_addcmul_(updates, weights, (factors * (1 + damped - radials) - 1).unbind())
+        group.multiply(updates, factors)
+        group.add_multiples(updates, weights, factors * (1 + damped - radials) - 1)
 
     def update_rules(self, group: Group) -> None:
         self.brake(group)

@@ -37,12 +37,12 @@ class TrustRatio(Wrapper):
 
     def on_update(self, group: Group) -> None:
         lr = group.base_lr
-        sizes = torch.stack(group.norms(group.params)).clamp(min=group.min_norm)
+        sizes = group.stack(group.norms(group.params)).clamp(min=group.min_norm)
         # everything times lr: a rate of zero divides nothing
-        lengths = torch.stack(group.norms(group.update)).clamp(min=lr * group.min_norm)
+        lengths = group.stack(group.norms(group.update)).clamp(min=lr * group.min_norm)
         ratios = group.trust_coefficient * lr * sizes / (lengths + lr * group.eps)
         ratios = torch.where((sizes > 0) & (lengths > 0), ratios, 1.0).clamp(max=group.max_ratio)
-        torch._foreach_mul_(group.update, ratios.unbind())
+        group.multiply(group.update, ratios)
 
     def update_rules(self, group: Group) -> None:
         self.rescale(group)

@@ -26,12 +26,12 @@ class UpdateFloor(Wrapper):
 
     def on_update(self, group: Group) -> None:
         share = group.floor * group.base_lr
-        lengths, sizes = (group.norms(each, rows=group.rows) for each in (group.update, group.params))
         if group.rows:
-            factors = [_factor(u, w * share) for u, w in zip(lengths, sizes, strict=True)]
-        else:  # one number of each tensor: all of them at once
-            factors = list(_factor(torch.stack(lengths), torch.stack(sizes) * share).unbind())
-        torch._foreach_mul_(group.update, factors)
+            updates = group.rows_of(group.update)
+            updates.multiply(_factor(updates.norms(), group.rows_of(group.params).norms() * share))
+        else:
+            lengths, sizes = (group.stack(group.norms(each)) for each in (group.update, group.params))
+            group.multiply(group.update, _factor(lengths, sizes * share))
 
     def update_rules(self, group: Group) -> None:
         if group.rows:

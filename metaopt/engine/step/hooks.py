@@ -12,6 +12,7 @@ from metaopt.engine.views.group_view import GroupView
 from metaopt.engine.views.groups_view import GroupsView, gradient_norm
 from metaopt.engine.views.params import trained_params
 from metaopt.group import Group
+from metaopt.multi_tensor import on_accelerator
 from metaopt.wrapper import Closure, Wrapper
 
 
@@ -76,7 +77,10 @@ def call_on_update(update: Update, group: ParamGroup, wrappers: list[Wrapper], p
     """
     update.return_to_weights_before(params)
     for wrapper in wrappers:
-        call(wrapper.on_update, block_views_of(update, group, wrapper, params, updates=update.updates_before))
+        # rules are few launches there; by hand, a processor touches less memory
+        by_rules = wrapper.has_rules and on_accelerator(params)
+        hook = wrapper.update_rules if by_rules else wrapper.on_update
+        call(hook, block_views_of(update, group, wrapper, params, updates=update.updates_before))
     update.apply_change(params)
 
 

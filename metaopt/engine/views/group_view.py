@@ -4,23 +4,25 @@ The tensors are those of parameters, gradients, state and update themselves, or 
 """
 
 from collections.abc import Mapping
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 
-from metaopt.distributed.shards import all_local, dense, like_parameter, local
+from metaopt import flat_rules
+from metaopt.distributed.shards import all_local, dense, is_sharded, like_parameter, local
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState, is_moment
 from metaopt.engine.fused.lists import are_identical
 from metaopt.engine.fused.postponed import PostponedStep
 from metaopt.engine.param_state.base_reset import forget_base_state
 from metaopt.engine.run.entries import UPDATES
 from metaopt.engine.update import Params, Update
-from metaopt.engine.views.blocks import Rows, block_size, row_ranges
+from metaopt.engine.views.blocks import Rows, block_size, blocks_of, row_ranges
 from metaopt.engine.views.numbers import GroupNumbers
 from metaopt.engine.views.params import is_trained
 from metaopt.errors import StepError
 from metaopt.group import Groups, Reduce
-from metaopt.multi_tensor import add_, cast, copies, lerp_
+from metaopt.multi_tensor import add_, cast, copies, lerp_, on_accelerator
 from metaopt.rules import Rule
 from metaopt.rules import run as run_rule
 from metaopt.slots import Slot
@@ -74,11 +76,31 @@ class GroupView(GroupNumbers):
         if postponed is not None and self._joins(postponed, rule, values):
             return
         # rows of a tensor do not have its sums
-        for block in [self] if graph.sums else self.blocks():
-            run_rule(graph, block, {name: block._named(name) for name in rule.tensors}, values)
+        for block in self._whole_tensors() if graph.sums else self.blocks():
+            block._run(rule, values)
             if "param" in graph.outputs:
                 block.move_inner_anchors()
             block.write_back()
+
+    def _run(self, rule: Rule, values: Mapping[str, Any]) -> None:
+        graph, lists = rule.graph, {name: self._named(name) for name in rule.tensors}
+        if not flat_rules.fits(graph, [*lists.values()]):
+            run_rule(graph, self, lists, values)
+            return
+        if "param" in lists and "param" not in graph.outputs:
+            lists["param"] = self._cut(self._update.read_only_weights(self.parameters))
+        over_shards = self.sum_over_shards if any(map(is_sharded, self.parameters)) else None
+        flat_rules.run(graph, self, lists, values, over_shards)
+
+    def _whole_tensors(self) -> list["GroupView"]:
+        """Return the same in blocks of whole tensors, so that copies of them take bounded memory on an accelerator."""
+        if not on_accelerator(self.parameters):
+            return [self]
+        rows = self._rows or [None] * len(self.parameters)
+        ends = [0, *accumulate(map(len, blocks_of(self.parameters)))]
+        if len(ends) == 2:
+            return [self]
+        return [self._part([*range(a, b)], rows[a:b]) for a, b in pairwise(ends)]
 
     def _joins(self, postponed: PostponedStep, rule: Rule, numbers: Mapping[str, Any]) -> bool:
         """Return whether a rule joins a postponed step of the same parameters, in its pass over memory."""
