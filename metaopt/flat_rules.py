@@ -6,7 +6,6 @@ numbers of each tensor that meet its elements. Other rules take fewer calls over
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, reduce
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -58,10 +57,12 @@ def plan_of(graph: Graph) -> Plan:
         same[symbol] = args[symbol][0] if is_same else symbol
         waves[symbol] = max((waves[arg] for arg in args[symbol]), default=0) + (symbol.op in SUMS)
     made = [s for s in graph.order if same[s] is s and s.kind != NUMBER and s.op != "tensor"]
-    made.sort(key=lambda s: (waves[s], s.op not in SUMS))
+    # sums first, and norms before means, so that what is to be done to either is done by one call
+    made.sort(key=lambda s: (waves[s], SUMS.index(s.op) if s.op in SUMS else len(SUMS)))
     turns: list[list[Symbol]] = []
-    for (_, is_sum), members in groupby(made, key=lambda s: (waves[s], s.op in SUMS)):
-        turns += [sorted(members, key=lambda s: SUMS.index(s.op))] if is_sum else [[s] for s in members]
+    for symbol in made:
+        joins = symbol.op in SUMS and turns and turns[-1][0].op in SUMS and waves[turns[-1][0]] == waves[symbol]
+        turns[-1].append(symbol) if joins else turns.append([symbol])
     last = {arg: i for i, turn in enumerate(turns) for symbol in turn for arg in args[symbol]}
     outputs = {name: same[symbol] for name, symbol in graph.outputs.items()}
     last.update(dict.fromkeys(outputs.values(), len(turns)))
@@ -76,7 +77,8 @@ def run(
     over_shards: Callable[[Tensors], Tensors] | None = None,
 ) -> None:
     """Run a rule over the lists of a group, outputs in place; `over_shards` adds numbers of shards up, if there are."""
-    if any(tensor.numel() for tensor in next(iter(tensors.values()))):
+    # a rank without elements has its part in sums over shards
+    if over_shards is not None or any(tensor.numel() for tensor in next(iter(tensors.values()))):
         _Run(graph, group, tensors, numbers, over_shards).run()
 
 

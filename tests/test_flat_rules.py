@@ -4,12 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerated import take_for_accelerator
 
 import metaopt
-from metaopt import Group, Wrapper, elementwise, flat_memory, flat_rules, hyper, multi_tensor, zeros
-from metaopt.engine import update
-from metaopt.engine.step import hooks
-from metaopt.engine.views import blocks, group_view, rows
+from metaopt import Group, Wrapper, elementwise, flat_memory, flat_rules, hyper, zeros
 from metaopt.flat_memory import CHUNK
 from metaopt.flat_padding import ANYTHING, FINITE, behind_tensors
 from metaopt.registry import registry
@@ -26,7 +24,7 @@ class Counted(Wrapper):
     kept = zeros()
 
     @elementwise
-    def act(update, grad, param, kept, *, size, lr):  # type: ignore[no-untyped-def]  # noqa: N805
+    def act(update, grad, param, kept, *, size, lr):  # type: ignore[no-untyped-def]
         share = torch.mean((update * param <= 0) & (grad > -1.0))
         angles = torch.mean(torch.where(torch.abs(grad) > 0, update / grad, 0.0))
         ones = torch.norm(torch.sqrt(1 + torch.square(grad))) + torch.dot(torch.reciprocal(grad) * grad, grad / grad)
@@ -46,7 +44,7 @@ class Behind(Wrapper):
     near: float = hyper(0.1)
 
     @elementwise
-    def snap(param, *, near):  # type: ignore[no-untyped-def]  # noqa: N805
+    def snap(param, *, near):  # type: ignore[no-untyped-def]
         return {"param": torch.where(torch.abs(param) < near, param * 0.5, param + 1e-3 * torch.norm(param - 1))}
 
     def after_update(self, group: Group) -> None:
@@ -57,7 +55,7 @@ class Shifts(Wrapper):
     """A rule that makes ones of the zeros behind tensors."""
 
     @elementwise
-    def shift(update):  # type: ignore[no-untyped-def]  # noqa: N805
+    def shift(update):  # type: ignore[no-untyped-def]
         return {"update": update + torch.where(update > 1e30, update, 1e-3)}
 
     def on_update(self, group: Group) -> None:
@@ -70,7 +68,7 @@ class Crosses(Wrapper):
     kept = zeros()
 
     @elementwise
-    def cross(update, kept):  # type: ignore[no-untyped-def]  # noqa: N805
+    def cross(update, kept):  # type: ignore[no-untyped-def]
         return {
             "update": torch.where(kept > 0, kept * 0.1, 1e-3 + kept),
             "kept": torch.where(update > 0, update, 2 * update),
@@ -82,8 +80,8 @@ class Crosses(Wrapper):
 
 BUILT_IN = [
     *("cautious", "cautious_decay", "clip_update_rms", "radial_brake(outward=0.3, inward=0.2)", "update_floor(0.38)"),
-    *("trust_ratio", "trust_ratio(0.001, eps=1e-3, min_norm=0.1, max_ratio=0.8)", "update_floor(rows=True)"),
-    *("lookahead(k=2)", "ema(0.9, warmup=True)"),
+    *("trust_ratio", "trust_ratio(0.001, eps=1e-3, min_norm=0.1, max_ratio=0.8)", "hyperball"),
+    *("update_floor(rows=True)", "lookahead(k=2)", "ema(0.9, warmup=True)"),
 ]
 OWN: dict[str, list[type[Wrapper]]] = {
     "counted": [Counted],
@@ -126,8 +124,7 @@ def flat_runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         own(graph, *args)
 
     monkeypatch.setattr(flat_rules, "run", run)
-    for module in (multi_tensor, flat_memory, update, rows, flat_rules, hooks, group_view):
-        monkeypatch.setattr(module, "on_accelerator", bool)
+    take_for_accelerator(monkeypatch)
     return ran
 
 
@@ -222,7 +219,7 @@ def test_large_groups_are_taken_in_parts_of_whole_tensors(
 ) -> None:
     expected = trained("muon(lr=0.1) | trust_ratio | cautious", torch.float32, [(33, 40), (3, 5), (8, 9), (4, 4)])
     whole = len(flat_runs)
-    monkeypatch.setattr(blocks, "CPU_BLOCK", 100)
+    monkeypatch.setattr(flat_memory, "PART", 100)
     found = trained("muon(lr=0.1) | trust_ratio | cautious", torch.float32, [(33, 40), (3, 5), (8, 9), (4, 4)])
     assert len(flat_runs) - whole == 3 * whole
     torch.testing.assert_close(found, expected)

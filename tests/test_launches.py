@@ -2,14 +2,11 @@
 
 import pytest
 import torch
+from accelerated import take_for_accelerator
 
 import metaopt
 from benchmarks.launch_rules import launches_of
 from benchmarks.launches import ALLOWED, SHAPES, by_hand, by_stack, count, default_specs
-from metaopt import flat_memory, flat_rules, multi_tensor
-from metaopt.engine import update
-from metaopt.engine.step import hooks
-from metaopt.engine.views import group_view, rows
 from metaopt.flat_memory import CHUNK, add_multiples_, dots, flat_room, memory_of, multiply_, sums
 
 # parts that launch more than is allowed, at most so many at 10 tensors: docs/performance.md has the reasons
@@ -136,8 +133,7 @@ def trained(spec: str, dtype: torch.dtype) -> list[torch.Tensor]:
 def test_the_form_of_an_accelerator_computes_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     specs = [spec for spec in default_specs(dtype) if "plateau" not in spec]
     expected = {spec: trained(spec, dtype) for spec in specs}
-    for module in (multi_tensor, flat_memory, flat_rules, update, rows, group_view, hooks):
-        monkeypatch.setattr(module, "on_accelerator", bool)
+    take_for_accelerator(monkeypatch)
     tolerance = {"rtol": 2e-4, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     others = []
     for spec in specs:

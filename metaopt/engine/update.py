@@ -278,7 +278,7 @@ class Update:
         return self.change[p]
 
     def read_only_weights(self, params: Params) -> list[torch.Tensor]:
-        """Return the weights of parameters, or the copies from before the update that are the same, if they are flat."""
+        """Return the weights of parameters; if copies from before the update are the same and flat, these."""
         if all(p in self.unapplied for p in params):
             before = [self.weights_before[p] for p in params]
             if memory_of(before) is not None:

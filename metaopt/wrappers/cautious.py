@@ -34,7 +34,8 @@ class Cautious(Wrapper):
         updates = group.update
         masks = [_mask(u, g, up=group.maximize) for u, g in zip(updates, group.grads, strict=True)]
         torch._foreach_mul_(updates, masks)
-        group.multiply(updates, group.stack(group.means(masks)).clamp_(min=1e-3).reciprocal_())
+        shares = torch.stack(group.means(masks))
+        torch._foreach_mul_(updates, shares.clamp_(min=1e-3).reciprocal_().unbind())
 
     def update_rules(self, group: Group) -> None:
         if group.maximize:

@@ -1,8 +1,20 @@
 """Matrices of constant size, turned by constant angles."""
 
-import torch
+import math
 
-from metaopt import Group, Wrapper, hookimpl
+import torch
+from torch import Tensor
+
+from metaopt import Group, Wrapper, elementwise, hookimpl
+
+
+def _turn(update: Tensor, param: Tensor, *, lr: float) -> dict[str, Tensor]:
+    square, mixed, length = torch.dot(param, param), torch.dot(param, update), torch.dot(update, update)
+    cosine = mixed / torch.sqrt(square) / torch.sqrt(length)
+    shrink = torch.reciprocal(torch.sqrt(torch.clamp((1 + lr * lr) + cosine * (2 * lr), min=1e-12)))
+    turning = torch.abs(cosine) < math.inf
+    scale = torch.where(turning, shrink * lr * torch.sqrt(square / length), 1.0)
+    return {"update": torch.addcmul(update * scale, param, torch.where(turning, shrink - 1, 0.0))}
 
 
 class Hyperball(Wrapper):
@@ -15,12 +27,18 @@ class Hyperball(Wrapper):
 
     known_as = ("MuonH", "AdamH", "HyperBallAdamW", "MuonHyperball", "hyperball optimization")
 
+    turn = elementwise(_turn)
+
     def on_update(self, group: Group) -> None:
         for matrices in group.matrices():
-            _turn(matrices)
+            _turn_by_hand(matrices)
+
+    def update_rules(self, group: Group) -> None:
+        for matrices in group.matrices():
+            self.turn(matrices)
 
 
-def _turn(group: Group) -> None:
+def _turn_by_hand(group: Group) -> None:
     weights, updates = group.params, group.update
     squares, mixed, lengths = (
         group.stack(group.dots(*pair)) for pair in ((weights, weights), (weights, updates), (updates, updates))

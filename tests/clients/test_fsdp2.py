@@ -1,7 +1,10 @@
 """FSDP2: a stack over DTensor parameters is the stack over whole ones, and what it keeps is sharded with them."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from accelerated import take_for_accelerator
 from clients.ranks import on_two_ranks
 from clients.training import assert_same, batch, loss_of, share, small_model, train, weights
 from torch import nn
@@ -72,6 +75,33 @@ def test_every_part_on_the_update_is_the_same_over_shards() -> None:
         "adam(lr=0.05) | clip_update_norm(0.1) | lookahead(k=2)",
     ):
         assert_sharded_as_unsharded(spec, 8)
+
+
+@on_two_ranks
+def test_rules_over_flat_memory_are_the_same_over_shards() -> None:
+    # the last layer has fewer rows than there are ranks
+    def trained(place: Callable[[nn.Sequential], nn.Module], spec: str) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 1))
+        placed = place(model)
+        opt = metaopt.build(placed, spec)
+        for step in range(4):
+            loss = placed(torch.randn(6, 7, generator=torch.Generator().manual_seed(step))).square().mean()
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+        return weights(model)
+
+    for spec in (
+        "adamw(lr=0.05) | update_floor(2.0) | radial_brake(0.3, 0.7) | cautious_decay(0.4)",
+        "adamw(lr=0.05) | trust_ratio(max_ratio=3.0) | cautious",
+        "sgd(lr=0.05, momentum=0.9) | hyperball | clip_update_rms(0.3)",
+        "partition({'2.bias': adamw(lr=0.05) | trust_ratio, '*': adamw(lr=0.05) | cautious})",
+    ):
+        expected = trained(lambda model: model, spec)
+        with pytest.MonkeyPatch.context() as forced:
+            take_for_accelerator(forced)
+            torch.testing.assert_close(trained(sharded, spec), expected, msg=spec)
 
 
 @on_two_ranks

@@ -17,10 +17,11 @@ from metaopt.engine.fused.postponed import PostponedStep
 from metaopt.engine.param_state.base_reset import forget_base_state
 from metaopt.engine.run.entries import UPDATES
 from metaopt.engine.update import Params, Update
-from metaopt.engine.views.blocks import Rows, block_size, blocks_of, row_ranges
+from metaopt.engine.views.blocks import Rows, block_size, row_ranges
 from metaopt.engine.views.numbers import GroupNumbers
 from metaopt.engine.views.params import is_trained
 from metaopt.errors import StepError
+from metaopt.flat_memory import parts_of
 from metaopt.group import Groups, Reduce
 from metaopt.multi_tensor import add_, cast, copies, lerp_, on_accelerator
 from metaopt.rules import Rule
@@ -96,10 +97,11 @@ class GroupView(GroupNumbers):
         """Return the same in blocks of whole tensors, so that copies of them take bounded memory on an accelerator."""
         if not on_accelerator(self.parameters):
             return [self]
-        rows = self._rows or [None] * len(self.parameters)
-        ends = [0, *accumulate(map(len, blocks_of(self.parameters)))]
+        # by the sizes of whole parameters, which are the same on all ranks: each part adds up over them
+        ends = [0, *accumulate(len(part) for (part,) in parts_of(self.parameters))]
         if len(ends) == 2:
             return [self]
+        rows = self._rows or [None] * len(self.parameters)
         return [self._part([*range(a, b)], rows[a:b]) for a, b in pairwise(ends)]
 
     def _joins(self, postponed: PostponedStep, rule: Rule, numbers: Mapping[str, Any]) -> bool:
