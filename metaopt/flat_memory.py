@@ -50,18 +50,25 @@ def _padding(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Return the places behind tensors."""
     begins = _layout(sizes, device).begins
     behind = [range(begin + size, begin + size + -size % CHUNK) for begin, size in zip(begins, sizes, strict=True)]
-    return torch.tensor([place for places in behind for place in places], dtype=torch.long, device="cpu").to(device)
+    places = torch.tensor([place for each in behind for place in each], dtype=torch.long, device="cpu")
+    return places.to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=64)
 def numbers_on(numbers: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return numbers as a tensor, which is kept on the device."""
+    """Return numbers as a tensor on a device, which is kept."""
     return torch.tensor(numbers, dtype=dtype, device="cpu").to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=64)
+def number_on(number: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return a number as a tensor on a device, which is kept."""
+    return torch.full((), number, dtype=dtype, device=device)
 
 
 def forget_layouts() -> None:
     """Free what is kept of layouts on devices."""
-    for kept in (_layout, _first_chunks, _padding, numbers_on):
+    for kept in (_layout, _first_chunks, _padding, numbers_on, number_on):
         kept.cache_clear()
 
 

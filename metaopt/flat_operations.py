@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from metaopt.flat_memory import number_on
+
 
 def call(op: str, args: Sequence[Any], out: torch.Tensor) -> None:
     """Write the result of an operation to room of its dtype, which may be that of an operand."""
@@ -19,13 +21,18 @@ def call(op: str, args: Sequence[Any], out: torch.Tensor) -> None:
 
 
 def as_tensor(number: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Return a number as a tensor in main memory, which costs no launch."""
+    """Return a number as a tensor in main memory, which arithmetic takes without a launch."""
     return number if isinstance(number, torch.Tensor) else torch.tensor(number, dtype=dtype, device="cpu")
+
+
+def beside(number: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return a number as a tensor on a device: `torch.where` would send one from main memory over, and wait."""
+    return number if isinstance(number, torch.Tensor) else number_on(number, dtype, device)
 
 
 def _where(condition: Any, a: Any, b: Any, out: torch.Tensor) -> None:
     condition = condition if condition.dtype == torch.bool else condition != 0
-    torch.where(condition, as_tensor(a, out.dtype), as_tensor(b, out.dtype), out=out)
+    torch.where(condition, beside(a, out.dtype, out.device), beside(b, out.dtype, out.device), out=out)
 
 
 def _lerp(start: Any, end: Any, weight: Any, out: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from metaopt.flat_memory import CHUNK, clear_behind_, gathered, layout_of, memory_of, numbers_on, pieces, sums_of_chunks
-from metaopt.flat_operations import as_tensor, call
+from metaopt.flat_operations import as_tensor, beside, call
 from metaopt.flat_padding import ANYTHING, Value, behind_tensors
 from metaopt.group import Group
 from metaopt.multi_tensor import Tensors, at_least_float32, on_accelerator
@@ -131,10 +131,12 @@ class _Run:
 
     def _on_numbers(self, symbol: Symbol) -> torch.Tensor:
         args = [self._found[arg] for arg in self._plan.args[symbol]]
-        if symbol.op in ("where", "div"):
-            dtypes = [arg.dtype for arg in args if isinstance(arg, torch.Tensor) and arg.dtype != torch.bool]
-            dtype = dtypes[0] if dtypes else at_least_float32(self._like[0].dtype)
-            args = [as_tensor(arg, dtype) for arg in args]
+        dtypes = [arg.dtype for arg in args if isinstance(arg, torch.Tensor) and arg.dtype != torch.bool]
+        dtype = dtypes[0] if dtypes else at_least_float32(self._like[0].dtype)
+        if symbol.op == "where":
+            args = [beside(arg, dtype, self._like[0].device) for arg in args]
+        elif symbol.op == "div":
+            args[0] = as_tensor(args[0], dtype)
         made: torch.Tensor = ON_TENSORS[symbol.op](*args)
         return made
 
