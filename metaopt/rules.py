@@ -1,8 +1,8 @@
 """Rules of elements: what a wrapper does to each element, written once as a function of tensors and numbers.
 
 The function is called once, with symbols in the places of tensors and numbers. What it returns is a small graph, which
-runs by multi-tensor calls of torch (here), or joined with other rules (`joined_rules`) and the base's update in one
-pass over memory (`programs`).
+runs by multi-tensor calls of torch (here), over flat memory on an accelerator (`flat_rules`), or joined with other
+rules (`joined_rules`) and the base's update in one pass over memory (`programs`).
 """
 
 import inspect

@@ -207,7 +207,8 @@ class Wrapper(ABC):
     def update_rules(self, group: Group) -> None:
         """Do what `on_update` does by rules of elements, which the optional library joins with the base's update.
 
-        By hand `on_update` may take fewer calls of torch; the default takes it for rules itself, if it is made of them.
+        On an accelerator it is called in the place of `on_update`, which by hand may touch less memory of a processor.
+        The default takes `on_update` for rules itself, if it is made of them.
         """
         self.on_update(group)
 

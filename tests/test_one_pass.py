@@ -153,6 +153,7 @@ ON_UPDATE = {
     "adamw(lr=0.01) | cautious_decay(0.1)": True,
     "clip_grad_value(0.5) | sgd(lr=0.1, momentum=0.9) | cautious": True,
     "adam(lr=0.01, maximize=True) | cautious | lookahead(k=2) | ema(0.9)": True,
+    "adamw(lr=0.01) | clip_update_rms(0.3) | cautious_decay(0.1)": False,
     "clip_grad_norm(1.0) | adamw(lr=0.01) | update_floor(0.5) | radial_brake | cautious_decay(0.1)": False,
     "sgd(lr=0.1) | radial_brake | trust_ratio(0.1) | cautious | update_floor(2.0) | ema(0.9)": False,
 }
