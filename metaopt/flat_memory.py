@@ -18,6 +18,8 @@ from metaopt.multi_tensor import Tensors, at_least_float32, cast, on_accelerator
 CHUNK = 512
 # elements of which copies are made at a time
 PART = 1 << 27
+# devices for which torch has `segment_reduce`, which adds up in the same order each time
+ADDING_SEGMENTS = ("cpu", "cuda")
 
 
 class Layout(NamedTuple):
@@ -182,6 +184,9 @@ def _sums(memory: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor
 def sums_of_chunks(of_chunks: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return rows of numbers of chunks added up to rows of numbers of tensors, by one call."""
     times = len(of_chunks)
+    if of_chunks.device.type not in ADDING_SEGMENTS:
+        totals = of_chunks.new_zeros(times, len(tensors))
+        return totals.index_add_(1, layout_of(tensors).owners, of_chunks)
     # one row behind the other: with two dimensions torch adds up each segment by a single thread
     offsets = _first_chunks(_sizes(tensors), of_chunks.device, times)
     return torch.segment_reduce(of_chunks.view(-1), "sum", offsets=offsets, unsafe=True).view(times, -1)

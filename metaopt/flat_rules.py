@@ -20,7 +20,11 @@ from metaopt.rules import LIST, NUMBER, ON_TENSORS, ONE_BY_ONE, SUMS, TENSOR, Gr
 
 def fits(graph: Graph, lists: Sequence[Sequence[torch.Tensor]]) -> bool:
     """Return whether a rule is run over flat memory: on an accelerator, if torch would go tensor by tensor for it."""
-    return on_accelerator(lists[0]) and is_one_by_one(graph) and not any(each[0].is_complex() for each in lists)
+    if not (on_accelerator(lists[0]) and is_one_by_one(graph)) or any(each[0].is_complex() for each in lists):
+        return False
+    # a list may also have a number for each tensor, or the rows of a sparse gradient
+    shapes = [tensor.shape for tensor in lists[0]]
+    return all([tensor.shape for tensor in each] == shapes for each in lists[1:])
 
 
 @lru_cache(maxsize=256)

@@ -7,7 +7,7 @@ import torch
 from accelerated import take_for_accelerator
 
 import metaopt
-from metaopt import Group, Wrapper, elementwise, flat_memory, flat_rules, hyper, zeros
+from metaopt import Group, Wrapper, elementwise, flat_memory, flat_rules, hyper, scalar, zeros
 from metaopt.flat_memory import CHUNK
 from metaopt.flat_padding import ANYTHING, FINITE, behind_tensors
 from metaopt.registry import registry
@@ -78,6 +78,19 @@ class Crosses(Wrapper):
         self.cross(group)
 
 
+class Scored(Wrapper):
+    """A rule with a number of each tensor among its lists."""
+
+    score = scalar(0.5, per="parameter")
+
+    @elementwise
+    def weigh(update, score):  # type: ignore[no-untyped-def]
+        return {"update": torch.where(update > 0, update * score, update)}
+
+    def on_update(self, group: Group) -> None:
+        self.weigh(group)
+
+
 BUILT_IN = [
     *("cautious", "cautious_decay", "clip_update_rms", "radial_brake(outward=0.3, inward=0.2)", "update_floor(0.38)"),
     *("trust_ratio", "trust_ratio(0.001, eps=1e-3, min_norm=0.1, max_ratio=0.8)", "hyperball"),
@@ -88,6 +101,7 @@ OWN: dict[str, list[type[Wrapper]]] = {
     "behind": [Behind],
     "shifts": [Shifts, Counted],
     "crosses": [Crosses],
+    "scored": [Scored],
 }
 BASES = ["adamw(lr=0.01)", "adamw(lr=0.01, fused=False)", "sgd(lr=0.1, momentum=0.9, maximize=True)", "muon(lr=0.01)"]
 
@@ -141,7 +155,7 @@ def test_flat_memory_computes_what_a_processor_computes(
     for (dtype, near), known in zip(cases, expected, strict=True):
         for found, other in zip(trained(stack_of(name, base), dtype, shapes), known, strict=True):
             torch.testing.assert_close(found, other, rtol=near, atol=near, equal_nan=False)
-    by_foreach = name.partition("(")[0] in ("lookahead", "ema") or "rows" in name
+    by_foreach = name.partition("(")[0] in ("lookahead", "ema", "scored") or "rows" in name
     assert bool(ran) is not by_foreach
 
 
@@ -212,6 +226,22 @@ def test_complex_weights_are_updated_as_on_a_processor(request: pytest.FixtureRe
     ran = request.getfixturevalue("flat_runs")
     torch.testing.assert_close(moved(), expected)
     assert ran == []
+
+
+def test_tensors_in_another_order_of_memory_are_gathered_row_by_row(request: pytest.FixtureRequest) -> None:
+    def moved() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        weights, gradient = (torch.randn(2, 3, 4, 5, generator=generator) for _ in range(2))
+        param = torch.nn.Parameter(weights.to(memory_format=torch.channels_last))
+        param.grad = gradient.to(memory_format=torch.channels_last)
+        metaopt.build([param], "adamw(lr=0.1) | cautious | radial_brake | cautious_decay").step()
+        assert param.is_contiguous(memory_format=torch.channels_last)
+        return param.detach()
+
+    expected = moved()
+    ran = request.getfixturevalue("flat_runs")
+    torch.testing.assert_close(moved(), expected)
+    assert len(ran) == 3
 
 
 def test_large_groups_are_taken_in_parts_of_whole_tensors(

@@ -7,6 +7,7 @@ from accelerated import take_for_accelerator
 import metaopt
 from benchmarks.launch_rules import launches_of
 from benchmarks.launches import ALLOWED, SHAPES, by_hand, by_stack, count, default_specs
+from metaopt import flat_memory
 from metaopt.flat_memory import CHUNK, add_multiples_, dots, flat_room, memory_of, multiply_, sums
 
 # parts that launch more than is allowed, at most so many at 10 tensors: docs/performance.md has the reasons
@@ -104,8 +105,12 @@ def flat(*shapes: tuple[int, ...]) -> tuple[list[torch.Tensor], list[torch.Tenso
     return given, pieces
 
 
+@pytest.mark.parametrize("devices", [("cpu",), ()])
 @pytest.mark.parametrize("is_flat", [True, False])
-def test_numbers_of_pieces_of_one_memory_are_those_of_the_tensors(is_flat: bool) -> None:
+def test_numbers_of_pieces_of_one_memory_are_those_of_the_tensors(
+    is_flat: bool, devices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flat_memory, "ADDING_SEGMENTS", devices)
     given, pieces = flat((3, 5), (), (CHUNK,), (0,), (2 * CHUNK + 1,))
     assert memory_of(given) is None and memory_of(pieces) is not None
     tensors = pieces if is_flat else given
