@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import metaopt
+from metaopt.engine.views import blocks
 from metaopt.measurements import OfBins
 
 pytestmark = pytest.mark.slow
@@ -274,3 +275,27 @@ def test_a_log_of_one_rank_alone_does_not_leave_the_others_behind() -> None:
     opt.updates = 48
     train(model, opt, 48, 51)
     assert opt.updates == 51
+
+
+@on_two_ranks
+def test_ranks_of_uneven_shards_cut_their_blocks_alike() -> None:
+    blocks.CPU_BLOCK = 8  # of a process of its own
+    model, twin = (
+        nn.Sequential(*(nn.Linear(3, 3) for _ in range(3))),
+        nn.Sequential(*(nn.Linear(3, 3) for _ in range(3))),
+    )
+    for number, (p, q) in enumerate(zip(model.parameters(), twin.parameters(), strict=True)):
+        p.data.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
+        q.data.copy_(p.data)
+    for layer in model:
+        fully_shard(layer)
+    fully_shard(model)
+    spec = "adamw(lr=0.05) | update_floor(2.0) | trust_ratio"
+    opt, plain = metaopt.build(model, spec), metaopt.build(twin, spec)
+    for step in range(4):
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(100 + step))
+        for m, o in ((model, opt), (twin, plain)):
+            o.zero_grad()
+            m(x).square().mean().backward()
+            o.step()
+    torch.testing.assert_close(weights(model), weights(twin))

@@ -4,7 +4,6 @@ import math
 
 import torch
 
-from metaopt.distributed.shards import local
 from metaopt.engine.update import Params
 
 # elements that a processor's cache holds together with their state
@@ -28,7 +27,7 @@ def blocks_of(params: Params, most: int | None = None) -> list[Params]:
     blocks: list[Params] = []
     filled = math.inf
     for p in params:
-        size = local(p).numel()
+        size = p.numel()  # of all shards: ranks cut alike, and reduce alike
         if filled + size > most:
             blocks.append([])
             filled = 0
