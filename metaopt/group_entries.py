@@ -79,8 +79,8 @@ def is_decay(hyperparameter: Hyperparameter) -> bool:
 
 
 def lr_scale_of(group: ParamGroup) -> float:
-    """Take the factor of the learning rate out of a group and return it. Raises HyperparameterError."""
-    value = group.pop("lr_scale", 1.0)
+    """Return the factor of the learning rate that a group was given. Raises HyperparameterError."""
+    value = group.get("lr_scale", 1.0)
     number = not isinstance(value, bool) and isinstance(value, Real | torch.Tensor)
     if not number or not 0.0 <= float(value) < float("inf"):
         where = f"group {group['name']}" if "name" in group else "a group"

@@ -399,6 +399,7 @@ class Stack(torch.optim.Optimizer):
         schedules begin at 0) or a wrapper's label. What is forgotten starts at the next update as in a new run.
         Raises StepError.
         """
+        adopt_groups(self._run)
         reset(self._run, names)
 
     def scale_lr(self, factor: float, group: str | None = None) -> None:
@@ -497,6 +498,7 @@ class Stack(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         structure = self._run.structure
+        adopt_groups(self._run)
         self._run.adopt_rates()
         self._run.await_copies()
         if self._run.exchange is not None:

@@ -322,3 +322,45 @@ def test_a_rate_beside_a_schedule_that_is_zero_is_refused_with_the_ways_out() ->
     with pytest.raises(metaopt.HyperparameterError, match=r"whose rate is 0 now.*lr_scale.*constant"):
         opt.add_param_group({"params": net["body"].parameters(), "lr": 0.05})
     assert len(opt.param_groups) == 1
+
+
+def test_a_group_that_is_refused_leaves_no_trace() -> None:
+    def ends(updates: int) -> float:
+        if updates > 0:
+            raise ValueError("no value")
+        return 0.1
+
+    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    opt = metaopt.build([p], "adamw(lr=0.1) | lookahead(k=2)")
+    p.grad = torch.ones(2)
+    opt.step()
+    for group, error in (
+        ({"params": [q], "lr_scale": -1}, metaopt.HyperparameterError),
+        ({"params": [q], "lookahead.alpha": ends}, ValueError),
+    ):
+        with pytest.raises(error):
+            opt.add_param_group(group)
+        assert len(opt.param_groups) == 1
+    opt.add_param_group({"params": [q], "lr_scale": 0.5})
+    q.grad = torch.ones(2)
+    opt.step()
+    assert opt.param_groups[1]["lr"] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [lambda opt: opt.reset_state(), lambda opt: opt.reset_state("averages"), copy.deepcopy],
+    ids=["reset", "averages", "copy"],
+)
+def test_a_group_that_a_client_has_appended_is_complete_before_anything_reads_it(event: Any) -> None:
+    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    opt = metaopt.build([p], "adamw(lr=cosine(0.1)) | lookahead(k=2)", total_steps=10)
+    p.grad = torch.ones(2)
+    opt.step()
+    opt.param_groups.append({**opt.defaults, "params": [q]})
+    after = event(opt) or opt
+    for group in after.param_groups:
+        for each in group["params"]:
+            each.grad = torch.ones(2)
+    after.step()
+    assert all("lookahead.k" in group for group in after.param_groups)

@@ -32,7 +32,7 @@ def load(run: Run, state_dict: dict[str, Any], choice: Choice = Choice()) -> Loa
     base_state = _base_state(saved_state, tuple(f"{label}." for label in (*run.structure.labels(), *report.dropped)))
     extras = {k: _without_bytes(v) for k, v in state_dict.items() if k not in ("state", "param_groups")}
     live = run.base.state, run.base.param_groups
-    following = {name: getattr(run, name) for name in ("scheduled", "has_schedules", "adopted", "last_update")}
+    following = run.following()
     try:
         with only_class_hooks(run.base):
             run.base.load_state_dict({**extras, "state": base_state, "param_groups": groups})

@@ -90,14 +90,19 @@ def add_group(run: Run, param_group: ParamGroup) -> None:
     mark_no_decay(group)
     validate_group(run, group, len(run.param_groups), group.keys())
     name_like_others(group, run.param_groups)
-    before = set(run.state)
+    before, following = set(run.state), run.following()
     run.base.add_param_group(group)
-    for p in [p for p in run.state if p not in before]:
-        run.constructor_state[p] = run.state.pop(p)
-    group[UPDATES] = run.updates
-    complete_group(run, group)
-    know_members(run)
-    run.begin_schedules()
+    try:
+        for p in [p for p in run.state if p not in before]:
+            run.constructor_state[p] = run.state.pop(p)
+        group[UPDATES] = run.updates
+        complete_group(run, group)
+        know_members(run)
+        run.begin_schedules()  # one of its own may have no value at this count
+    except BaseException:
+        del run.param_groups[-1]
+        vars(run).update(following)
+        raise
     run.invalidate()
 
 
@@ -118,7 +123,13 @@ def validate_group(run: Run, group: ParamGroup, position: int, given: Collection
             f"{where}: differentiable=True: {chain.ordered[0].label} changes tensors in place and cannot be "
             f"differentiated through; leave one of the two out"
         )
-    if chain.base.defaults.get("weight_decay"):
+    scale, defaults = lr_scale_of(group), chain.base.defaults
+    if scale != 1.0 and "lr" not in schedules and group.get("lr", defaults.get("lr")) is None:
+        raise HyperparameterError(
+            f"lr_scale={scale:g}: {type(run.base).__name__} works its learning rate out itself, so that there is nothing "
+            f"to scale; give it an lr, or leave lr_scale out"
+        )
+    if defaults.get("weight_decay"):
         mark_no_decay(group)
     for key in known if group.get(NO_DECAY) else ():
         if is_decay(known[key][0].hyperparameters[known[key][1]]):
@@ -173,14 +184,10 @@ def complete_group(run: Run, group: ParamGroup) -> None:
         run.own_schedules.append(group.pop(OWN_VALUES))
         group[OWN_SCHEDULES] = len(run.own_schedules) - 1
     scale = lr_scale_of(group)
+    group.pop("lr_scale", None)
     if LR_SCALE not in group:
         group[LR_SCALE] = scale
         if scale != 1.0 and "lr" not in run.schedules_of(group):
-            if group.get("lr") is None:
-                raise HyperparameterError(
-                    f"lr_scale={scale:g}: {type(run.base).__name__} works its learning rate out itself, so that "
-                    f"there is nothing to scale; give it an lr, or leave lr_scale out"
-                )
             group["lr"] = group["lr"] * scale
     group.setdefault(BUILT_LR, None if "lr" in run.schedules_of(group) else rate_of(group))
     group.pop(NO_DECAY, None)

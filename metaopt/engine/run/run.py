@@ -220,6 +220,10 @@ class Run:
         schedules = [scheduled.schedules for scheduled in self.scheduled]
         warn_of_past_end(schedules, self.param_groups, updates, self.structure.total_steps)
 
+    def following(self) -> dict[str, Any]:
+        """Return what `begin_schedules` sets, by attribute: to put it back if the schedules cannot begin."""
+        return {name: getattr(self, name) for name in ("scheduled", "has_schedules", "adopted", "last_update")}
+
     def begin_schedules(self) -> None:
         """Follow the schedules of all groups from the present count on."""
         total_steps = self.structure.total_steps
