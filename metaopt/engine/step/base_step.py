@@ -1,6 +1,6 @@
 """How a base is stepped: by torch's kernel or the library, by its own `step()`, or block by block for `on_update`.
 
-It changes the weights and the base's state. Which of the ways it takes is decided in `step_bases` and `_step_directly`,
+It changes the weights and the base's state. Which of the ways it takes is decided in `step_bases`, `_step_directly` and `_step_in_blocks`,
 at each update; a group that a fused kernel cannot update loses `fused` for good (`turn_off_...`).
 """
 
@@ -117,7 +117,7 @@ def _gains_by_postponing(chain: Chain, group: ParamGroup, lists: FusedLists, sca
 def _step_in_blocks(update: Update, chain: Chain, group: ParamGroup) -> None:
     """Step the base and let the wrappers on the update act, one block of parameters after the other.
 
-    A block stays in the cache, and only its weights are kept twice.
+    A block stays in the cache, and only its weights are kept twice; a larger parameter is a block of its own.
     """
     params, gradients = update.params_and_grads(group)
     lists = lists_for(update.run.fused_lists, chain, group, params, update.uniform_dtype(group))
