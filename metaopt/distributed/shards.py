@@ -250,9 +250,10 @@ def _norms_of_small(tensors: list[torch.Tensor], p: float) -> tuple[list[torch.T
     if max(sizes) > SMALL:
         small = [t for t, size in zip(tensors, sizes, strict=True) if size <= SMALL]
         others = [t for t, size in zip(tensors, sizes, strict=True) if size > SMALL]
+        sizes = [size for size in sizes if size <= SMALL]
     if len(small) < MANY:
         return [], tensors
-    step = LARGE // SMALL if sum(sizes) > LARGE else len(small)
+    step = LARGE // max(1, *sizes)
     parts = [small[begin : begin + step] for begin in range(0, len(small), step)]
     norms = [torch.linalg.vector_norm(_joined(part), p, dtype=torch.float64) for part in parts]
     return [torch.stack(norms).to(tensors[0].dtype)], others
