@@ -14,10 +14,9 @@ from metaopt.multi_tensor import at_least_float32
 # elements from which on a tensor's norm is taken by rows, and how many rows
 LARGE = 1 << 16
 ROWS = 64
-# from so many tensors on of at most so many elements, copies of at most so many are one tensor when a norm is taken
+# so many tensors of at most so many elements are copied into one, of at most LARGE elements, before their norm is taken
 MANY = 64
 SMALL = 1 << 10
-TOGETHER = 512
 
 PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
@@ -251,9 +250,11 @@ def _norms_of_small(tensors: list[torch.Tensor], p: float) -> tuple[list[torch.T
     if max(sizes) > SMALL:
         small = [t for t, size in zip(tensors, sizes, strict=True) if size <= SMALL]
         others = [t for t, size in zip(tensors, sizes, strict=True) if size > SMALL]
+        sizes = [size for size in sizes if size <= SMALL]
     if len(small) < MANY:
         return [], tensors
-    parts = [small[begin : begin + TOGETHER] for begin in range(0, len(small), TOGETHER)]
+    step = LARGE // max(1, *sizes)
+    parts = [small[begin : begin + step] for begin in range(0, len(small), step)]
     norms = [torch.linalg.vector_norm(_joined(part), p, dtype=torch.float64) for part in parts]
     return [torch.stack(norms).to(tensors[0].dtype)], others
 

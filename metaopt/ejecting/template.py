@@ -217,8 +217,7 @@ class Groups:
         return getattr(self.part, name)
 
     def norm(self, norm_type: float = 2.0) -> torch.Tensor:
-        gradients = [p.grad for group in self.whole.param_groups for p in group["params"] if p.grad is not None]
-        total, factor = total_norm(gradients, norm_type), self.whole.factor
+        total, factor = total_norm([p.grad for p in self.whole._trained()], norm_type), self.whole.factor
         return total if factor is None else total * factor.abs()
 
     def norm_of(self, name: str) -> torch.Tensor:
@@ -313,8 +312,7 @@ class Stack(torch.optim.Optimizer):
             return loss
         # <slots>
         parts = [*self.parts_before, *self.parts_behind]
-        for p in trained:
-            kept = self.state.get(p, {})
+        for p, kept in [(p, self.state.get(p, {})) for p in trained]:
             self.initial[p] = {k: v for part in parts for k, v in part.initial(p).items() if k not in kept}
         # </slots>
         # <on_gradients>
@@ -373,8 +371,7 @@ class Stack(torch.optim.Optimizer):
         for part in [*self.parts_before, *self.parts_behind]:
             part.set_values(count + 1)
         for group in self.param_groups:
-            for key, curve in self.schedules.items():
-                group[key] = curve(count + 1) + 0.0
+            group |= {key: curve(count + 1) + 0.0 for key, curve in self.schedules.items()}
         # </schedules>
 
     def _step_base(self, count: int) -> None:
@@ -396,7 +393,7 @@ class Stack(torch.optim.Optimizer):
         # </branches>
         # <scales>
         if self.factor is not None and self._folds():
-            self.base.grad_scale, self.factor = self.factor.reciprocal().to(torch.float32), None  # type: ignore
+            self.base.grad_scale, self.factor = self.factor.reciprocal().to(torch.float32), None  # type: ignore[attr-defined]
         # </scales>
         self.apply_factor()
         # </on_gradients>
@@ -412,8 +409,8 @@ class Stack(torch.optim.Optimizer):
 
     def _folds(self) -> bool:
         """Return whether the base's fused kernel multiplies the gradients in its own pass."""
-        fits = all(g.get("fused") and p.element_size() <= 4 for g in self.param_groups for p in g["params"])
-        return fits and self.base._step_supports_amp_scaling  # type: ignore
+        fits = [g.get("fused") and all(p.element_size() <= 4 for p in g["params"]) for g in self.param_groups]
+        return all(fits) and self.base._step_supports_amp_scaling  # type: ignore
 
     def _needs_weights(self, part: Any) -> bool:
         kinds = [kind for kind, _ in part.slots.values()]
@@ -572,14 +569,16 @@ def total_norm(tensors: Tensors, p: float) -> torch.Tensor:
     if len(kinds) > 1:
         parts = [total_norm([t for t in tensors if (t.dtype, t.device) == kind], p) for kind in kinds]
         return torch.linalg.vector_norm(torch.stack([n.to(tensors[0].device) for n in parts]), p)  # type: ignore
+    # many small tensors as one, large ones by rows: a processor then uses all its threads, and the sum is more exact
     on_cpu = tensors[0].device.type == "cpu" and tensors[0].dtype in (torch.float32, torch.float64)
-    small = [t.flatten() for t in tensors if t.numel() <= 1024 and on_cpu and p in (1.0, 2.0)]
-    joined = [torch.cat(small[i : i + 512]) for i in range(0, len(small), 512)] if len(small) >= 64 else []
-    norms = [torch.linalg.vector_norm(part, p, dtype=torch.float64).to(part.dtype)[None] for part in joined]
-    others = [t for t in tensors if t.numel() > 1024] if joined else tensors
-    by_rows = [on_cpu and t.numel() >= 65536 and t.numel() % 64 == 0 and t.is_contiguous() for t in others]
-    norms += [torch.linalg.vector_norm(t.view(64, -1), p, dim=1) for t, by in zip(others, by_rows, strict=True) if by]
-    rest = [t for t, by in zip(others, by_rows, strict=True) if not by]
-    wide = torch.float32 if tensors[0].dtype in (torch.float16, torch.bfloat16) else None  # 16 bits end at 65504
-    norms += [torch.stack(torch._foreach_norm(rest, p, wide))] if rest else []
+    norms, small = [], [t for t in tensors if on_cpu and p in (1.0, 2.0) and t.numel() <= 1024]
+    if len(small) >= 64:
+        step, tensors = 65536 // max(1, *map(torch.numel, small)), [t for t in tensors if t.numel() > 1024]
+        parts = [torch.cat([t.flatten() for t in small[i : i + step]]) for i in range(0, len(small), step)]
+        norms = [torch.stack([torch.linalg.vector_norm(x, p, dtype=torch.float64) for x in parts]).to(small[0].dtype)]
+    by_rows = [on_cpu and t.numel() >= 65536 and t.numel() % 64 == 0 and t.is_contiguous() for t in tensors]
+    norms += [torch.linalg.vector_norm(t.view(64, -1), p, dim=1) for t, by in zip(tensors, by_rows, strict=True) if by]
+    others = [t for t, by in zip(tensors, by_rows, strict=True) if not by]
+    wide = torch.float32 if others and others[0].dtype in (torch.float16, torch.bfloat16) else None  # they end at 65504
+    norms += [torch.stack(torch._foreach_norm(others, p, wide))] if others else []
     return torch.linalg.vector_norm(torch.cat(norms), p)  # type: ignore

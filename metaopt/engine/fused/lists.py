@@ -82,7 +82,7 @@ class FusedLists:
         self._edition = 0
         self.state_lists: list[Tensors] = [list(map(itemgetter(key), states)) for key in keys]
         # the same tensors were updated twice: their counts may move into one tensor
-        self._is_settled = False
+        self.is_settled = False
         # the counts of all members, of which `state[p]["step"]` are views
         self._counts: torch.Tensor | None = None
         # by what a postponed step is to do: its program for the library, None if it does not fit
@@ -108,13 +108,13 @@ class FusedLists:
                 return False
             self._edition = edition
         try:
-            self._is_settled = all(
+            self.is_settled = all(
                 all(map(is_, map(itemgetter(key), self._states), kept))
                 for key, kept in zip(self.keys, self.state_lists, strict=True)
             )
         except KeyError:
             return False
-        return self._is_settled
+        return self.is_settled
 
     def are_uniform(self, dtype: torch.dtype) -> bool:
         """Return whether the state can be handed to the kernel as it is; torch would sort it by dtype and device."""
@@ -148,15 +148,20 @@ class FusedLists:
 
     def _count(self, part: slice) -> None:
         """Add 1 to the counts of some members: one call for all of them, however many tensors they are."""
-        if not self._is_settled:
+        if not self.is_settled:
             torch._foreach_add_(self.state_lists[-1][part], 1)
             return
+        counts = self.gathered_counts()
+        (counts if part == ALL else counts[part]).add_(1)
+
+    def gathered_counts(self) -> torch.Tensor:
+        """Return the counts of all members as one tensor, of which `state[p]["step"]` are views from now on."""
         if self._counts is None:
             self._counts = torch.stack(self.state_lists[-1])
             self.state_lists[-1] = list(self._counts.unbind())
             for state, count in zip(self._states, self.state_lists[-1], strict=True):
                 state["step"] = count
-        (self._counts if part == ALL else self._counts[part]).add_(1)
+        return self._counts
 
 
 def lists_for(

@@ -37,6 +37,8 @@ class PostponedStep:
         self._tensors: list[Tensors] = []
         self._addresses: list[array[int]] = []
         self._places: dict[Any, int] = {}
+        # the counts of all members, if they are views of one tensor
+        self._counts: torch.Tensor | None = None
         self._state = len(lists.keys) - ("step" in lists.keys)
 
     def begin(self) -> bool:
@@ -45,6 +47,8 @@ class PostponedStep:
         native = kernels()
         if native is None or not native.knows(self.params[0].dtype, lists.kernel):
             return False
+        if lists.is_settled and "step" in lists.keys:
+            self._counts = lists.gathered_counts()
         named = [("param", lists.members), ("grad", self.gradients), *zip(lists.keys, lists.state_lists, strict=True)]
         return all(self._place(key, tensors) is not None for key, tensors in named)
 
@@ -98,8 +102,11 @@ class PostponedStep:
             count=self._addresses[self._places["step"]] if "step" in lists.keys else None,
             divisor=self.divisor,
         )
-        written = [tensors for place, tensors in enumerate(self._tensors) if place != GRAD]
-        torch.autograd.graph.increment_version(list(chain.from_iterable(written)))
+        unwritten = {GRAD} if self._counts is None else {GRAD, self._places["step"]}
+        written = [tensors for place, tensors in enumerate(self._tensors) if place not in unwritten]
+        # views have the version of the tensor that they are views of
+        counts = [] if self._counts is None else [self._counts]
+        torch.autograd.graph.increment_version([*chain.from_iterable(written), *counts])
 
     def _place(self, key: Any, tensors: Tensors) -> int | None:
         if key not in self._places:

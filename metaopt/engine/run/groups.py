@@ -126,8 +126,8 @@ def validate_group(run: Run, group: ParamGroup, position: int, given: Collection
     scale, defaults = lr_scale_of(group), chain.base.defaults
     if scale != 1.0 and "lr" not in schedules and group.get("lr", defaults.get("lr")) is None:
         raise HyperparameterError(
-            f"lr_scale={scale:g}: {type(run.base).__name__} works its learning rate out itself, so that there is nothing "
-            f"to scale; give it an lr, or leave lr_scale out"
+            f"lr_scale={scale:g}: {type(run.base).__name__} works its learning rate out itself, so that there is "
+            f"nothing to scale; give it an lr, or leave lr_scale out"
         )
     if defaults.get("weight_decay"):
         mark_no_decay(group)

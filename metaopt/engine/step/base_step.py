@@ -1,7 +1,8 @@
 """How a base is stepped: by torch's kernel or the library, by its own `step()`, or block by block for `on_update`.
 
-It changes the weights and the base's state. Which of the ways it takes is decided in `step_bases`, `_step_directly` and `_step_in_blocks`,
-at each update; a group that a fused kernel cannot update loses `fused` for good (`turn_off_...`).
+It changes the weights and the base's state. Which of the ways it takes is decided at each update, in `step_bases`,
+`_step_directly` and `_step_in_blocks`; a group that a fused kernel cannot update loses `fused` for good
+(`turn_off_...`).
 """
 
 from operator import attrgetter
