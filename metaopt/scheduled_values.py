@@ -36,6 +36,11 @@ class ScheduledValues:
         value = self._curves[key](t)
         return value * group.get(LR_SCALE, 1.0) * group.get(LR_FACTOR, 1.0) if key == "lr" else value
 
+    def try_values(self, group: dict[str, Any]) -> None:
+        """Work every value out without writing it: a schedule that has none raises before anything is changed."""
+        for key in self._curves:
+            self.value(key, group["metaopt.updates"], group)
+
     def write(self, group: dict[str, Any]) -> None:
         """Set every scheduled value for the update that comes next."""
         t: int = group["metaopt.updates"]

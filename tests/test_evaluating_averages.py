@@ -271,6 +271,8 @@ def test_weights_return_whatever_was_changed_while_the_average_was_shown(part: s
         for group in opt.param_groups:
             group[f"{label}.start"] = 100
     has_returned()
+    for group in opt.param_groups:
+        group[f"{label}.start"] = 2
     with opt.averaged():
         saved, shown = copy.deepcopy(opt.state_dict()), copy.deepcopy(model.state_dict())
     opt.load_state_dict(saved)
@@ -282,3 +284,26 @@ def test_weights_return_whatever_was_changed_while_the_average_was_shown(part: s
 
 def _averages_of(opt: metaopt.Stack, label: str) -> list[torch.Tensor]:
     return [opt.state[p][f"{label}.average"] for group in opt.param_groups for p in group["params"]]
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_weights_of_several_dtypes_return_after_a_load_from_inside(marked: bool) -> None:
+    """Averages in float32 are swapped with weights in float32, and those of weights in bfloat16 are copied."""
+    params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))]
+    opt = metaopt.build(params, "sgd(lr=0.1) | ema(decay=0.9, average_dtype='float32')")
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        opt.step()
+    weights = [p.detach().clone() for p in params]
+    with opt.averaged():
+        saved, shown = copy.deepcopy(opt.state_dict()), [p.detach().clone() for p in params]
+    assert not any(map(torch.equal, weights, shown))
+    if not marked:  # as an earlier version wrote it
+        for held in saved["state"].values():
+            held.pop("ema.shown", None)
+    for p, values in zip(params, shown, strict=True):
+        p.data.copy_(values)
+    opt.load_state_dict(saved)
+    opt.zero_grad()
+    assert all(map(torch.equal, params, weights))

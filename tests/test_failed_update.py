@@ -292,6 +292,42 @@ def test_who_keeps_the_error_of_a_failed_step_keeps_no_gradients(base: Any, part
     assert memory_of_tensors() - before < 3 * 64 * 64 * 4
 
 
+class LooksBack(metaopt.Wrapper):
+    """Wants the weights from before behind the update."""
+
+    def after_updates(self, groups: metaopt.Groups) -> None:
+        for group in groups:
+            assert group.update
+
+
+class Full(metaopt.Logger):
+    """A log on a disk that is full."""
+
+    def open(self, **run: Any) -> None:
+        pass
+
+    def scalars(self, step: int, values: Any) -> None:
+        raise OSError("the disk is full")
+
+
+@pytest.mark.usefixtures("only_new_objects")
+def test_who_keeps_the_error_of_a_log_keeps_no_copies_of_the_weights() -> None:
+    model = torch.nn.Linear(64, 64, bias=False)
+    opt = metaopt.build(model.named_parameters(), metaopt.adamw(lr=0.01) | LooksBack(), log=Full(), log_every=2)
+    for _ in range(2):
+        before = memory_of_tensors()
+        model.weight.grad = torch.ones_like(model.weight)
+        try:
+            opt.step()
+        except metaopt.LogError as error:
+            model.zero_grad()
+            assert error.__traceback__ is not None
+            assert memory_of_tensors() - before < 64 * 64 * 4
+            break
+    else:
+        pytest.fail("the log did not fail")
+
+
 def test_a_reset_parameter_begins_anew_after_a_failed_update_whenever_its_gradient_comes() -> None:
     class Refuses(metaopt.Wrapper):
         """Raises at a gradient of zeros."""

@@ -324,24 +324,25 @@ def test_a_rate_beside_a_schedule_that_is_zero_is_refused_with_the_ways_out() ->
     assert len(opt.param_groups) == 1
 
 
-def test_a_group_that_is_refused_leaves_no_trace() -> None:
+@pytest.mark.parametrize("spec", ["adamw(lr=0.1) | lookahead(k=2)", "partition({'*': adamw(lr=0.1)}) | lookahead(k=2)"])
+def test_a_group_that_is_refused_leaves_no_trace(spec: str) -> None:
     def ends(updates: int) -> float:
         if updates > 0:
             raise ValueError("no value")
         return 0.1
 
     p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
-    opt = metaopt.build([p], "adamw(lr=0.1) | lookahead(k=2)")
+    opt = metaopt.build([("p", p)], spec)
     p.grad = torch.ones(2)
     opt.step()
     for group, error in (
-        ({"params": [q], "lr_scale": -1}, metaopt.HyperparameterError),
-        ({"params": [q], "lookahead.alpha": ends}, ValueError),
+        ({"params": [("q", q)], "lr_scale": -1}, metaopt.HyperparameterError),
+        ({"params": [("q", q)], "lookahead.alpha": ends}, ValueError),
     ):
         with pytest.raises(error):
             opt.add_param_group(group)
         assert len(opt.param_groups) == 1
-    opt.add_param_group({"params": [q], "lr_scale": 0.5})
+    opt.add_param_group({"params": [("q", q)], "lr_scale": 0.5})
     q.grad = torch.ones(2)
     opt.step()
     assert opt.param_groups[1]["lr"] == pytest.approx(0.05)

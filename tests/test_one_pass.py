@@ -411,3 +411,55 @@ def test_a_part_that_only_looks_sees_the_norm_of_clipped_gradients(
         opt.step()
     assert made and len(norms) > 2
     assert norms == pytest.approx([0.1] * len(norms), rel=1e-4)
+
+
+@pytest.mark.parametrize("spec", ["adamw(lr=0.1)", "clip_grad_norm(0.1) | sgd(lr=0.1, momentum=0.9)"])
+def test_parameters_that_shrink_where_they_are_are_updated_as_without_the_library(
+    spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> list[torch.Tensor]:
+        memory = [torch.randn(12, generator=torch.Generator().manual_seed(i)) for i in range(30)]
+        params = [torch.nn.Parameter(m.clone()) for m in memory]
+        opt = metaopt.build(params, spec)
+        for step in range(6):
+            if step == 3:
+                for p in params:
+                    p.data, p.grad = p.data[:5], None
+                    for key, value in opt.state[p].items():
+                        if key != "step":
+                            opt.state[p][key] = value[:5].clone()
+            for i, p in enumerate(params):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
+            opt.step()
+        return [p.detach().clone() for p in params]
+
+    found = run()
+    monkeypatch.setattr("metaopt.engine.step.base_step.kernels", lambda: None)
+    assert all(map(torch.equal, found, run()))
+
+
+def test_a_slot_that_somebody_has_emptied_is_an_error_of_python() -> None:
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(30)]
+    opt = metaopt.build(params, "adamw(lr=0.1) | lookahead(k=1)")
+
+    def step() -> None:
+        for p in params:
+            p.grad = torch.ones(3)
+        opt.step()
+
+    step()
+    step()
+    opt.state[params[3]]["lookahead.slow"] = None
+    with pytest.raises((TypeError, AttributeError)):
+        step()
+
+
+def test_an_update_in_inference_mode_does_not_spoil_those_after_it() -> None:
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(30)]
+    opt = metaopt.build(params, "adamw(lr=0.1)")
+    for step in range(6):
+        for p in params:
+            p.grad = torch.ones(3)
+        with torch.inference_mode(step == 2):
+            opt.step()
+    assert all(float(opt.state[p]["step"]) == 6.0 for p in params)

@@ -169,8 +169,8 @@ def total_norm(tensors: list[torch.Tensor], norm_type: float = 2.0, *, uniform: 
     """Return the p-norm over all elements of all tensors, as one 0-dim tensor that every rank agrees on.
 
     |g| = (sum_i |g_i|^p)^(1/p), with one reduction for each device mesh and each way to split over it, two if p is
-    infinite; tensors that are not DTensors count once. It is added up in float32, in float64 if a tensor has it.
-    `uniform`: the caller knows that they are plain tensors of one dtype and device.
+    infinite; tensors that are not DTensors count once. Each mesh is added up in float32, in float64 if one of its
+    tensors has it. `uniform`: the caller knows that they are plain tensors of one dtype and device.
     """
     if math.isinf(norm_type):  # which has no value over no elements
         tensors = [tensor for tensor in tensors if tensor.numel()]

@@ -105,7 +105,8 @@ def show(run: Run, label: str) -> None:
                 weights.copy_(average)
             else:
                 swap(weights, average)
-                run.state[p][f"{label}.shown"] = float(place)
+                # a tensor, as all that a checkpoint keeps of a wrapper for each parameter
+                run.state[p][f"{label}.shown"] = torch.tensor(float(place), device="cpu")
             done.append((p, weights, average, place))
     except BaseException:
         for p, weights, average, place in reversed(done):
@@ -211,7 +212,7 @@ def _forget_weights(run: Run, label: str) -> None:
             param_state = run.state.get(p, {})
             found = [param_state.pop(f"{label}.{name}", None) for name in ("fast", "shown")]
             # `state[p]` is absent or whole
-            if found != [None, None] and not param_state:
+            if any(value is not None for value in found) and not param_state:
                 del run.state[p]
 
 
@@ -225,14 +226,13 @@ def _swapped(run: Run, label: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]
         chain = run.structure.chain_of(group)
         for p in group["params"] if label in chain.labelled else ():
             param_state = run.state.get(p, {})
-            marked = marked or f"{label}.fast" in param_state
             if f"{label}.shown" in param_state:
                 marked = True
                 keys = chain.slots_of(chain.labelled[label]).state_keys
                 yield local(p), local(param_state[keys[int(param_state[f"{label}.shown"])]])
     if not marked:  # a checkpoint of an earlier version has no marks
-        for _, weights, average, place in _averages(run, label):
-            if place is not None:
+        for p, weights, average, place in _averages(run, label):
+            if place is not None and f"{label}.fast" not in run.state.get(p, {}):
                 yield weights, average
 
 

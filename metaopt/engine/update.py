@@ -27,7 +27,8 @@ Params = list[torch.Tensor]
 class Update:
     """One update of a run: pending factors and state, the weights before and their change, steps that are put off.
 
-    `averaged()`, `record()` and `reset_state()` use one outside a step, in which nothing is pending.
+    Outside a step `averaged()`, `averaged_module()` and `record()` of a value on which a part acts use one, in which
+    nothing is pending.
     """
 
     __slots__ = (
@@ -143,7 +144,11 @@ class Update:
         key = id(group)
         if key not in self._uniform_dtypes:
             known = self.run.uniform_tensors
+            before = known.get(key)
             self._uniform_dtypes[key] = uniform_dtype(known, key, *self.params_and_grads(group))
+            lists = self.run.fused_lists.get(key)
+            if known.get(key) is not before and lists is not None and not lists.look_again():
+                del self.run.fused_lists[key]
         return self._uniform_dtypes[key]
 
     def are_uniform(self, group: ParamGroup, params: Params) -> bool:
@@ -160,12 +165,12 @@ class Update:
 
     def make_postponed(self) -> None:
         """Make the steps that were put off: somebody looks at weights, gradients or state."""
-        if self.postponed:
-            postponed, self.postponed = self.postponed, {}
-            for key, each in postponed.items():
-                each.make()
-                if each.divisor is not None:
-                    self.grads_to_divide[key] = each
+        while self.postponed:  # one by one: if one fails, the others are made when the update is left
+            key = next(iter(self.postponed))
+            each = self.postponed.pop(key)
+            each.make()
+            if each.divisor is not None:
+                self.grads_to_divide[key] = each
 
     def divide_gradients(self, group: ParamGroup) -> None:
         """Divide gradients by what the base has divided them by only for itself."""

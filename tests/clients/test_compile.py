@@ -289,12 +289,13 @@ def test_a_group_is_capturable_after_a_compiled_step_only_if_it_was_before() -> 
     assert opt.updates == 2
 
 
-def test_momentum_that_begins_late_is_that_of_the_eager_step() -> None:
+@pytest.mark.parametrize("spec", ["sgd(lr=0.1, momentum=0.9)", "clip_grad_norm(0.01) | sgd(lr=0.1, momentum=0.9)"])
+def test_momentum_that_begins_late_is_that_of_the_eager_step(spec: str) -> None:
     """torch's fused SGD takes all momentum buffers or none; compiled, it cannot be stepped in two parts."""
     runs = []
     for compiled in (True, False):
         model = small_model()
-        opt = metaopt.build(model.named_parameters(), "sgd(lr=0.1, momentum=0.9)")
+        opt = metaopt.build(model.named_parameters(), spec)
         step = torch.compile(opt.step, backend="eager") if compiled else opt.step
         last = list(model.parameters())[-1]
         for number in range(5):

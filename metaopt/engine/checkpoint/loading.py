@@ -32,7 +32,6 @@ def load(run: Run, state_dict: dict[str, Any], choice: Choice = Choice()) -> Loa
     base_state = _base_state(saved_state, tuple(f"{label}." for label in (*run.structure.labels(), *report.dropped)))
     extras = {k: _without_bytes(v) for k, v in state_dict.items() if k not in ("state", "param_groups")}
     live = run.base.state, run.base.param_groups
-    following = run.following()
     try:
         with only_class_hooks(run.base):
             run.base.load_state_dict({**extras, "state": base_state, "param_groups": groups})
@@ -43,7 +42,6 @@ def load(run: Run, state_dict: dict[str, Any], choice: Choice = Choice()) -> Loa
         run.begin_schedules()  # one may have no value at the loaded count
     except BaseException:
         run.base.state, run.base.param_groups = live
-        vars(run).update(following)
         raise
     for p in run.state:  # what the constructor made of these will not be needed
         run.constructor_state.pop(p, None)

@@ -48,8 +48,9 @@ def matched(live_groups: list[ParamGroup], state_dict: Mapping[str, Any], names:
         {key: list(group[key]) for key in ("params", "param_names") if isinstance(group.get(key), list)}
         for group in state_dict["param_groups"]
     ]
+    memo: dict[int, Any] = {}  # what groups share stays shared
     groups = [
-        {**copy.deepcopy({k: v for k, v in group.items() if k not in own}), **own}
+        {**copy.deepcopy({k: v for k, v in group.items() if k not in own}, memo), **own}
         for group, own in zip(state_dict["param_groups"], lists, strict=True)
     ]
     state = state_dict["state"]

@@ -2,8 +2,8 @@
 
 All replicas call `step()` equally often, whether or not one of them skips an update. So it is the count of steps that
 says when an exchange is due, and every replica takes part with what it has. A step that
-raises before or in the base is not counted, and one that raises later, in a wrapper before the exchange, has no part in
-it: a replica that goes on after one is no longer in step with the rest.
+raises before the base, in it or in `on_update` right behind it is not counted, and one that raises later, in a wrapper
+in front of the exchange, is counted without it: a replica that goes on after one is no longer in step with the rest.
 """
 
 from collections.abc import Iterator

@@ -124,11 +124,22 @@ class FusedLists:
         )
 
     def addresses(self, key: Any, tensors: Tensors) -> "array[int] | None":
-        """Return where the tensors of a list, which nobody changes, begin; None if they are not as the members are."""
+        """Return where the tensors of a list begin; None if they are not as the members are.
+
+        The list itself must not be changed later: it is kept, to be compared with that of the next update.
+        """
+        dtype, sizes = (torch.float32, None) if key == "step" else (self.dtype, self.sizes)
         located = self._located.get(key)
         if located is None or not (tensors is located.tensors or are_identical(tensors, located.tensors)):
+            if not is_uniform(tensors, dtype):  # only of such tensors it may be asked where they are
+                return None
             located = self._located[key] = LocatedTensors(tensors)
-        return located.addresses(torch.float32 if key == "step" else self.dtype, None if key == "step" else self.sizes)
+        return located.addresses(dtype, sizes)
+
+    def look_again(self) -> bool:
+        """Look at all tensors again: parameters or gradients have changed. Return whether the sizes are the same."""
+        self._located.clear()
+        return sizes_of(self.members) == self.sizes
 
     def step(
         self,
@@ -157,8 +168,9 @@ class FusedLists:
     def gathered_counts(self) -> torch.Tensor:
         """Return the counts of all members as one tensor, of which `state[p]["step"]` are views from now on."""
         if self._counts is None:
-            self._counts = torch.stack(self.state_lists[-1])
-            self.state_lists[-1] = list(self._counts.unbind())
+            with torch.inference_mode(False):  # tensors that are made in that mode cannot be changed outside of it
+                self._counts = torch.stack(self.state_lists[-1])
+                self.state_lists[-1] = list(self._counts.unbind())
             for state, count in zip(self._states, self.state_lists[-1], strict=True):
                 state["step"] = count
         return self._counts

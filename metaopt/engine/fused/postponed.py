@@ -142,6 +142,8 @@ def postponed_step(
     """
     if torch.autograd.profiler._is_profiler_enabled or torch._C._len_torch_dispatch_stack():
         return None
+    if divisor is not None and not divisor.is_cpu:  # a clip has taken the norm on another device
+        divisor = divisor.to("cpu")
     postponed = PostponedStep(lists, group, members, gradients, divisor)
     return postponed if postponed.begin() else None
 

@@ -18,8 +18,8 @@ Tensors = list[torch.Tensor]
 def is_uniform(tensors: Tensors, dtype: torch.dtype) -> bool:
     """Return whether all are ordinary dense tensors of one dtype, row by row in the processor's memory."""
     return (
-        all(map(attrgetter("is_cpu"), tensors))
-        and PLAIN.issuperset(map(type, tensors))
+        PLAIN.issuperset(map(type, tensors))
+        and all(map(attrgetter("is_cpu"), tensors))
         and all(map(is_, map(attrgetter("dtype"), tensors), repeat(dtype)))
         and all(map(is_, map(attrgetter("layout"), tensors), repeat(torch.strided)))
         and all(map(torch.Tensor.is_contiguous, tensors))

@@ -90,7 +90,7 @@ def add_group(run: Run, param_group: ParamGroup) -> None:
     mark_no_decay(group)
     validate_group(run, group, len(run.param_groups), group.keys())
     name_like_others(group, run.param_groups)
-    before, following = set(run.state), run.following()
+    before = set(run.state)
     run.base.add_param_group(group)
     try:
         for p in [p for p in run.state if p not in before]:
@@ -101,7 +101,8 @@ def add_group(run: Run, param_group: ParamGroup) -> None:
         run.begin_schedules()  # one of its own may have no value at this count
     except BaseException:
         del run.param_groups[-1]
-        vars(run).update(following)
+        if run.structure.multi_base is not None:
+            run.structure.multi_base.assign_groups()
         raise
     run.invalidate()
 

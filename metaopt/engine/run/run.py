@@ -220,14 +220,13 @@ class Run:
         schedules = [scheduled.schedules for scheduled in self.scheduled]
         warn_of_past_end(schedules, self.param_groups, updates, self.structure.total_steps)
 
-    def following(self) -> dict[str, Any]:
-        """Return what `begin_schedules` sets, by attribute: to put it back if the schedules cannot begin."""
-        return {name: getattr(self, name) for name in ("scheduled", "has_schedules", "adopted", "last_update")}
-
     def begin_schedules(self) -> None:
-        """Follow the schedules of all groups from the present count on."""
+        """Follow the schedules of all groups from the present count on; if one has no value there, nothing changes."""
         total_steps = self.structure.total_steps
-        self.scheduled = [ScheduledValues(self.schedules_of(group), total_steps) for group in self.param_groups]
+        scheduled = [ScheduledValues(self.schedules_of(group), total_steps) for group in self.param_groups]
+        for own, group in zip(scheduled, self.param_groups, strict=True):
+            own.try_values(group)
+        self.scheduled = scheduled
         self.has_schedules = self.stages is not None or any(scheduled.schedules for scheduled in self.scheduled)
         self.adopted = self.param_groups, len(self.param_groups)
         if not self._warned_of_end:

@@ -215,3 +215,7 @@ def turn_off_kernel_for_late_momentum(update: Update, chain: Chain) -> None:
     if chain.fused_by_default and _late_momentum(update, chain):
         for group in chain.groups_in(update.run.param_groups):
             group["fused"] = None
+        divisor = vars(chain.base).pop("grad_scale", None)
+        if divisor is not None:  # was meant for the kernel
+            update.add_scale(chain, divisor.reciprocal())
+            update.apply_scale(chain)

@@ -161,6 +161,20 @@ def _prepare_base(update: Update) -> None:
 def finish(update: Update, loss: Any) -> None:
     """Do all that comes after the base's step."""
     run = update.run
+    try:
+        _act_behind_base(update, loss)
+        updates = run.updates
+        run.metrics.end_update(updates)
+        if updates > run.last_update:  # last: where warnings are errors, the update is complete all the same
+            run.warn_of_end(updates)
+    except BaseException:
+        update.free_memory()
+        raise
+
+
+def _act_behind_base(update: Update, loss: Any) -> None:
+    """Count the update, let wrappers act on the weights, and write the scheduled values for the next one."""
+    run = update.run
     # a torch scheduler bound to the base before it was wrapped looks here
     run.base._opt_called = True  # type: ignore[attr-defined]
     try:
@@ -187,16 +201,11 @@ def finish(update: Update, loss: Any) -> None:
     except BaseException:
         run.metrics.drop_update(gathered=True)
         update.make_postponed()
-        update.free_memory()
         raise
     finally:
         update.remove_temporaries()
         if run.has_schedules:
             run.write_schedules()
-    updates = run.updates
-    run.metrics.end_update(updates)
-    if updates > run.last_update:  # last: where warnings are errors, the update is complete all the same
-        run.warn_of_end(updates)
 
 
 def record(run: Run, name: str, value: Any) -> None:
