@@ -16,6 +16,8 @@ import torch
 from metaopt.multi_tensor import Tensors, at_least_float32, cast, on_accelerator
 
 CHUNK = 512
+# an attribute of memories that are made here, with zeros behind each tensor
+MARK = "_metaopt_is_flat_memory"
 # elements of which copies are made at a time
 PART = 1 << 27
 # devices for which torch has `segment_reduce`, which adds up in the same order each time
@@ -86,8 +88,11 @@ def layout_of(tensors: Sequence[torch.Tensor]) -> Layout:
 def _memories(tensors: Sequence[torch.Tensor], dtype: torch.dtype, number: int) -> Tensors:
     """Return several memories for tensors, cleared by one call: they are freed together."""
     whole = torch.zeros(number, layout_of(tensors).total, dtype=dtype, device=tensors[0].device)
-    # `data` is no part of the whole any more, so that `memory_of` finds it by its pieces
-    return [memory.data for memory in whole.unbind()]
+    # `data` drops the base, so that each memory is the base of its own pieces
+    memories = [memory.data for memory in whole.unbind()]
+    for memory in memories:
+        setattr(memory, MARK, True)
+    return memories
 
 
 def flat_rooms(tensors: Sequence[torch.Tensor], dtype: torch.dtype, number: int) -> list[Tensors]:
@@ -113,9 +118,10 @@ def _strides(shape: torch.Size) -> tuple[int, ...]:
 
 
 def memory_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """Return the memory whose pieces tensors are, or None."""
+    """Return the memory that was made for these tensors as its pieces, or None."""
     memory, layout = tensors[0]._base, layout_of(tensors)
-    if memory is None or memory.dim() != 1 or memory.numel() != layout.total:
+    # of another memory nobody knows what lies behind a tensor
+    if memory is None or not hasattr(memory, MARK) or memory.numel() != layout.total:
         return None
     if any(t._base is not memory or not t.is_contiguous() for t in tensors):
         return None

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from metaopt.flat_memory import number_on
+from metaopt.multi_tensor import at_least_float32
 
 
 def call(op: str, args: Sequence[Any], out: torch.Tensor) -> None:
     """Write the result of an operation to room of its dtype, which may be that of an operand."""
     if op in _CALLS:
         # of numbers, torch wants a first one as a tensor
-        _CALLS[op](as_tensor(args[0], out.dtype), *args[1:], out=out)
+        _CALLS[op](as_tensor(args[0], at_least_float32(out.dtype)), *args[1:], out=out)
     else:
         _MORE[op](*args, out)
 
@@ -32,7 +33,8 @@ def beside(number: Any, dtype: torch.dtype, device: torch.device) -> torch.Tenso
 
 def _where(condition: Any, a: Any, b: Any, out: torch.Tensor) -> None:
     condition = condition if condition.dtype == torch.bool else condition != 0
-    torch.where(condition, beside(a, out.dtype, out.device), beside(b, out.dtype, out.device), out=out)
+    a, b = (beside(each, out.dtype, out.device).to(out.dtype) for each in (a, b))
+    torch.where(condition, a, b, out=out)
 
 
 def _lerp(start: Any, end: Any, weight: Any, out: torch.Tensor) -> None:
@@ -41,11 +43,13 @@ def _lerp(start: Any, end: Any, weight: Any, out: torch.Tensor) -> None:
 
 
 def _addcmul(a: Any, b: Any, c: Any, out: torch.Tensor) -> None:
-    a = as_tensor(a, out.dtype)
-    if isinstance(b, torch.Tensor) and isinstance(c, torch.Tensor):
+    if all(isinstance(each, torch.Tensor) and each.dim() for each in (a, b, c)):
         torch.addcmul(a.to(out.dtype), b.to(out.dtype), c.to(out.dtype), out=out)
-    else:
-        torch.add(a, b * c, out=out)
+        return
+    # CUDA's kernel takes no number in the first two places
+    b, c = (each.to(out.dtype) if isinstance(each, torch.Tensor) and each.dim() else each for each in (b, c))
+    product = as_tensor(b * c, at_least_float32(out.dtype))
+    torch.add(product, a, out=out)
 
 
 _CALLS: dict[str, Callable[..., Any]] = {

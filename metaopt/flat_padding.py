@@ -1,7 +1,8 @@
 """What a rule of elements makes of the zeros behind tensors: whether they stay zeros, which add nothing to a sum.
 
 Each symbol is worked out for an element that is 0 in every tensor. Hyperparameters and numbers of a tensor count as
-finite: if one is not, it has spoilt all elements of its tensor already, and no other tensor has a part of its zeros.
+finite, and none that is divided by as 0: if it is not so, a sum over that tensor may be NaN where it would be infinite.
+The zeros behind a tensor are added only to that tensor's sums.
 """
 
 import math

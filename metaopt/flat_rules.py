@@ -163,7 +163,7 @@ class _Run:
                 yield self._found[arg]
 
     def _may_change(self, old: Symbol, new: Symbol) -> bool:
-        # what is left of an update that fails halfway is thrown away, but not what is left of weights or state
+        # as by multi-tensor calls: if the rule fails halfway, the update is half changed, but not weights or state
         is_update = old.value == "update" and [*self._plan.outputs] == ["update"]
         return is_update or self._plan.outputs.get(old.value) is new
 

@@ -91,6 +91,19 @@ class Scored(Wrapper):
         self.weigh(group)
 
 
+class Chooses(Wrapper):
+    """A rule whose condition is wider than what it chooses from, and with numbers in the first place."""
+
+    kept = zeros()
+
+    @elementwise
+    def choose(update, grad, kept):  # type: ignore[no-untyped-def]
+        return {"kept": torch.where(update > 0, 0.9 * grad, 1e-8 + kept), "update": 0.7 * update}
+
+    def on_update(self, group: Group) -> None:
+        self.choose(group)
+
+
 BUILT_IN = [
     *("cautious", "cautious_decay", "clip_update_rms", "radial_brake(outward=0.3, inward=0.2)", "update_floor(0.38)"),
     *("trust_ratio", "trust_ratio(0.001, eps=1e-3, min_norm=0.1, max_ratio=0.8)", "hyperball"),
@@ -102,6 +115,7 @@ OWN: dict[str, list[type[Wrapper]]] = {
     "shifts": [Shifts, Counted],
     "crosses": [Crosses],
     "scored": [Scored],
+    "chooses": [Chooses],
 }
 BASES = ["adamw(lr=0.01)", "adamw(lr=0.01, fused=False)", "sgd(lr=0.1, momentum=0.9, maximize=True)", "muon(lr=0.01)"]
 
@@ -253,3 +267,37 @@ def test_large_groups_are_taken_in_parts_of_whole_tensors(
     found = trained("muon(lr=0.1) | trust_ratio | cautious", torch.float32, [(33, 40), (3, 5), (8, 9), (4, 4)])
     assert len(flat_runs) - whole == 3 * whole
     torch.testing.assert_close(found, expected)
+
+
+def test_a_neighbour_in_somebody_s_own_memory_is_no_padding(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Copies of both weights, 512 elements, are one memory that is as long as that of the matrix with its padding."""
+
+    def run() -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((16, 16), (CHUNK - 256,))]
+        opt = metaopt.build(params, "adamw(lr=0.1) | lookahead(k=5) | hyperball")
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            opt.step()
+        return [p.detach().clone() for p in params]
+
+    monkeypatch.setenv("METAOPT_KERNELS", "0")
+    expected = run()
+    request.getfixturevalue("flat_runs")
+    for found, known in zip(run(), expected, strict=True):
+        torch.testing.assert_close(found, known, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_tiny_update_turns_a_matrix_by_the_same_angle(flat: bool, request: pytest.FixtureRequest) -> None:
+    if flat:
+        request.getfixturevalue("flat_runs")
+    p = torch.nn.Parameter(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+    opt = metaopt.build([p], "sgd(lr=0.1) | hyperball")
+    p.grad = torch.tensor([[0.0, 1e-20], [0.0, 0.0]])
+    opt.step()
+    torch.testing.assert_close(p.detach().norm(), torch.tensor(1.0))
+    torch.testing.assert_close(p.detach()[0, 1], torch.tensor(-0.1 / 1.01**0.5), rtol=1e-3, atol=0.0)

@@ -312,7 +312,7 @@ class Update:
         return self.change[p]
 
     def read_only_weights(self, params: Params) -> list[torch.Tensor]:
-        """Return the weights of parameters; if copies from before the update are the same and flat, these."""
+        """Return the weights of parameters, or their copies from before the update if these are in flat memory."""
         if all(p in self.unapplied for p in params):
             before = [self.weights_before[p] for p in params]
             if memory_of(before) is not None:

@@ -10,10 +10,11 @@ from metaopt import Group, Wrapper, elementwise, hookimpl
 
 def _turn(update: Tensor, param: Tensor, *, lr: float) -> dict[str, Tensor]:
     square, mixed, length = torch.dot(param, param), torch.dot(param, update), torch.dot(update, update)
-    cosine = mixed / torch.sqrt(square) / torch.sqrt(length)
+    radius, size = torch.sqrt(square), torch.sqrt(length)
+    cosine = mixed / radius / size
     shrink = torch.reciprocal(torch.sqrt(torch.clamp((1 + lr * lr) + cosine * (2 * lr), min=1e-12)))
     turning = torch.abs(cosine) < math.inf
-    scale = torch.where(turning, shrink * lr * torch.sqrt(square / length), 1.0)
+    scale = torch.where(turning, shrink * lr * (radius / size), 1.0)
     return {"update": torch.addcmul(update * scale, param, torch.where(turning, shrink - 1, 0.0))}
 
 
@@ -43,11 +44,12 @@ def _turn_by_hand(group: Group) -> None:
     squares, mixed, lengths = (
         group.stack(group.dots(*pair)) for pair in ((weights, weights), (weights, updates), (updates, updates))
     )
-    cosines = mixed / squares.sqrt() / lengths.sqrt()
+    radii, sizes = squares.sqrt(), lengths.sqrt()
+    cosines = mixed / radii / sizes
     # R / |w + lr R N(u)|, from two sides and their angle: the sum of so many squares is less exact in 32 bits
     shrinks = (1 + 2 * group.base_lr * cosines + group.base_lr**2).clamp(min=1e-12).rsqrt()
     turning = cosines.isfinite()
-    scales = torch.where(turning, shrinks * group.base_lr * (squares / lengths).sqrt(), 1.0)
+    scales = torch.where(turning, shrinks * group.base_lr * (radii / sizes), 1.0)
     shifts = torch.where(turning, shrinks - 1, 0.0)
     group.multiply(updates, scales)
     group.add_multiples(updates, weights, shifts)
