@@ -36,7 +36,7 @@ def compared(run: Run) -> Comparison | None:
     _refuse_other_shards(run)
     if replicas.size == 1:
         return None
-    steps, device = int(run.param_groups[0].get(STEP_CALLS, 0)), run.param_groups[0]["params"][0].device
+    steps, device = int(run.param_groups[0].get(STEP_CALLS, 0)), _device(run)
     own = [_model(run), _settings(run), steps, run.updates, _weights(run)]
     told = replicas.gather(own, device)
     for place, what in enumerate(("parameters (names, shapes, dtypes or groups)", "settings of the exchange")):
@@ -177,3 +177,9 @@ def _digest(tensor: torch.Tensor) -> int:
     places = torch.arange(1, min(bits.numel(), DIGESTED) + 1, device=bits.device)
     sums = [(piece * places[: piece.numel()]).sum() for piece in torch.split(bits, DIGESTED)]
     return _number(torch.stack(sums).tolist())
+
+
+def _device(run: Run) -> torch.device:
+    """Return where the first parameter is; the first group may be empty."""
+    first = next((p for group in run.param_groups for p in group["params"]), None)
+    return torch.device("cpu") if first is None else first.device

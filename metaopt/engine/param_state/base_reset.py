@@ -1,4 +1,4 @@
-"""A reset that a wrapper asks for: the base's state of some parameters is deleted.
+"""A reset that a wrapper asks for: the base's state of some parameters is deleted, or set to zeros.
 
 The next update of these parameters is a first one (`first_update`): the base itself makes new state in its step. What
 begins with zeros is not deleted but cleared.
