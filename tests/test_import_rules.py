@@ -39,7 +39,7 @@ BOTTOM: dict[str, set[str]] = {
     "rules": {"errors", "group", "multi_tensor"},
     "joined_rules": {"rules"},
     "flat_padding": {"rules"},
-    "flat_operations": {"flat_memory"},
+    "flat_operations": {"flat_memory", "multi_tensor"},
     "flat_rules": {"flat_memory", "flat_operations", "flat_padding", "group", "multi_tensor", "rules"},
     "programs": {"joined_rules", "rules"},
     "wrapper": {"errors", "hyperparameters", "schedule", "slots", "group", "rules"},
