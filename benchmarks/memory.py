@@ -1,11 +1,11 @@
 """The memory of an update: what it keeps, what it takes for a moment, and how often it starts a kernel."""
 
-import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 # kernels, and what else the host starts on the device: copies, fills and whole graphs
@@ -37,21 +37,32 @@ def watch_memory(step: Callable[[], Any], device: torch.device | str = "cpu") ->
     if kind == "cuda":
         activities.append(ProfilerActivity.CUDA)
         torch.cuda.synchronize()
-    # what earlier profiles saw allocated and nobody needs any more must not be released in this one
-    gc.collect()
     with profile(activities=activities, profile_memory=True) as recorded:
         step()
         if kind == "cuda":
             torch.cuda.synchronize()
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-    events = recorded.profiler.kineto_results.events()
-    # every allocation is a record with its bytes, every release one with as many below zero
-    records = [e for e in events if e.name() == "[memory]" and str(e.device_type()).rpartition(".")[2].lower() == kind]
+    results = recorded.profiler.kineto_results
+    records = [
+        event.extra_fields
+        for event in sorted(_all(results.experimental_event_tree()), key=lambda event: event.start_time_ns)
+        if event.tag == _EventType.Allocation and event.extra_fields.device.type == kind
+    ]
+    # what an earlier profile saw allocated may be released in this one, by whoever held it: it is none of the update's
+    allocated: dict[int, int] = {}
     now = peak = 0
-    for record in sorted(records, key=lambda record: record.start_ns()):
-        now += record.nbytes()
+    for record in records:
+        now += record.alloc_size if record.alloc_size > 0 else -allocated.pop(record.ptr, 0)
+        if record.alloc_size > 0:
+            allocated[record.ptr] = record.alloc_size
         peak = max(peak, now)
-    return Taken(peak, now, sum(e.name().startswith(_LAUNCHES) for e in events))
+    return Taken(peak, now, sum(event.name().startswith(_LAUNCHES) for event in results.events()))
+
+
+def _all(events: Iterable[Any]) -> Iterator[Any]:
+    for event in events:
+        yield event
+        yield from _all(event.children)
 
 
 def watch_cycle(

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.paths`: the three ratios of an update that the performance page shows, by one thread.
+"""`python -m benchmarks.paths`: the ratios of an update that the performance page shows, by one thread.
 
 Pairs are interleaved in one process and timed by the thread's own clock, which other programs move the least. Run it
 with and without `METAOPT_KERNELS=0` to compare the library with torch's kernels.
@@ -6,22 +6,25 @@ with and without `METAOPT_KERNELS=0` to compare the library with torch's kernels
 
 import datetime
 import sys
-import time
 from collections.abc import Callable
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import torch
 
 import metaopt
+from benchmarks.clock import sample
 from benchmarks.machine import machine, machine_line
 from metaopt.lab.shapes import make_tensor_set
+from metaopt.lab.timing import Spread, ratios
 from metaopt.programs import kernels
 
 ROUNDS = 20
 # updates of a sample: enough of them to be timed, a multiple of Lookahead's period
 UPDATES = {"tiny": 100, "many": 10, "transformer": 5, "large": 5}
 FULL = "clip_grad_norm(1.0) | adamw | lookahead(k=5)"
+
+CPU = torch.device("cpu")
 
 Step = Callable[[], Any]
 
@@ -31,15 +34,22 @@ def fused(params: list[torch.nn.Parameter]) -> Step:
     return torch.optim.AdamW(params, fused=True).step
 
 
-def by_hand(params: list[torch.nn.Parameter]) -> Step:
-    """Return what people write: a clip by the norm, then fused AdamW; no Lookahead."""
-    step = fused(params)
+def by_hand(params: list[torch.nn.Parameter], step: Step | None = None) -> Step:
+    """Return what people write: a clip by the norm, then fused AdamW, or what `step` does; no Lookahead."""
+    step = step or fused(params)
 
     def update() -> None:
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         step()
 
     return update
+
+
+def by_package(params: list[torch.nn.Parameter]) -> Step:
+    """Return what the package pytorch-optimizer is for: a clip, then default AdamW in its Lookahead."""
+    from pytorch_optimizer import Lookahead
+
+    return by_hand(params, Lookahead(torch.optim.AdamW(params), k=5).step)
 
 
 def stack(spec: str) -> Callable[[list[torch.nn.Parameter]], Step]:
@@ -51,6 +61,7 @@ PAIRS = {
     f"`{FULL}` to `clip_grad_norm_`, fused AdamW": (stack(FULL), by_hand),
     "`adamw | lookahead(k=5)` to fused AdamW": (stack("adamw | lookahead(k=5)"), fused),
     "`adamw` to fused AdamW": (stack("adamw"), fused),
+    f"`{FULL}` to `clip_grad_norm_`, default AdamW, Lookahead of pytorch-optimizer": (stack(FULL), by_package),
 }
 
 
@@ -68,21 +79,16 @@ class Contender:
 
     def seconds(self, updates: int) -> float:
         """Return the mean time of an update."""
-        total = 0.0
-        for _ in range(updates):
-            torch._foreach_copy_(self.held, self.gradients)
-            began = time.thread_time()
-            self.step()
-            total += time.thread_time() - began
-        return total / updates
+        return sample(CPU, lambda: torch._foreach_copy_(self.held, self.gradients), self.step, updates).host
 
 
-def measured(name: str, makers: tuple[Callable[..., Step], Callable[..., Step]]) -> tuple[list[float], list[float]]:
-    """Return the ratios of the rounds, and the seconds of an update of the first."""
+def measured(name: str, makers: tuple[Callable[..., Step], Callable[..., Step]]) -> tuple[Spread, float]:
+    """Return the ratio of the rounds, and the seconds of an update of the first."""
     contenders = [Contender(name, make) for make in makers]
     rounds = [[contender.seconds(UPDATES[name]) for contender in contenders] for _ in range(ROUNDS + 1)]
     rounds = rounds[1:]  # the first makes the state
-    return [a / b for a, b in rounds], [a for a, _ in rounds]
+    own, other = zip(*rounds, strict=True)
+    return ratios(own, other), median(own)
 
 
 def main(names: list[str]) -> None:
@@ -95,9 +101,8 @@ def main(names: list[str]) -> None:
     for what, makers in PAIRS.items():
         cells = []
         for name in names:
-            ratios, seconds = measured(name, makers)
-            low, _, high = quantiles(ratios, n=4)
-            cells.append(f"{median(ratios):.2f} [{low:.2f}, {high:.2f}], {median(seconds) * 1e3:.3g} ms")
+            ratio, seconds = measured(name, makers)
+            cells.append(f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}], {seconds * 1e3:.3g} ms")
         print(f"| {what.replace('|', chr(92) + '|')} | {' | '.join(cells)} |", flush=True)
 
 

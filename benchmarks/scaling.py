@@ -17,11 +17,13 @@ import torch
 
 import metaopt
 from benchmarks.bandwidth import Probe
+from benchmarks.clock import sample
 from benchmarks.machine import machine, machine_line
 from benchmarks.measure import least_bytes
-from benchmarks.paths import FULL
+from benchmarks.paths import CPU, FULL, by_hand
 from metaopt.engine.views.blocks import CPU_BLOCK
 from metaopt.lab.shapes import make_tensor_set
+from metaopt.lab.timing import ratios
 from metaopt.programs import kernels
 
 ROUNDS = 20
@@ -47,33 +49,14 @@ def parameters(number: int, shape: tuple[int, ...] = (16,)) -> list[torch.nn.Par
     return found
 
 
-def by_hand(params: Sequence[torch.nn.Parameter], opt: torch.optim.Optimizer) -> Call:
-    """Return what people write: a clip by the norm, then the optimizer's step; no Lookahead."""
-
-    def update() -> None:
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        opt.step()
-
-    return update
-
-
-def seconds(call: Call, times: int = 1) -> float:
-    """Return the mean time of a call; a clip that has scaled gradients to its bound does the same work again."""
-    began = time.thread_time()
-    for _ in range(times):
-        call()
-    return (time.thread_time() - began) / times
+def nothing() -> None:
+    """Put nothing back: a clip that has scaled gradients to its bound does the same work again."""
 
 
 def interleaved(calls: Sequence[Call], times: int, rounds: int = ROUNDS) -> list[list[float]]:
     """Return the seconds of every call in each round, behind a first round that does not count."""
-    found = [[seconds(call, times) for call in calls] for _ in range(rounds + 1)]
+    found = [[sample(CPU, nothing, call, times).host for call in calls] for _ in range(rounds + 1)]
     return [list(each) for each in zip(*found[1:], strict=True)]
-
-
-def ratio(a: Sequence[float], b: Sequence[float]) -> float:
-    """Return the median of the ratios within rounds."""
-    return median(x / y for x, y in zip(a, b, strict=True))
 
 
 def number_of_tensors(rounds: int) -> Iterator[Row]:
@@ -81,12 +64,13 @@ def number_of_tensors(rounds: int) -> Iterator[Row]:
     fixed, each = (50, 3.0) if kernels() is None else (15, 0.8)
     for number, updates in UPDATES.items():
         own, hand = parameters(number), parameters(number)
-        calls = [metaopt.build(own, FULL).step, by_hand(hand, torch.optim.AdamW(hand, fused=True))]
+        calls = [metaopt.build(own, FULL).step, by_hand(hand)]
         stack, torch_s = interleaved(calls, updates, rounds)
+        own_us, hand_us = median(stack) * 1e6, median(torch_s) * 1e6
         yield (
             f"an update of {number:,} tensors of 16 elements",
             f"{fixed + each * number:,.0f} us",
-            f"{median(stack) * 1e6:,.0f} us; {ratio(stack, torch_s):.2f} of by hand, {median(torch_s) * 1e6:,.0f} us",
+            f"{own_us:,.0f} us; {ratios(stack, torch_s).median:.2f} of by hand, {hand_us:,.0f} us",
         )
 
 
@@ -98,11 +82,7 @@ def eight_wrappers(rounds: int) -> Iterator[Row]:
     with_eight, base = metaopt.build(own, EIGHT), metaopt.build(alone, "adamw")
 
     def update(params: list[tuple[str, torch.nn.Parameter]], step: Call) -> float:
-        total = 0.0
-        for _ in range(5):
-            tensors.restore(params)
-            total += seconds(step) / 5
-        return total
+        return sample(CPU, lambda: tensors.restore(params), step, 5).host
 
     found = []
     for _ in range(rounds + 1):
@@ -119,9 +99,9 @@ def many_groups(rounds: int) -> Iterator[Row]:
     """Measure 200 tensors in 100 groups, beside torch with the same groups."""
     own, hand = parameters(2 * GROUPS, (16, 16)), parameters(2 * GROUPS, (16, 16))
     groups = [[{"params": params[i : i + 2]} for i in range(0, len(params), 2)] for params in (own, hand)]
-    calls = [metaopt.build(groups[0], FULL).step, by_hand(hand, torch.optim.AdamW(groups[1], fused=True))]
+    calls = [metaopt.build(groups[0], FULL).step, by_hand(hand, torch.optim.AdamW(groups[1], fused=True).step)]
     stack, torch_s = interleaved(calls, 20, rounds)
-    yield f"an update of {GROUPS} groups, to by hand", "1.1", f"{ratio(stack, torch_s):.2f}"
+    yield f"an update of {GROUPS} groups, to by hand", "1.1", f"{ratios(stack, torch_s).median:.2f}"
 
 
 def building(rounds: int) -> Iterator[Row]:
@@ -149,7 +129,7 @@ def checkpoints(rounds: int) -> Iterator[Row]:
         loaded = interleaved(loads, 2, rounds)
         for what, most, times in (("state_dict", "1.5", taken), ("load_state_dict", "1.3", loaded)):
             label = f"`{what}` of `{spec}`, {SAVED:,} tensors, to the base's".replace("|", r"\|")
-            yield label, most, f"{ratio(*times):.2f} ({median(times[0]) * 1e3:.2g} ms)"
+            yield label, most, f"{ratios(*times).median:.2f} ({median(times[0]) * 1e3:.2g} ms)"
 
 
 def memory(rounds: int) -> Iterator[Row]:

@@ -17,7 +17,7 @@ from metaopt.engine.step.base_step import turn_off_kernel_for_gradients, turn_of
 from metaopt.engine.step.evaluation import Evaluation
 from metaopt.engine.step.hooks import call_on_update_of_chain, keep_weights_for_on_update
 from metaopt.engine.step.order import abandon, begin, finish
-from metaopt.engine.update import Update
+from metaopt.engine.update.update import Update
 from metaopt.wrapper import Closure
 
 Function = TypeVar("Function", bound=Callable[..., Any])

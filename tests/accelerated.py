@@ -3,11 +3,11 @@
 import pytest
 
 from metaopt import flat_memory, flat_rules, multi_tensor
-from metaopt.engine import update
 from metaopt.engine.step import hooks
+from metaopt.engine.update import change
 from metaopt.engine.views import group_view, rows
 
-ASKING = (multi_tensor, flat_memory, flat_rules, update, rows, group_view, hooks)
+ASKING = (multi_tensor, flat_memory, flat_rules, change, rows, group_view, hooks)
 
 
 def take_for_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:

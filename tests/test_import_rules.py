@@ -64,7 +64,7 @@ ENGINE = (
     "multi_base",
     "structure",
     *("run.entries", "run.run", "run.groups"),
-    "update",
+    *("update.change", "update.update"),
     *("param_state.scratch", "param_state.slot_values", "param_state.placeholders", "param_state.first_update"),
     "param_state.base_reset",
     *(

@@ -15,15 +15,6 @@ pytestmark = pytest.mark.slow
 WHOLE = "clip_grad_norm(1.0) | adamw | lookahead(k=5)"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def only_what_is_new_is_collected():
-    """Leave out what the process holds by now: each profile collects garbage, and a long run has much to look at."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def parameters(dtype=torch.float32, device="cpu"):
     # 16 MiB in float32: far more than a stack may take for a moment, whatever the pieces in which it works
     return [torch.nn.Parameter(torch.randn(512, 1024, device=device).to(dtype)) for _ in range(8)]
@@ -129,6 +120,13 @@ class Wasteful(Wrapper):
     def after_update(self, group):
         held = [p.clone() for p in group.params]
         group.set_params(held)
+
+
+def test_what_an_earlier_profile_saw_and_somebody_releases_in_this_one_is_not_counted() -> None:
+    kept: list[torch.Tensor] = []
+    watch_memory(lambda: kept.append(torch.ones(1000)))
+    taken = watch_memory(lambda: (torch.ones(500), kept.clear()))
+    assert (taken.peak, taken.kept) == (2000, 0)
 
 
 def test_a_wrapper_that_copies_the_weights_is_seen(device):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from metaopt.distributed.shards import total_norm
+from metaopt.distributed.norms import total_norm
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, float("inf")])

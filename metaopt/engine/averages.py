@@ -10,7 +10,7 @@ from metaopt.distributed.shards import is_sharded, local
 from metaopt.engine.chain import ParamState
 from metaopt.engine.run.entries import AVERAGE_SHOWN, TEMPLATE
 from metaopt.engine.run.run import Run
-from metaopt.engine.update import Update
+from metaopt.engine.update.update import Update
 from metaopt.engine.views.cutting import views_of
 from metaopt.engine.views.params import updated_params
 from metaopt.errors import ParameterError, StepError, did_you_mean

@@ -19,7 +19,8 @@ from metaopt.engine.param_state.slot_values import slot_dtype
 from metaopt.engine.run.entries import TEMPLATE
 from metaopt.engine.run.run import Run
 from metaopt.engine.structure import PlacedWrapper
-from metaopt.engine.update import Params, Update
+from metaopt.engine.update.change import Params
+from metaopt.engine.update.update import Update
 from metaopt.engine.views.blocks import Rows, row_ranges
 from metaopt.engine.views.cutting import views_of
 from metaopt.engine.views.group_view import GroupView

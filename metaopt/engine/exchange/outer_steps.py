@@ -22,7 +22,7 @@ from metaopt.engine.exchange.initial_sync import compared, steps_per_round, take
 from metaopt.engine.run.entries import STEP_CALLS
 from metaopt.engine.run.run import Run
 from metaopt.engine.structure import PlacedWrapper
-from metaopt.engine.update import Update
+from metaopt.engine.update.update import Update
 from metaopt.errors import HyperparameterError
 
 

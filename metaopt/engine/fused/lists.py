@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from metaopt.engine.chain import PLACEHOLDER, Chain, ParamGroup, ParamState
-from metaopt.engine.fused.uniform import Tensors, is_uniform
+from metaopt.engine.fused.uniform import is_uniform
+from metaopt.multi_tensor import Tensors
 from metaopt.programs import Compiled, kernels
 
 # settings under which torch does more than call the kernel

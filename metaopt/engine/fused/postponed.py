@@ -13,8 +13,8 @@ import torch
 
 from metaopt.engine.chain import ParamGroup, ParamState
 from metaopt.engine.fused.lists import FusedLists
-from metaopt.engine.fused.uniform import Tensors
 from metaopt.joined_rules import GRAD, UPDATE, Item
+from metaopt.multi_tensor import Tensors
 from metaopt.programs import Compiled, Unfit, kernels, library
 from metaopt.rules import Rule
 from metaopt.wrapper import Wrapper

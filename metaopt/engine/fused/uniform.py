@@ -10,9 +10,8 @@ from operator import attrgetter, is_
 import torch
 
 from metaopt.distributed.shards import PLAIN
+from metaopt.multi_tensor import Tensors
 from metaopt.torch_internals import properties_check
-
-Tensors = list[torch.Tensor]
 
 
 def is_uniform(tensors: Tensors, dtype: torch.dtype) -> bool:

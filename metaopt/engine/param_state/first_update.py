@@ -15,7 +15,7 @@ from metaopt.engine.param_state.slot_values import add_zero_moments, first_value
 from metaopt.engine.run.entries import TEMPLATE
 from metaopt.engine.run.groups import validate_members
 from metaopt.engine.run.run import Run
-from metaopt.engine.update import Update
+from metaopt.engine.update.update import Update
 from metaopt.wrapper import Wrapper
 
 

@@ -17,7 +17,8 @@ from metaopt.engine.fused.probes import has_fused_kernel
 from metaopt.engine.fused.recorded import rules_on_update
 from metaopt.engine.run.run import Run
 from metaopt.engine.step.hooks import call_on_update, call_on_update_of_chain, is_due, keep_weights_for_on_update
-from metaopt.engine.update import Params, Update
+from metaopt.engine.update.change import Params
+from metaopt.engine.update.update import Update
 from metaopt.engine.views.blocks import blocks_of
 from metaopt.misuse.base import warn_of_kernel
 from metaopt.programs import kernels
@@ -142,14 +143,14 @@ def _step_in_blocks(update: Update, chain: Chain, group: ParamGroup) -> None:
             begin = part.stop
             if lists is not None and block[0].element_size() >= 4:
                 # the kernel moves copies: what it adds to the weights is known before they move
-                copies = update.copies_to_move(block)
+                copies = update.change.copies_to_move(block)
                 lists.step(group, copies, gradients[part], vars(chain.base).get("grad_scale"), part)
-                update.take_change_of_copies(block, copies)
+                update.change.take_copies(block, copies)
             else:
-                update.keep_block(block)
+                update.change.keep_block(block)
                 _step_on(chain, group, block, late)
             call_on_update(update, group, wrappers, block)
-            update.forget_change(block)
+            update.change.forget(block)
     except BaseException:
         del copies, gradients  # the error's traceback holds what this function holds
         raise

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from metaopt.engine.step.hooks import call_on_gradients
-from metaopt.engine.update import Update
+from metaopt.engine.update.update import Update
 from metaopt.errors import StepError
 from metaopt.wrapper import Closure, Wrapper
 

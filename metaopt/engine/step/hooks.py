@@ -6,7 +6,8 @@ from operator import attrgetter
 from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.run.entries import UPDATES
 from metaopt.engine.structure import PlacedWrapper
-from metaopt.engine.update import Params, Update
+from metaopt.engine.update.change import Params
+from metaopt.engine.update.update import Update
 from metaopt.engine.views.cutting import block_views_of, views_of
 from metaopt.engine.views.group_view import GroupView
 from metaopt.engine.views.groups_view import GroupsView, gradient_norm
@@ -57,7 +58,7 @@ def keep_weights_for_on_update(update: Update, chain: Chain) -> None:
     """Copy the weights of a base that is stepped as a whole, where a wrapper on the update is due."""
     for group in chain.groups_in(update.run.param_groups):
         if any(is_due(wrapper, group, counted=False) for wrapper in chain.leading_on_update):
-            update.keep_weights(update.params_of(group))
+            update.change.keep(update.params_of(group))
 
 
 def call_on_update_of_chain(update: Update, chain: Chain) -> None:
@@ -67,7 +68,7 @@ def call_on_update_of_chain(update: Update, chain: Chain) -> None:
         if wrappers:
             call_on_update(update, group, wrappers, update.params_of(group))
             if not chain.needs_weights_before:
-                update.forget_change(update.params_of(group))
+                update.change.forget(update.params_of(group))
 
 
 def call_on_update(update: Update, group: ParamGroup, wrappers: list[Wrapper], params: Params) -> None:
@@ -75,13 +76,13 @@ def call_on_update(update: Update, group: ParamGroup, wrappers: list[Wrapper], p
 
     If one raises, the parameters hold the weights from before: nothing of their change is added.
     """
-    update.return_to_weights_before(params)
+    update.change.return_to_weights_before(params)
     for wrapper in wrappers:
         # rules are few launches there; by hand, a processor touches less memory
         by_rules = wrapper.has_rules and on_accelerator(params)
         hook = wrapper.update_rules if by_rules else wrapper.on_update
         call(hook, block_views_of(update, group, wrapper, params, updates=update.updates_before))
-    update.apply_change(params)
+    update.change.apply(params)
 
 
 def act_behind(update: Update, placed: PlacedWrapper) -> None:
@@ -106,7 +107,7 @@ def act_behind(update: Update, placed: PlacedWrapper) -> None:
         wrapper.after_updates(view)
         view.write_back()
         for group in due:
-            _follow(update, group, wrapper, update.apply_written_change(update.params_of(group)))
+            _follow(update, group, wrapper, update.change.apply_written(update.params_of(group)))
     if "after_update" in hooks:
         for group in due:
             params = trained_params(update, group, wrapper)
@@ -121,7 +122,7 @@ def call_late_on_update(update: Update, group: ParamGroup, wrapper: Wrapper) -> 
         call_on_update(update, group, [wrapper], params)
     except BaseException:
         # the update counts already: it must not be taken back from the weights
-        update.apply_change([p for p in params if p in update.unapplied])
+        update.change.apply([p for p in params if p in update.change.unapplied])
         raise
     _follow(update, group, wrapper, params)
 
@@ -136,7 +137,7 @@ def observe(update: Update) -> None:
     """Let the parts that only look see a logged update, and those that look ahead the one before it."""
     run = update.run
     if update.is_logged:
-        update.begin_observing()
+        update.change.begin_observing()
     for placed in run.structure.observers:
         ahead = placed.wrapper.looks_ahead() and run.metrics.wanted(run.updates + 1)
         groups = run.groups_of(placed)
@@ -144,7 +145,7 @@ def observe(update: Update) -> None:
             view = GroupsView(update, placed, groups)
             placed.wrapper.observe(view)
             view.write_back()
-    update.change_for_observers = None
+    update.change.whole = None
 
 
 def observe_gradients(update: Update, *, gathered: bool) -> None:

@@ -13,7 +13,7 @@ from metaopt.engine.step.evaluation import Evaluation
 from metaopt.engine.step.hooks import act_behind, call, call_on_gradients, due_groups, observe, observe_loss
 from metaopt.engine.step.points import measure, measure_loss
 from metaopt.engine.structure import PlacedWrapper
-from metaopt.engine.update import Update
+from metaopt.engine.update.update import Update
 from metaopt.engine.views.cutting import views_of
 from metaopt.engine.views.groups_view import GroupsView
 from metaopt.errors import StepError
@@ -150,9 +150,10 @@ def _prepare_base(update: Update) -> None:
         update.params_by_group = {id(group): update.params_of(group) for group in run.param_groups}
         for group in run.param_groups:
             if structure.chain_of(group).needs_weights_before:
-                update.keep_weights(update.params_of(group))
+                update.change.keep(update.params_of(group))
     if structure.observers and update.is_logged:
-        update.keep_weights_for_observers()
+        for group in run.param_groups:
+            update.change.keep_for_observers(update.params_of(group))
     for chain in list(update.pending_scale):
         turn_off_kernel_for_gradients(update, chain)
         update.fold_scale(chain)

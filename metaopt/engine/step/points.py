@@ -6,7 +6,7 @@ import torch
 
 from metaopt.engine.chain import ParamGroup
 from metaopt.engine.run.run import Run
-from metaopt.engine.update import Update
+from metaopt.engine.update.update import Update
 from metaopt.scheduled_values import points_of
 
 

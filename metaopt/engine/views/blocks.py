@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from metaopt.engine.update import Params
+from metaopt.engine.update.change import Params
 
 # elements that a processor's cache holds together with their state
 CPU_BLOCK = 1 << 19

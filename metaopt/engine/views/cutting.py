@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from metaopt.engine.chain import ParamGroup
-from metaopt.engine.update import Params, Update
+from metaopt.engine.update.change import Params
+from metaopt.engine.update.update import Update
 from metaopt.engine.views.group_view import GroupView, base_keys
 from metaopt.wrapper import Wrapper
 

@@ -17,7 +17,8 @@ from metaopt.engine.fused.lists import are_identical
 from metaopt.engine.fused.postponed import PostponedStep
 from metaopt.engine.param_state.base_reset import forget_base_state
 from metaopt.engine.run.entries import UPDATES
-from metaopt.engine.update import Params, Update
+from metaopt.engine.update.change import Params
+from metaopt.engine.update.update import Update
 from metaopt.engine.views.blocks import Rows, block_size, row_ranges
 from metaopt.engine.views.numbers import GroupNumbers
 from metaopt.engine.views.params import is_trained
@@ -90,7 +91,7 @@ class GroupView(GroupNumbers):
             run_rule(graph, self, lists, values)
             return
         if "param" in lists and "param" not in graph.outputs:
-            lists["param"] = self._cut(self._update.read_only_weights(self.parameters))
+            lists["param"] = self._cut(self._update.change.read_only_weights(self.parameters))
         over_shards = self.sum_over_shards if any(map(is_sharded, self.parameters)) else None
         flat_rules.run(graph, self, lists, values, over_shards)
 
@@ -195,7 +196,7 @@ class GroupView(GroupNumbers):
                     kept.setdefault(f"{key}.{m}", torch.zeros_like(param_state[m]))
 
     def _previous(self, name: str) -> list[torch.Tensor]:
-        before = self._update.weights_before
+        before = self._update.change.weights_before
         if any(p not in before for p in self.parameters):
             raise StepError(f"{self._wrapper.label}.{name} exists only during an update, behind the base")
         return self._cut([before[p] for p in self.parameters])
@@ -263,12 +264,12 @@ class GroupView(GroupNumbers):
 
     @property
     def update(self) -> list[torch.Tensor]:
-        update = self._update
-        if update.change_for_observers is not None:
-            return self._cut([update.change_for_observers[p] for p in self.parameters])
-        if any(p not in update.weights_before for p in self.parameters):
+        change = self._update.change
+        if change.whole is not None:
+            return self._cut([change.whole[p] for p in self.parameters])
+        if any(p not in change.weights_before for p in self.parameters):
             raise StepError(f"{self._wrapper.label}: group.update exists only in on_update and in after_updates")
-        return self._cut(update.changes_of(self.parameters))
+        return self._cut(change.of_all(self.parameters))
 
     @property
     def param_names(self) -> list[str]:

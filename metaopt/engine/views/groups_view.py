@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from metaopt.distributed.shards import dense, placed_like, total_dot, total_norm
+from metaopt.distributed.norms import total_norm
+from metaopt.distributed.shards import dense, placed_like, total_dot
 from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.run.entries import UPDATES
 from metaopt.engine.structure import PlacedWrapper
-from metaopt.engine.update import Update
+from metaopt.engine.update.update import Update
 from metaopt.engine.views.cutting import views_of
 from metaopt.engine.views.group_view import GroupView, why_unknown
 from metaopt.engine.views.numbers import push

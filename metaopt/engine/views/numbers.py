@@ -15,7 +15,8 @@ from metaopt.distributed.shards import (
     sums_over_shards,
 )
 from metaopt.engine.chain import ParamGroup
-from metaopt.engine.update import Params, Update
+from metaopt.engine.update.change import Params
+from metaopt.engine.update.update import Update
 from metaopt.engine.views.blocks import Rows as RowRange
 from metaopt.engine.views.rows import all_rows
 from metaopt.errors import StepError
@@ -88,7 +89,7 @@ class GroupNumbers(Group):
         lists: list[list[torch.Tensor | None]] = [
             list(self.params),
             [p.grad for p in self.parameters],
-            [self._update.change.get(p) for p in self.parameters],
+            [self._update.change.added.get(p) for p in self.parameters],
         ]
         for candidates in lists:
             for i, candidate in enumerate(candidates):

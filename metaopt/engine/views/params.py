@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from metaopt.engine.chain import ParamGroup
-from metaopt.engine.update import Params, Update
+from metaopt.engine.update.change import Params
+from metaopt.engine.update.update import Update
 from metaopt.wrapper import Wrapper
 
 
@@ -18,7 +19,7 @@ def updated_params(update: Update, group: ParamGroup, wrapper: Wrapper) -> Param
     """
     run = update.run
     slots = run.structure.chain_of(group).slots_of(wrapper)
-    if slots.uses_previous and update.weights_before:
+    if slots.uses_previous and update.change.weights_before:
         params = update.params_of(group)
         return [p for p in params if all(key in run.state[p] for key in slots.state_keys)]
     state = run.state

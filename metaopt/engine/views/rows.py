@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from metaopt.distributed.shards import is_sharded, mean_over_shards, norm_over_shards
-from metaopt.engine.update import Params
+from metaopt.engine.update.change import Params
 from metaopt.group import Rows
 from metaopt.multi_tensor import at_least_float32, on_accelerator, room_for
 

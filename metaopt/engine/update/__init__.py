@@ -1,0 +1,1 @@
+"""What lives as long as one `step()`: the update, and what it changes."""
