@@ -1,11 +1,11 @@
-"""`python -m benchmarks.paths`: the ratios of an update that the performance page shows, by one thread.
+"""`python -m benchmarks.paths`: the ratios of an update that the performance page shows.
 
-Pairs are interleaved in one process and timed by the thread's own clock, which other programs move the least. Run it
-with and without `METAOPT_KERNELS=0` to compare the library with torch's kernels.
+Pairs are interleaved in one process; one thread is timed by its own clock, which other programs move the least, several
+by the time that passes. Run it with and without `METAOPT_KERNELS=0` to compare the library with torch's kernels.
 """
 
+import argparse
 import datetime
-import sys
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -91,11 +91,17 @@ def measured(name: str, makers: tuple[Callable[..., Step], Callable[..., Step]])
     return ratios(own, other), median(own)
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
     """Print a table as Markdown."""
-    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description="What an update costs beside torch's and pytorch-optimizer's.")
+    parser.add_argument("shapes", nargs="*", help=f"of {', '.join(UPDATES)} (default: all)")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    names = arguments.shapes or list(UPDATES)
+    torch.set_num_threads(arguments.threads)
     library = kernels()
-    print(f"{machine_line(machine('cpu'))}, {datetime.date.today().isoformat()}, one thread, ", end="")
+    print(f"{machine_line(machine('cpu'))}, {datetime.date.today().isoformat()}, ", end="")
+    print(f"threads: {arguments.threads}, ", end="")
     print("without metaopt-kernels" if library is None else f"metaopt-kernels ({library.variant})")
     print(f"\n| ratio, median [quartiles] of {ROUNDS} rounds | {' | '.join(names)} |\n|{' --- |' * (len(names) + 1)}")
     for what, makers in PAIRS.items():
@@ -107,4 +113,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(UPDATES))
+    main()

@@ -20,7 +20,7 @@ else:
     library = metaopt_kernels
 
 # of the library that this file writes programs for: another one is not used
-INTERFACE = 4
+INTERFACE = 5
 # the number that the library fills in: the divisor of the gradients
 DIVISOR = 63
 MOST_REGISTERS = 12
@@ -189,7 +189,7 @@ class _Emitter:
             if self._is_scaled(args[1]):
                 return "mul_add", [*args[1].args, args[0]]
             if self._is_once("addcmul", args[1], [True, True, True]):
-                return "addcmul_add", [*args[1].args, args[0]]
+                return self._decayed(*args) or ("addcmul_add", [*args[1].args, args[0]])
         compared, times = symbol, _ONE
         if name == "mul" and kinds == [True, False] and self.uses_once(args[0]):
             compared, times = args
@@ -198,6 +198,21 @@ class _Emitter:
             if bound.kind != LIST and self._is_once("mul", product, [True, True]):
                 return f"mul_{compared.op}", [*product.args, bound, times]
         return name, args
+
+    def _decayed(self, weights: Symbol, total: Symbol) -> tuple[str, list[Symbol]] | None:
+        """Return weights + (u + m weights) as one operation, m a number where u weights <= a bound; u may be scaled."""
+        update, mask, factor = total.args
+        if factor is not weights or not self._is_scaled(mask) or not self._is_once("le", mask.args[0], [True, False]):
+            return None
+        (product, bound), times = mask.args[0].args, mask.args[1]
+        if product.args != (update, weights) or not self._is_once("mul", product, [True, True]):
+            return None
+        own = [update, weights, bound, times]
+        turns = update.op == "addcmul" and self._program.uses[update] == 2 and update is not self._left
+        if turns and self._is_scaled(update.args[0]) and update.args[1] is weights and update.args[2].kind != LIST:
+            scaled, more = update.args[0], update.args[2]
+            return "turn_decay_add", [scaled.args[0], *own[1:], scaled.args[1], more]
+        return "decay_add", own
 
     def _is_scaled(self, symbol: Symbol) -> bool:
         return self._is_once("mul", symbol, [True, False])

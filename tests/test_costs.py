@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import metaopt
 from metaopt.lab.shapes import shapes_of
+from metaopt.programs import kernels
 
 FULL = "clip_grad_norm(1.0) | adamw(lr=0.01) | lookahead(k=5)"
 HOME = os.path.dirname(metaopt.__file__) + os.sep
@@ -84,7 +85,8 @@ def test_an_update_calls_no_more_functions_than_it_did(frozen: bool, most: int) 
         params[0].grad = None
         opt.step()
     own, _ = functions_called(opt.step)
-    assert own <= most
+    # the library is asked for once more where parameters are not those of the update before
+    assert own <= most + 2 * (frozen and kernels() is not None)
 
 
 def more_functions(tensors: int, work: Callable[[list[torch.nn.Parameter]], list[Callable[[], Any]]]) -> float:

@@ -17,11 +17,11 @@ import torch
 __version__ = "0.1.0"
 
 # of the interface between this file and kernels.cpp
-INTERFACE = 4
+INTERFACE = 5
 OFF = "METAOPT_KERNELS"
 SINGLE = ["move", "add", "sub", "mul", "div", "lt", "le", "gt", "select", "sqrt", "abs", "neg", "hypot", "max", "lerp"]
 OTHERS = ["addcmul", "adam", "sgd", "dot", "dots", "mean", "pass"]
-SEVERAL = ["mul_add", "mul_addcmul", "addcmul_add", "mul_lt", "mul_le", "mul_gt"]
+SEVERAL = ["mul_add", "mul_addcmul", "addcmul_add", "mul_lt", "mul_le", "mul_gt", "decay_add", "turn_decay_add"]
 OPS = [*SINGLE, *OTHERS, *SEVERAL]
 CODES = {name: code for code, name in enumerate(OPS)}
 # where an operand is: working memory, a list of tensors, a number of the program, a number of each tensor, and what one
@@ -29,7 +29,7 @@ CODES = {name: code for code, name in enumerate(OPS)}
 REGISTER, TENSOR, NUMBER, OF_TENSOR, SCRATCH = (kind << 20 for kind in range(5))
 MOST_NUMBERS = 64
 # numbers of an instruction
-LENGTH = 6
+LENGTH = 8
 # how a product and a sum round: twice, or once with the first product fused, or with the last
 TWICE, FIRST, LAST = range(3)
 # what torch calls the instructions that it uses, and the library that uses the same; bytes that round as a whole: under
@@ -37,7 +37,7 @@ TWICE, FIRST, LAST = range(3)
 VARIANTS = {"AVX512": ("avx512", 32), "AVX2": ("avx2", 32), "DEFAULT": ("base", 32)}
 
 Tensors = Sequence[torch.Tensor]
-Instruction = tuple[int, ...]  # the operation, where the result goes, and up to four operands
+Instruction = tuple[int, ...]  # the operation, where the result goes, and up to six operands
 Begins = Callable[[int, int, int], None]  # objects, their number, and where to write at which address each begins
 Way = tuple[int, int]  # how whole vectors round, and how the rest of a tensor does
 

@@ -35,10 +35,10 @@ static const i64 CHUNK = 1 << 13;   // elements that are added up by one thread,
 static const i64 BATCH = 1 << 19;   // elements that go through all passes before the next ones do; a larger tensor by itself
 static const int REGISTERS = 12, NUMBERS = 64;
 
-// the last ones do the work of two or three operations, in one loop and rounded as these are: see `Worker::single`
+// the last ones do the work of two to four operations, in one loop and rounded as these are: see `Worker::single`
 enum Op {
   MOVE, ADD, SUB, MUL, DIV, LT, LE, GT, SELECT, SQRT, ABS, NEG, HYPOT, MAX, LERP, ADDCMUL, ADAM, SGD,
-  DOT, DOTS, MEAN, PASS, MUL_ADD, MUL_ADDCMUL, ADDCMUL_ADD, MUL_LT, MUL_LE, MUL_GT
+  DOT, DOTS, MEAN, PASS, MUL_ADD, MUL_ADDCMUL, ADDCMUL_ADD, MUL_LT, MUL_LE, MUL_GT, DECAY_ADD, TURN_DECAY_ADD
 };
 // where an operand is: a block of working memory, a block of a tensor, a number of the program, a number of each tensor, a
 // block of the memory that one pass leaves to the next; the last number of the program is the divisor of the gradients
@@ -47,7 +47,7 @@ enum Place { REGISTER, TENSOR, NUMBER, OF_TENSOR, SCRATCH };
 enum Rounding { TWICE, FIRST, LAST };
 
 extern "C" {
-struct Instruction { int32_t op, to, a, b, c, d; };
+struct Instruction { int32_t op, to, a, b, c, d, e, f; };
 static const int KIND = 20, INDEX = (1 << KIND) - 1;
 
 struct Job {
@@ -69,6 +69,59 @@ template <> inline double once(double a, double b, double c) { return __builtin_
 template <int R, class T> static inline T fused(T a, T b, T c) { return R == TWICE ? a * b + c : once(a, b, c); }
 template <int R, class T> static inline T both(T a, T b, T c, T d) {
   return R == TWICE ? a * b + c * d : R == FIRST ? once(a, b, c * d) : once(c, d, a * b);
+}
+
+// ---- sums
+
+// the sum of a block: of lanes in the precision of the elements, which are added up in double precision
+template <class T> struct Lanes {
+  static const i64 WIDTH = 32 / sizeof(T), COUNT = 2 * WIDTH;
+  typedef T Vector __attribute__((vector_size(32)));
+  typedef T Loose __attribute__((vector_size(32), aligned(sizeof(T)), may_alias));
+  Vector even{}, odd{};
+  T rest = 0;
+
+  static const Loose& load(const T* at) { return *(const Loose*)at; }
+  template <class F> void add(i64 i, F f) { even += f(i), odd += f(i + WIDTH); }
+  double total() const {
+    double t = rest;
+    for (i64 l = 0; l < WIDTH; l++) t += double(even[l]) + double(odd[l]);
+    return t;
+  }
+};
+
+// the sums of a a, a b and b b
+template <class T> struct Dots {
+  typedef Lanes<T> L;
+  L first, second, third;
+
+  // of `L::COUNT` elements
+  void add(const T* a, const T* b) {
+    first.add(0, [=](i64 k) { return L::load(a + k) * L::load(a + k); });
+    second.add(0, [=](i64 k) { return L::load(a + k) * L::load(b + k); });
+    third.add(0, [=](i64 k) { return L::load(b + k) * L::load(b + k); });
+  }
+  void add(const T* a, const T* b, i64 n) {
+    const i64 whole = n - n % L::COUNT;
+    for (i64 i = 0; i < whole; i += L::COUNT) add(a + i, b + i);
+    for (i64 i = whole; i < n; i++) first.rest += a[i] * a[i], second.rest += a[i] * b[i], third.rest += b[i] * b[i];
+  }
+  void end(double* to) const { to[0] += first.total(), to[1] += second.total(), to[2] += third.total(); }
+};
+
+// add what a block adds to the sum of a b, or of a
+template <class T> static void add_up(int op, const T* a, const T* b, i64 n, double* to) {
+  typedef Lanes<T> L;
+  L sum;
+  const i64 whole = n - n % L::COUNT;
+  if (op == DOT) {
+    for (i64 i = 0; i < whole; i += L::COUNT) sum.add(i, [=](i64 k) { return L::load(a + k) * L::load(b + k); });
+    for (i64 i = whole; i < n; i++) sum.rest += a[i] * b[i];
+  } else {
+    for (i64 i = 0; i < whole; i += L::COUNT) sum.add(i, [=](i64 k) { return L::load(a + k); });
+    for (i64 i = whole; i < n; i++) sum.rest += a[i];
+  }
+  to[0] += sum.total();
 }
 
 // ---- torch's optimizers: the new weights, less what the caller has; for the weights themselves that is 0
@@ -95,29 +148,47 @@ template <class T> static Base<T> sgd_settings(const Job& j) {
   return s;
 }
 
-template <int R, bool NEAR, bool DIVIDES, class T>
-static void adam(T* to, const T* p, const T* g, T* m, T* v, const T* less, const Base<T>& s, i64 n) {
+// what a base's instruction is made of; `less` is what the caller has of the new weights
+template <class T> struct Lists {
+  T* to;
+  const T *p, *g;
+  T *m, *v;  // null where the base keeps none
+  const T* less;
+
+  Lists from(i64 k) const { return {to + k, p + k, g + k, m ? m + k : m, v ? v + k : v, less + k}; }
+};
+
+// `sums`, if not null, adds up the weights and what comes out, for a multiple of `Lanes::COUNT` elements
+template <int R, bool NEAR, bool DIVIDES, class T> static void adam(const Lists<T>& lists, const Base<T>& s, i64 n, Dots<T>* sums) {
   const T far = s.first - T(1), decay = s.decay, first = s.first, second = s.second, second_rest = s.second_rest, root = s.root,
           eps = s.eps, step = s.step, sign = s.sign, divisor = s.divisor, l2 = s.l2;
-#define ADAM_LOOP(GRADIENT)                                                   \
-  EACH_LANE for (i64 i = 0; i < n; i++) {                                     \
+  T *const to = lists.to, *const m = lists.m, *const v = lists.v;
+  const T *const p = lists.p, *const g = lists.g, *const less = lists.less;
+#define ADAM_LOOP(FROM, END, GRADIENT)                                        \
+  EACH_LANE for (i64 i = FROM; i < END; i++) {                                \
     const T raw = (DIVIDES ? g[i] / divisor : g[i]) * sign, x = GRADIENT, d = x - m[i]; \
     const T mean = NEAR ? fused<R>(first, d, m[i]) : fused<R>(far, d, x);     \
     const T square = both<R>(v[i], second, second_rest * x, x);               \
     m[i] = mean, v[i] = square;                                               \
     to[i] = p[i] * decay - (step * mean) / (std::sqrt(square) / root + eps) - less[i]; \
   }
-  if (l2 != 0) { ADAM_LOOP(fused<R>(p[i], l2, raw)) } else { ADAM_LOOP(raw) }
+  const i64 WIDTH = Lanes<T>::COUNT;
+  if (l2 != 0) { ADAM_LOOP(0, n, fused<R>(p[i], l2, raw)) }
+  else if (!sums) { ADAM_LOOP(0, n, raw) }
+  else for (i64 at = 0; at < n; at += WIDTH) { ADAM_LOOP(at, at + WIDTH, raw) sums->add(p + at, to + at); }
+  if (l2 != 0 && sums) sums->add(p, to, n);
 }
 
-template <int R, class T> static void adam(T* to, const T* p, const T* g, T* m, T* v, const T* less, const Base<T>& s, i64 n) {
+template <int R, class T> static void adam(const Lists<T>& lists, const Base<T>& s, i64 n, Dots<T>* sums) {
   const bool near = std::abs(s.first) < T(0.5);
-  if (s.divides) near ? adam<R, true, true>(to, p, g, m, v, less, s, n) : adam<R, false, true>(to, p, g, m, v, less, s, n);
-  else near ? adam<R, true, false>(to, p, g, m, v, less, s, n) : adam<R, false, false>(to, p, g, m, v, less, s, n);
+  if (s.divides) near ? adam<R, true, true>(lists, s, n, sums) : adam<R, false, true>(lists, s, n, sums);
+  else near ? adam<R, true, false>(lists, s, n, sums) : adam<R, false, false>(lists, s, n, sums);
 }
 
-template <int R, class T> static void sgd(T* to, const T* p, const T* g, T* b, const T* less, const Base<T>& s, i64 n) {
+template <int R, class T> static void sgd(const Lists<T>& lists, const Base<T>& s, i64 n) {
   const T rate = s.rate, l2 = s.l2, momentum = s.momentum, rest = s.rest, sign = s.sign, divisor = s.divides ? s.divisor : T(1);
+  T *const to = lists.to, *const b = lists.m;
+  const T *const p = lists.p, *const g = lists.g, *const less = lists.less;
 #define SGD_LOOP(STEP)                                      \
   EACH_LANE for (i64 i = 0; i < n; i++) {                   \
     const T raw = g[i] / divisor * sign, x = l2 != 0 ? fused<R>(p[i], l2, raw) : raw; \
@@ -158,46 +229,7 @@ template <class T, class F> static void each(T* d, Operand<T> a, Operand<T> b, O
   else { const T x = *a.at; for (i64 i = 0; i < n; i++) d[i] = f(x, b.at[b.is_list ? i : 0], c.at[c.is_list ? i : 0]); }
 }
 
-// ---- sums, and the numbers of a tensor that follow from them
-
-// the sum of a block: of lanes in the precision of the elements, which are added up in double precision
-template <class T> struct Lanes {
-  static const i64 WIDTH = 32 / sizeof(T), COUNT = 2 * WIDTH;
-  typedef T Vector __attribute__((vector_size(32)));
-  typedef T Loose __attribute__((vector_size(32), aligned(sizeof(T)), may_alias));
-  Vector even{}, odd{};
-  T rest = 0;
-
-  static const Loose& load(const T* at) { return *(const Loose*)at; }
-  template <class F> void add(i64 i, F f) { even += f(i), odd += f(i + WIDTH); }
-  double total() const {
-    double t = rest;
-    for (i64 l = 0; l < WIDTH; l++) t += double(even[l]) + double(odd[l]);
-    return t;
-  }
-};
-
-// add what a block adds to one sum, or to three: a a, a b, b b
-template <class T> static void add_up(int op, const T* a, const T* b, i64 n, double* to) {
-  typedef Lanes<T> L;
-  L first, second, third;
-  const i64 whole = n - n % L::COUNT;
-  auto aa = [=](i64 i) { return L::load(a + i) * L::load(a + i); };
-  auto ab = [=](i64 i) { return L::load(a + i) * L::load(b + i); };
-  auto bb = [=](i64 i) { return L::load(b + i) * L::load(b + i); };
-  if (op == DOTS) {
-    for (i64 i = 0; i < whole; i += L::COUNT) first.add(i, aa), second.add(i, ab), third.add(i, bb);
-    for (i64 i = whole; i < n; i++) first.rest += a[i] * a[i], second.rest += a[i] * b[i], third.rest += b[i] * b[i];
-    to[1] += second.total(), to[2] += third.total();
-  } else if (op == DOT) {
-    for (i64 i = 0; i < whole; i += L::COUNT) first.add(i, ab);
-    for (i64 i = whole; i < n; i++) first.rest += a[i] * b[i];
-  } else {
-    for (i64 i = 0; i < whole; i += L::COUNT) first.add(i, [=](i64 k) { return L::load(a + k); });
-    for (i64 i = whole; i < n; i++) first.rest += a[i];
-  }
-  to[0] += first.total();
-}
+// ---- numbers of a tensor
 
 static bool is_sum(const Instruction& q) { return q.op == DOT || q.op == DOTS || q.op == MEAN; }
 
@@ -300,27 +332,34 @@ template <class T> struct Worker {
         if (kind == SCRATCH) return {all.scratch + all.room[tensor] + at, true};
         return {(T*)j.address[index * j.tensors + tensor] + at, true};
       };
-      for (const Instruction& q : pass.elements) {
+      auto sums = [&](const Instruction& q) { return &all.sums[(all.chunk[tensor] + at / CHUNK) * all.own + (q.to & INDEX)]; };
+      for (auto i = pass.elements.begin(); i != pass.elements.end(); i++) {
+        const Instruction& q = *i;
         if (q.op == ADAM || q.op == SGD) {
-          T *d = place(q.to).at, *p = place(q.a).at, *g = place(q.b).at;
-          T *m = q.c ? place(q.c).at : nullptr, *v = q.op == ADAM ? place(q.c + 1).at : nullptr;
-          const T* less = q.d ? p : zeros;
-          step(j.rounding, d, p, g, m, v, less, base, n - rest);
-          if (const i64 k = n - rest; rest) step(j.rest_rounding, d + k, p + k, g + k, m ? m + k : m, v ? v + k : v, less + k, base, rest);
-        } else if (is_sum(q)) {
-          add_up<T>(q.op, place(q.a).at, place(q.b).at, n, &all.sums[(all.chunk[tensor] + at / CHUNK) * all.own + (q.to & INDEX)]);
-        } else single(q, place(q.to).at, place(q.a), place(q.b), place(q.c), place(q.d), n);
+          T* const p = place(q.a).at;
+          Lists<T> lists{place(q.to).at, p, place(q.b).at, q.c ? place(q.c).at : nullptr, q.op == ADAM ? place(q.c + 1).at : nullptr, q.d ? p : zeros};
+          // sums of the weights and of what comes out are added up while both are in registers
+          const bool adds = q.op == ADAM && i + 1 != pass.elements.end() && i[1].op == DOTS && i[1].a == q.a && i[1].b == q.to && n % Lanes<T>::COUNT == 0;
+          Dots<T> dots;
+          step(j.rounding, lists, base, n - rest, adds ? &dots : nullptr);
+          if (rest) step(j.rest_rounding, lists.from(n - rest), base, rest, nullptr);
+          if (adds) dots.end(sums(*++i));
+        } else if (q.op == DOTS) {
+          Dots<T> dots;
+          dots.add(place(q.a).at, place(q.b).at, n), dots.end(sums(q));
+        } else if (is_sum(q)) add_up<T>(q.op, place(q.a).at, place(q.b).at, n, sums(q));
+        else single(q, place(q.to).at, place(q.a), place(q.b), place(q.c), place(q.d), place(q.e), place(q.f), n);
       }
     }
   }
 
-  void step(i64 rounding, T* d, const T* p, const T* g, T* m, T* v, const T* less, const Base<T>& base, i64 n) {
+  void step(i64 rounding, const Lists<T>& lists, const Base<T>& base, i64 n, Dots<T>* dots) {
     by_rounding(rounding, [&](auto r) {
-      v ? adam<decltype(r)::value>(d, p, g, m, v, less, base, n) : sgd<decltype(r)::value>(d, p, g, m, less, base, n);
+      lists.v ? adam<decltype(r)::value>(lists, base, n, dots) : sgd<decltype(r)::value>(lists, base, n);
     });
   }
 
-  void single(const Instruction& q, T* d, Operand<T> a, Operand<T> b, Operand<T> c, Operand<T> e, i64 n) {
+  void single(const Instruction& q, T* d, Operand<T> a, Operand<T> b, Operand<T> c, Operand<T> e, Operand<T> f, Operand<T> g, i64 n) {
     switch (q.op) {
       case MOVE: each(d, a, a, n, [](T x, T) { return x; }); break;
       case ADD: each(d, a, b, n, [](T x, T y) { return x + y; }); break;
@@ -360,6 +399,16 @@ template <class T> struct Worker {
       case MUL_LT: compare(d, a, b, c, e, n, [](T x, T y) { return x < y; }); break;
       case MUL_LE: compare(d, a, b, c, e, n, [](T x, T y) { return x <= y; }); break;
       case MUL_GT: compare(d, a, b, c, e, n, [](T x, T y) { return x > y; }); break;
+      case DECAY_ADD: case TURN_DECAY_ADD:
+        by_fusion(j.product_rounding, [&](auto r) {
+          constexpr int R = decltype(r)::value;
+          const T bound = *c.at, yes = *e.at, no = T(0) * yes;
+          auto decayed = [=](T update, T weight) { return fused<R>(update * weight <= bound ? yes : no, weight, update) + weight; };
+          if (q.op == DECAY_ADD) { EACH_LANE for (i64 i = 0; i < n; i++) d[i] = decayed(a.at[i], b.at[i]); return; }
+          const T scale = *f.at, more = *g.at;
+          EACH_LANE for (i64 i = 0; i < n; i++) d[i] = decayed(fused<R>(b.at[i], more, a.at[i] * scale), b.at[i]);
+        });
+        break;
     }
   }
 
@@ -417,7 +466,7 @@ template <class T> static void run(const Job& j) {
 }
 
 extern "C" {
-int32_t metaopt_version() { return 4; }
+int32_t metaopt_version() { return 5; }
 // where tensors begin: `begin` is torch's, for one of its objects; who calls holds the objects and Python's lock
 void metaopt_begins(void* (*begin)(void*), void* const* objects, i64 n, u64* to) {
   for (i64 i = 0; i < n; i++) to[i] = (u64)begin(objects[i]);

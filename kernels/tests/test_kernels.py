@@ -197,6 +197,35 @@ def test_sums_end_a_pass_and_give_each_tensor_its_number(kernels: Kernels, threa
     assert_equal(found[1:], expected[1:])
 
 
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_that_the_base_adds_up_on_its_way_have_the_bits_of_sums_behind_it(
+    kernels: Kernels, dtype: torch.dtype, decoupled: bool
+) -> None:
+    pp, pu, uu, total = (OF_TENSOR | i for i in range(4))
+    base, sums, between = (CODES["adam"], SCRATCH, P, G, M, 1), (CODES["dots"], pp, P, SCRATCH), (CODES["move"], 0, P)
+    behind = [
+        *((CODES["add"], total, pp, pu), (CODES["add"], total, total, uu), (CODES["pass"],)),
+        (CODES["mul_add"], P, SCRATCH, total, P),
+    ]
+    found = []
+    for code in ([base, sums, *behind], [base, between, sums, *behind]):
+        own = lists(dtype)
+        sizes = array("q", SIZES)
+        kernels.run(
+            dtype,
+            Program(code),
+            addresses(*own),
+            sizes,
+            base="adam",
+            settings=adam_settings(0.1, (0.9, 0.99), 1e-8, 0.1, False, decoupled),
+            count=addresses(counts := [torch.tensor(1.0) for _ in sizes]),
+        )
+        assert all(count == 2 for count in counts)
+        found.append(own)
+    assert_equal(*found)
+
+
 def test_several_operations_in_one_have_the_bits_of_single_ones(kernels: Kernels) -> None:
     for dtype in DTYPES:
         assert kernels.knows(dtype, "addcmul")
@@ -210,6 +239,21 @@ def test_several_operations_in_one_have_the_bits_of_single_ones(kernels: Kernels
                     [(f"mul_{name}", M, P, G, NUMBER, NUMBER + 1)],
                 )
                 for name in ("lt", "le", "gt")
+            ),
+            (
+                [
+                    *(("mul", V, P, G), ("le", V, V, NUMBER), ("mul", V, V, NUMBER + 1)),
+                    *(("addcmul", V, P, V, G), ("add", V, G, V)),
+                ],
+                [("decay_add", V, P, G, NUMBER, NUMBER + 1)],
+            ),
+            (
+                [
+                    *(("mul", M, P, NUMBER), ("addcmul", M, M, G, NUMBER + 1)),
+                    *(("mul", V, M, G), ("le", V, V, NUMBER), ("mul", V, V, NUMBER + 1)),
+                    *(("addcmul", V, M, V, G), ("add", V, G, V), ("move", M, G)),
+                ],
+                [("turn_decay_add", V, P, G, NUMBER, NUMBER + 1, NUMBER, NUMBER + 1), ("move", M, G)],
             ),
         ]
         for single, several in pairs:
