@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import metaopt
 from benchmarks.bandwidth import Probe
@@ -21,6 +22,7 @@ from benchmarks.clock import sample
 from benchmarks.machine import machine, machine_line
 from benchmarks.measure import least_bytes
 from benchmarks.paths import CPU, FULL, by_hand
+from metaopt import Group, Wrapper, adamw, anchor, elementwise
 from metaopt.engine.views.blocks import CPU_BLOCK
 from metaopt.lab.shapes import make_tensor_set
 from metaopt.lab.timing import ratios
@@ -33,6 +35,10 @@ SAVED, BUILT, GROUPS = 1_000, 10_000, 100
 EIGHT = (
     "clip_grad_value(1.0) | l2(0.01) | grokfast | decay(0.01) | adamw | ema | lookahead(k=5) | "
     "ema(0.99, label='second') | outer(k=5)"
+)
+ONE = (
+    *("clip_grad_value(0.1) | adamw", "accumulate(1) | adamw", "decay(0.01) | adamw", "l2(0.01) | adamw"),
+    *("adamw | ema", "adamw | lookahead(k=5)"),
 )
 
 Call = Callable[[], Any]
@@ -74,12 +80,54 @@ def number_of_tensors(rounds: int) -> Iterator[Row]:
         )
 
 
+class EightOperations(Wrapper):
+    """What an author may write: slow weights that follow, the faster the farther they are behind; then a pull."""
+
+    slow = anchor()
+
+    @elementwise
+    @staticmethod
+    def follow(param: Tensor, slow: Tensor) -> dict[str, Tensor]:
+        way = param - slow
+        size = torch.abs(way)
+        share = size / (size + 0.01)
+        slow = slow + (way * share) * 0.1
+        return {"slow": slow, "param": torch.lerp(param, slow, 0.01)}
+
+    def after_update(self, group: Group) -> None:
+        self.follow(group)
+
+
 def eight_wrappers(rounds: int) -> Iterator[Row]:
     """Measure what eight wrappers add to `adamw` on `large`, beside the time that their bytes take."""
+    yield (
+        "eight elementwise wrappers on `large`, to their bytes",
+        "2.0" if kernels() is None else "1.4",
+        added_to_bytes(EIGHT, rounds),
+    )
+
+
+def one_wrapper(rounds: int) -> Iterator[Row]:
+    """Measure what one wrapper adds likewise."""
+    library = kernels() is not None
+    for spec in ONE:
+        label = f"`{spec}` on `large`, to the wrapper's bytes".replace("|", r"\|")
+        yield label, "1.25" if library else "1.3", added_to_bytes(spec, rounds)
+
+
+def own_rule(rounds: int) -> Iterator[Row]:
+    """Measure what an author's rule of eight operations adds likewise."""
+    aim = "none" if kernels() is None else "1.5"
+    added = added_to_bytes(adamw | EightOperations(), rounds)
+    yield "an author's rule of eight operations on `large`, to its bytes", aim, added
+
+
+def added_to_bytes(spec: Any, rounds: int) -> str:
+    """Return the time that a stack takes beyond `adamw`, as a multiple of the time of its parts' bytes."""
     tensors = make_tensor_set("large")
-    moved = sum(size for label, size in least_bytes(tensors, EIGHT).items() if label)
+    moved = sum(size for label, size in least_bytes(tensors, spec).items() if label)
     probe, own, alone = Probe(), tensors.parameters(), tensors.parameters()
-    with_eight, base = metaopt.build(own, EIGHT), metaopt.build(alone, "adamw")
+    stack, base = metaopt.build(own, spec), metaopt.build(alone, "adamw")
 
     def update(params: list[tuple[str, torch.nn.Parameter]], step: Call) -> float:
         return sample(CPU, lambda: tensors.restore(params), step, 5).host
@@ -87,12 +135,8 @@ def eight_wrappers(rounds: int) -> Iterator[Row]:
     found = []
     for _ in range(rounds + 1):
         must = moved / probe.measure()
-        found.append((update(own, with_eight.step) - update(alone, base.step)) / must)
-    yield (
-        "eight elementwise wrappers on `large`, to their bytes",
-        "2.0" if kernels() is None else "1.4",
-        f"{median(found[1:]):.2f} ({moved / tensors.elements:.0f} bytes an element)",
-    )
+        found.append((update(own, stack.step) - update(alone, base.step)) / must)
+    return f"{median(found[1:]):.2f} ({moved / tensors.elements:.0f} bytes an element)"
 
 
 def many_groups(rounds: int) -> Iterator[Row]:
@@ -168,8 +212,9 @@ def main(rounds: int) -> None:
     print(f"{machine_line(machine('cpu'))}, {datetime.date.today().isoformat()}, ", end="")
     print("without metaopt-kernels" if library is None else f"metaopt-kernels ({library.variant})")
     print("\n| what | at most | measured |\n| --- | --- | --- |")
-    for measured in (number_of_tensors, many_groups, building, checkpoints, eight_wrappers, memory):
-        for row in measured(rounds if measured is not eight_wrappers else max(3, rounds // 2)):
+    long = (eight_wrappers, own_rule, one_wrapper)
+    for measured in (number_of_tensors, many_groups, building, checkpoints, *long, memory):
+        for row in measured(max(3, rounds // 2) if measured in long else rounds):
             print(f"| {' | '.join(row)} |", flush=True)
             if "-v" in sys.argv:
                 print(f"{time.thread_time():.0f} s", file=sys.stderr)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from metaopt.joined_rules import BASE, CHANGE, GRAD, PARAM, Item, joined
+from metaopt.joined_rules import BASE, CHANGE, GRAD, PARAM, WEIGHTS, Item, joined
 from metaopt.rules import LIST, SUMS, TENSOR, Graph, Symbol, number_of
 
 try:
@@ -108,7 +108,8 @@ class Compiled:
     def _add_sums(self, emitter: "_Emitter", sums: list[Symbol]) -> None:
         """Add the sums of a pass; those of two lists with themselves and each other are one instruction."""
         by_args = {symbol.args: symbol for symbol in sums if symbol.op == "dot"}
-        squares = [args[0] for args in by_args if args[0] is args[1]]
+        # the weights first: the base then adds up these sums itself
+        squares = sorted((a for a, b in by_args if a is b), key=lambda a: a is not WEIGHTS)
         if len(squares) > 1:
             a, b = squares[:2]
             places = [self._new_place() for _ in range(3)]
@@ -228,6 +229,12 @@ class _Emitter:
     def finish(self, final: Mapping[int, Symbol]) -> None:
         """Work out lists' last values, and write them directly where nobody reads the old ones any more."""
         values = {place: self.compute(symbol) for place, symbol in final.items()}
+        for place, value in values.items():
+            # another list is written where this one is read: it is read first
+            if isinstance(value, int) and value != place and values.get(value, value) != value:
+                old = Symbol("old", kind=LIST)
+                self._steps.insert(0, (old, [library.CODES["move"], 0, value]))
+                self._places[old], values[place] = None, old
         moves: list[Step] = []
         for place, value in values.items():
             at = next((i for i, (own, _) in enumerate(self._steps) if own is value), None)

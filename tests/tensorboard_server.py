@@ -11,8 +11,10 @@ import urllib.parse
 import urllib.request
 from contextlib import contextmanager
 
-# the server reads event files in two ways, and users get either
-LOADERS = ["--load_fast=false", "--load_fast=auto"]
+import pytest
+
+# the server reads event files in two ways, and users get either; by the second one all tests take twice the time
+LOADERS = [pytest.param("--load_fast=false", marks=pytest.mark.slow), "--load_fast=auto"]
 
 
 class Server:

@@ -164,6 +164,7 @@ def test_most_parts_can_be_written_down() -> None:
     assert refused < len(BUILT_IN) / 2
 
 
+@pytest.mark.slow
 def test_other_dtypes_train_alike_too() -> None:
     text = eject("clip_grad_norm(1.0) | sgd(lr=0.1) | lookahead(k=2, slow_dtype='float32')", RUN)
     spec = "clip_grad_norm(1.0) | sgd(lr=0.1) | lookahead(k=2, slow_dtype='float32')"
@@ -185,6 +186,7 @@ def test_the_norm_of_many_small_tensors_is_the_stack_s() -> None:
     assert all(map(torch.equal, ours, theirs))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_file_goes_on() -> None:
     text = eject(TYPICAL, RUN)
     _, other, _, theirs = trains_alike(text, TYPICAL, 10)

@@ -87,7 +87,7 @@ def test_no_part_launches_much_more_than_the_update_by_hand() -> None:
     assert {s: n for s, n in found.items() if n > MORE_THAN_ALLOWED.get(s, most)} == {}
 
 
-@pytest.mark.parametrize("tensors", [10, 148])
+@pytest.mark.parametrize("tensors", [10, pytest.param(148, marks=pytest.mark.slow)])
 def test_rules_launch_as_much_for_many_tensors_as_for_few(tensors: int) -> None:
     found = {spec: count(by_stack(spec), SHAPES[tensors]) for spec in BY_RULES}
     assert {spec: each.launches[13] for spec, each in found.items()} == BY_RULES

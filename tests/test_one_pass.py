@@ -11,12 +11,15 @@ from small_runs import small_model
 import metaopt
 from metaopt import Group, Wrapper, anchor, elementwise
 from metaopt.engine.fused import postponed
-from metaopt.programs import kernels
+from metaopt.programs import Compiled, kernels
+from metaopt.rules import SUMS
 
 if kernels() is None:
     absent = importlib.util.find_spec("metaopt_kernels") is None
     reason = "metaopt-kernels is not installed" if absent else "metaopt-kernels has no library here, or is turned off"
     pytest.skip(reason, allow_module_level=True)
+
+from metaopt_kernels import LENGTH, OF_TENSOR, OPS
 
 SHAPES: list[tuple[int, ...]] = [*((n,) for n in range(71)), (1000,), (70_001,), (300, 257)]
 SPECS = [
@@ -196,6 +199,48 @@ def test_rules_on_the_update_join_the_base(
         torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
 
 
+THREE = "update_floor(0.5) | radial_brake | cautious_decay(0.1)"
+
+
+@pytest.mark.parametrize(
+    ("spec", "passes"),
+    [
+        # the base adds the sums up, whichever part asks for them
+        (f"adamw | {THREE}", [["adam", "dots"], ["turn_decay_add"]]),
+        ("adamw | update_floor(0.5)", [["adam", "dots"], ["mul_add"]]),
+        ("adamw | trust_ratio(0.1) | cautious_decay(0.1)", [["adam", "dots"], ["mul", "decay_add"]]),
+        ("sgd(lr=0.1, momentum=0.9) | cautious_decay(0.1)", [["sgd", "decay_add"]]),
+        # behind a decay the update is another one: it is added up as it comes out
+        ("adamw | cautious_decay(0.1) | update_floor(0.5)", [["adam", "mul_le", "addcmul", "dots"], ["mul_add"]]),
+    ],
+)
+def test_a_pass_has_as_few_loops_as_its_operations_allow(
+    spec: str, passes: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Compiled] = []
+
+    def compiled(*args: Any, **kwargs: Any) -> Compiled:
+        made.append(Compiled(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(postponed, "Compiled", compiled)
+    trained(spec, torch.float32, steps=2)
+    assert loops(made[-1]) == passes
+
+
+def loops(compiled: Compiled) -> list[list[str]]:
+    """Return the operations on elements of each pass."""
+    code = compiled.program.code
+    found: list[list[str]] = [[]]
+    for i in range(0, len(code), LENGTH):
+        name, is_number = OPS[code[i]], code[i + 1] >> 20 == OF_TENSOR >> 20
+        if name == "pass":
+            found.append([])
+        elif not is_number or name in {*SUMS, "dots"}:
+            found[-1].append(name)
+    return found
+
+
 class Looks(metaopt.Wrapper):
     """A part with a rule that also looks at the update itself: it must see all of it."""
 
@@ -249,6 +294,71 @@ def test_a_rule_on_the_update_may_keep_a_tensor(
         torch.testing.assert_close(
             found[1].state[p]["keeps.mean"], expected[1].state[q]["keeps.mean"], rtol=tolerance, atol=tolerance
         )
+
+
+class FromBefore(Wrapper):
+    """A rule that keeps the weights from before the update, which the same pass writes."""
+
+    kept = metaopt.zeros()
+
+    @elementwise
+    @staticmethod
+    def keep(param: torch.Tensor, kept: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"kept": param}
+
+    def on_update(self, group: Group) -> None:
+        self.keep(group)
+
+
+class Shifts(Wrapper):
+    """Two rules: one copies a tensor that the next one changes."""
+
+    slow, older = anchor(), metaopt.zeros()
+
+    @elementwise
+    @staticmethod
+    def shift(slow: torch.Tensor, older: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"older": slow}
+
+    @elementwise
+    @staticmethod
+    def follow(param: torch.Tensor, slow: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"slow": torch.lerp(slow, param, 0.5)}
+
+    def after_update(self, group: Group) -> None:
+        self.shift(group)
+        self.follow(group)
+
+
+class Shows(Wrapper):
+    """Two rules: the weights become a tensor that the next rule changes."""
+
+    slow = anchor()
+
+    @elementwise
+    @staticmethod
+    def show(param: torch.Tensor, slow: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"param": slow}
+
+    @elementwise
+    @staticmethod
+    def grow(slow: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"slow": slow * 1.5}
+
+    def after_update(self, group: Group) -> None:
+        self.show(group)
+        self.grow(group)
+
+
+@pytest.mark.parametrize("base", [metaopt.adamw, metaopt.sgd(lr=0.1)])
+@pytest.mark.parametrize("part", [FromBefore, Shifts, Shows])
+def test_a_tensor_that_another_one_becomes_is_read_before_it_is_written(
+    part: type[Wrapper], base: Any, made: list[postponed.PostponedStep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = trained(base | part(), torch.float32)
+    assert made
+    monkeypatch.setattr(postponed, "kernels", lambda: None)
+    assert_same(found, trained(base | part(), torch.float32))
 
 
 def swapped(built: Built, step: int) -> None:
