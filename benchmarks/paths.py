@@ -35,7 +35,7 @@ def fused(params: list[torch.nn.Parameter]) -> Step:
 
 
 def by_hand(params: list[torch.nn.Parameter], step: Step | None = None) -> Step:
-    """Return what people write: a clip by the norm, then fused AdamW, or what `step` does; no Lookahead."""
+    """Return what people write: a clip by the norm, then `step`; by default fused AdamW, without a Lookahead."""
     step = step or fused(params)
 
     def update() -> None:

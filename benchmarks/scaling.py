@@ -1,7 +1,7 @@
 """`python -m benchmarks.scaling`: how an update grows with tensors, wrappers and groups, beside the project's aims.
 
 Prints a table as Markdown, by one thread: what is timed together is interleaved in one process, by the thread's own
-clock. Run it with and without `METAOPT_KERNELS=0`: two aims are closer with the library. It takes some minutes.
+clock. Run it with and without `METAOPT_KERNELS=0`: most aims are others with the library. It takes some minutes.
 """
 
 import ctypes

@@ -85,7 +85,7 @@ def test_an_update_calls_no_more_functions_than_it_did(frozen: bool, most: int) 
         params[0].grad = None
         opt.step()
     own, _ = functions_called(opt.step)
-    # the library is asked for once more where parameters are not those of the update before
+    # with the library, a group that is not that of the update before is asked twice more whether it fits
     assert own <= most + 2 * (frozen and kernels() is not None)
 
 

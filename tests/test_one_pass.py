@@ -19,7 +19,7 @@ if kernels() is None:
     reason = "metaopt-kernels is not installed" if absent else "metaopt-kernels has no library here, or is turned off"
     pytest.skip(reason, allow_module_level=True)
 
-from metaopt_kernels import LENGTH, OF_TENSOR, OPS
+from metaopt_kernels import LENGTH, OF_TENSOR, OPS, TENSOR
 
 SHAPES: list[tuple[int, ...]] = [*((n,) for n in range(71)), (1000,), (70_001,), (300, 257)]
 SPECS = [
@@ -206,9 +206,9 @@ THREE = "update_floor(0.5) | radial_brake | cautious_decay(0.1)"
     ("spec", "passes"),
     [
         # the base adds the sums up, whichever part asks for them
-        (f"adamw | {THREE}", [["adam", "dots"], ["turn_decay_add"]]),
-        ("adamw | update_floor(0.5)", [["adam", "dots"], ["mul_add"]]),
-        ("adamw | trust_ratio(0.1) | cautious_decay(0.1)", [["adam", "dots"], ["mul", "decay_add"]]),
+        (f"adamw | {THREE}", [["adam with dots"], ["turn_decay_add"]]),
+        ("adamw | update_floor(0.5)", [["adam with dots"], ["mul_add"]]),
+        ("adamw | trust_ratio(0.1) | cautious_decay(0.1)", [["adam with dots"], ["mul", "decay_add"]]),
         ("sgd(lr=0.1, momentum=0.9) | cautious_decay(0.1)", [["sgd", "decay_add"]]),
         # behind a decay the update is another one: it is added up as it comes out
         ("adamw | cautious_decay(0.1) | update_floor(0.5)", [["adam", "mul_le", "addcmul", "dots"], ["mul_add"]]),
@@ -236,6 +236,8 @@ def loops(compiled: Compiled) -> list[list[str]]:
         name, is_number = OPS[code[i]], code[i + 1] >> 20 == OF_TENSOR >> 20
         if name == "pass":
             found.append([])
+        elif name == "dots" and found[-1] == ["adam"] and list(code[i + 2 : i + 4]) == [TENSOR, code[i - LENGTH + 1]]:
+            found[-1] = ["adam with dots"]  # of the weights and of what comes out
         elif not is_number or name in {*SUMS, "dots"}:
             found[-1].append(name)
     return found

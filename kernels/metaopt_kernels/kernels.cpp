@@ -35,7 +35,7 @@ static const i64 CHUNK = 1 << 13;   // elements that are added up by one thread,
 static const i64 BATCH = 1 << 19;   // elements that go through all passes before the next ones do; a larger tensor by itself
 static const int REGISTERS = 12, NUMBERS = 64;
 
-// the last ones do the work of two to four operations, in one loop and rounded as these are: see `Worker::single`
+// the last ones do the work of two to seven operations, in one loop and rounded as these are: see `Worker::single`
 enum Op {
   MOVE, ADD, SUB, MUL, DIV, LT, LE, GT, SELECT, SQRT, ABS, NEG, HYPOT, MAX, LERP, ADDCMUL, ADAM, SGD,
   DOT, DOTS, MEAN, PASS, MUL_ADD, MUL_ADDCMUL, ADDCMUL_ADD, MUL_LT, MUL_LE, MUL_GT, DECAY_ADD, TURN_DECAY_ADD
@@ -337,9 +337,11 @@ template <class T> struct Worker {
         const Instruction& q = *i;
         if (q.op == ADAM || q.op == SGD) {
           T* const p = place(q.a).at;
-          Lists<T> lists{place(q.to).at, p, place(q.b).at, q.c ? place(q.c).at : nullptr, q.op == ADAM ? place(q.c + 1).at : nullptr, q.d ? p : zeros};
-          // sums of the weights and of what comes out are added up while both are in registers
-          const bool adds = q.op == ADAM && i + 1 != pass.elements.end() && i[1].op == DOTS && i[1].a == q.a && i[1].b == q.to && n % Lanes<T>::COUNT == 0;
+          T *m = q.c ? place(q.c).at : nullptr, *v = q.op == ADAM ? place(q.c + 1).at : nullptr;
+          const Lists<T> lists{place(q.to).at, p, place(q.b).at, m, v, q.d ? p : zeros};
+          // sums of the weights and of what comes out are added up while the next weights are on their way from memory
+          const bool sums_follow = i + 1 != pass.elements.end() && i[1].op == DOTS && i[1].a == q.a && i[1].b == q.to;
+          const bool adds = sums_follow && q.op == ADAM && n % Lanes<T>::COUNT == 0;
           Dots<T> dots;
           step(j.rounding, lists, base, n - rest, adds ? &dots : nullptr);
           if (rest) step(j.rest_rounding, lists.from(n - rest), base, rest, nullptr);

@@ -197,10 +197,13 @@ def test_sums_end_a_pass_and_give_each_tensor_its_number(kernels: Kernels, threa
     assert_equal(found[1:], expected[1:])
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("divisor", [None, torch.tensor(1.7)])
+@pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_that_the_base_adds_up_on_its_way_have_the_bits_of_sums_behind_it(
-    kernels: Kernels, dtype: torch.dtype, decoupled: bool
+    kernels: Kernels, dtype: torch.dtype, decoupled: bool, maximize: bool, divisor: torch.Tensor | None, threads: int
 ) -> None:
     pp, pu, uu, total = (OF_TENSOR | i for i in range(4))
     base, sums, between = (CODES["adam"], SCRATCH, P, G, M, 1), (CODES["dots"], pp, P, SCRATCH), (CODES["move"], 0, P)
@@ -212,14 +215,17 @@ def test_sums_that_the_base_adds_up_on_its_way_have_the_bits_of_sums_behind_it(
     for code in ([base, sums, *behind], [base, between, sums, *behind]):
         own = lists(dtype)
         sizes = array("q", SIZES)
-        kernels.run(
+        run(
+            kernels,
+            threads,
             dtype,
             Program(code),
             addresses(*own),
             sizes,
             base="adam",
-            settings=adam_settings(0.1, (0.9, 0.99), 1e-8, 0.1, False, decoupled),
+            settings=adam_settings(0.1, (0.9, 0.99), 1e-8, 0.1, maximize, decoupled),
             count=addresses(counts := [torch.tensor(1.0) for _ in sizes]),
+            divisor=divisor,
         )
         assert all(count == 2 for count in counts)
         found.append(own)
@@ -254,6 +260,15 @@ def test_several_operations_in_one_have_the_bits_of_single_ones(kernels: Kernels
                     *(("addcmul", V, M, V, G), ("add", V, G, V), ("move", M, G)),
                 ],
                 [("turn_decay_add", V, P, G, NUMBER, NUMBER + 1, NUMBER, NUMBER + 1), ("move", M, G)],
+            ),
+            # over the weights themselves, as programs do
+            (
+                [("decay_add", V, P, G, NUMBER, NUMBER + 1), ("move", G, V)],
+                [("decay_add", G, P, G, NUMBER, NUMBER + 1), ("move", V, G)],
+            ),
+            (
+                [("turn_decay_add", V, P, G, NUMBER, NUMBER + 1, NUMBER, NUMBER + 1), ("move", G, V)],
+                [("turn_decay_add", G, P, G, NUMBER, NUMBER + 1, NUMBER, NUMBER + 1), ("move", V, G)],
             ),
         ]
         for single, several in pairs:

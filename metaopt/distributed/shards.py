@@ -13,6 +13,7 @@ PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def dtensor_module() -> Any:
+    """Return torch's module of DTensors, or None if nobody has imported it."""
     # a DTensor can only exist once its module was imported; importing it here would cost everyone half a second
     return sys.modules.get("torch.distributed.tensor")
 
@@ -59,7 +60,7 @@ def placed_like(parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return wrapped
 
 
-# ---- of one tensor
+# ---- numbers over all shards
 
 
 def norm_over_shards(values: torch.Tensor, parameter: torch.Tensor, *, rows: bool) -> torch.Tensor:
@@ -125,6 +126,11 @@ def dots_over_shards(
     return sums_over_shards([_dot(x, y) for x, y in zip(a, b, strict=True)], parameters)
 
 
+def total_dot(a: list[torch.Tensor], b: list[torch.Tensor], parameters: list[torch.Tensor]) -> torch.Tensor:
+    """Return the real inner product of two aligned lists of local tensors, over all shards, as one 0-dim tensor."""
+    return multi_tensor.stacked(dots_over_shards(a, b, parameters)).sum()
+
+
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     wide = at_least_float32(torch.promote_types(a.dtype, b.dtype))
     product = torch.vdot(a.reshape(-1).to(wide), b.reshape(-1).to(wide))
@@ -151,11 +157,6 @@ def sum_over_shards(sums: torch.Tensor, parameter: torch.Tensor, *, rows: bool =
 
 def _summed(values: torch.Tensor, rows: bool) -> list[int]:
     return list(range(1 if rows and values.dim() > 1 else 0, values.dim()))
-
-
-def total_dot(a: list[torch.Tensor], b: list[torch.Tensor], parameters: list[torch.Tensor]) -> torch.Tensor:
-    """Return the real inner product of two aligned lists of local tensors, over all shards, as one 0-dim tensor."""
-    return multi_tensor.stacked(dots_over_shards(a, b, parameters)).sum()
 
 
 def holders_of_other_shards(parameter: torch.Tensor) -> set[int]:

@@ -6,8 +6,10 @@ from collections import Counter
 import pytest
 import torch
 
-from benchmarks import profile_tiny, scaling
+from benchmarks import paths, profile_tiny, scaling
+from benchmarks.bandwidth import Probe
 from metaopt.engine.step import base_step
+from metaopt.lab.shapes import make_tensor_set
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of resident memory is read from /proc")
@@ -21,6 +23,25 @@ def test_what_is_measured_is_a_line_of_the_table() -> None:
     rows = [*scaling.checkpoints(rounds=2), *scaling.many_groups(rounds=1), *scaling.building(rounds=1)]
     assert [at_most for _, at_most, _ in rows] == ["1.5", "1.3", "1.5", "1.3", "1.1", "40 ms"]
     assert all(measured[:1].isdigit() for *_, measured in rows)
+
+
+def test_one_wrapper_and_an_author_s_rule_are_measured_by_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "make_tensor_set", lambda name: make_tensor_set("tiny"))
+    monkeypatch.setattr(scaling, "Probe", lambda: Probe(size=2**20))
+    rows = [*scaling.one_wrapper(rounds=1), *scaling.own_rule(rounds=1)]
+    bytes_an_element = [float(measured.split("(")[1].split()[0]) for *_, measured in rows]
+    # the weights or gradients read and written, the rule's own tensor likewise; a pull is due every fifth update
+    assert bytes_an_element == [8, 16, 8, 12, 12, 3, 16]
+
+
+def test_the_table_of_paths_has_a_row_for_each_pair(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(paths, "ROUNDS", 2)
+    monkeypatch.setattr(sys, "argv", ["paths", "tiny", "--threads", "1"])
+    paths.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if " ms |" in line]
+    assert len(rows) == len(paths.PAIRS)
 
 
 def test_every_call_of_a_cycle_of_updates_is_made_again_and_has_a_purpose(monkeypatch: pytest.MonkeyPatch) -> None:

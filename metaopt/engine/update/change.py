@@ -22,7 +22,7 @@ class Change:
         "_applied_versions",
         "_block_memory",
         "_kept_for_observers",
-        "_memory_of",
+        "_room_of",
         "added",
         "unapplied",
         "weights_before",
@@ -37,7 +37,7 @@ class Change:
         # of the others: versions of change and weights when the weights were last set to their sum
         self._applied_versions: dict[torch.Tensor, tuple[int, int]] = {}
         # memory for the change of a block, and by role and dtype what such memory is cut from
-        self._memory_of: dict[torch.Tensor, torch.Tensor] = {}
+        self._room_of: dict[torch.Tensor, torch.Tensor] = {}
         self._block_memory: dict[object, torch.Tensor] = {}
         # for parts that only look: the weights before, which become the whole change behind all others; None until then
         self._kept_for_observers: dict[torch.Tensor, torch.Tensor] = {}
@@ -75,7 +75,7 @@ class Change:
             before, change = self._room_for_block(weights)
             torch._foreach_copy_(before, weights)
             self.weights_before.update(zip(part, before, strict=True))
-            self._memory_of.update(zip(part, change, strict=True))
+            self._room_of.update(zip(part, change, strict=True))
 
     def copies_to_move(self, params: Params) -> list[torch.Tensor]:
         """Return copies of the weights of a block, which the base is to move in their place."""
@@ -113,7 +113,7 @@ class Change:
         if p in self.unapplied:
             return self.added[p]
         if self._has_moved_since(p):
-            weights, before, memory = local(p), self.weights_before[p], self._memory_of.pop(p, None)
+            weights, before, memory = local(p), self.weights_before[p], self._room_of.pop(p, None)
             wide = at_least_float32(weights.dtype)
             if memory is None:
                 memory = torch.empty_like(weights, dtype=wide)
@@ -139,7 +139,7 @@ class Change:
             new = [p for p in params if p not in self.unapplied and self._has_moved_since(p)]
             if new:
                 weights, befores = [local(p) for p in new], [self.weights_before[p] for p in new]
-                memory = [self._memory_of.pop(p, None) for p in new]
+                memory = [self._room_of.pop(p, None) for p in new]
                 out = [m for m in memory if m is not None]
                 changes = _differences(weights, befores, out if len(out) == len(new) else None)
                 self.added.update(zip(new, changes, strict=True))
@@ -180,7 +180,7 @@ class Change:
         """Forget the weights before and the change of some parameters."""
         for p in params:
             self.weights_before.pop(p, None)
-            self._memory_of.pop(p, None)
+            self._room_of.pop(p, None)
             self.added.pop(p, None)
             self._applied_versions.pop(p, None)
 

@@ -80,7 +80,7 @@ class Update:
         # what was in `state[p]` before: a base makes its own only if that is empty. It returns if the update fails
         self.state_set_aside: dict[torch.Tensor, ParamState] = {}
 
-        # the weights before, and what is added to them
+        # ---- what is added to the weights
         self.change = Change()
 
         # ---- fused steps that were put off
