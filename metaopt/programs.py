@@ -5,7 +5,7 @@ pass to pass in memory of the library; all else is worked out again.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -38,6 +38,11 @@ def kernels() -> Any:
     return library.load() if library is not None and library.INTERFACE == INTERFACE else None
 
 
+def compared(order: Iterable[Symbol]) -> set[str]:
+    """Return the operations on elements that torch may round in its own way: the library compares them first."""
+    return {symbol.op for symbol in order if symbol.kind == LIST and symbol.op in ("lerp", "addcmul", "sqrt")}
+
+
 class Unfit(Exception):
     """The library has too little room for a program."""
 
@@ -51,7 +56,7 @@ class Compiled:
         self._places: dict[Symbol, int] = {}
         self._of_tensor = 0
         graph = joined(items, divided=divided)
-        self.needs = {base, *(symbol.op for symbol in graph.order if symbol.op in ("lerp", "addcmul"))}
+        self.needs = {base, *compared(graph.order)}
         self.uses = Counter(arg for symbol in graph.order for arg in symbol.args) + Counter(graph.outputs.values())
         # by symbol: the pass in which it is known; a sum is known in the one after its elements
         known: dict[Symbol, int] = {}

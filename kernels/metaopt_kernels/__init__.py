@@ -107,11 +107,11 @@ class Kernels:
         self._run = {torch.float32: library.metaopt_run_float, torch.float64: library.metaopt_run_double}
         for function in self._run.values():
             function.argtypes, function.restype = [ctypes.POINTER(_Job)], None
-        # by dtype and "adam", "sgd" and "lerp": how torch rounds; None: in no way that the library knows
+        # by dtype and operation: how torch rounds; None: in no way that the library knows
         self._roundings: dict[tuple[torch.dtype, str], Way | None] = {}
 
     def knows(self, dtype: torch.dtype, *names: str) -> bool:
-        """Return whether the library computes torch's numbers, bit for bit, for "adam", "sgd", "lerp", "addcmul"."""
+        """Return whether the library has torch's bits for these of "adam", "sgd", "lerp", "addcmul" and "sqrt"."""
         return dtype in self._run and all(self._rounding(dtype, name) is not None for name in names)
 
     def places(self, tensors: Tensors) -> Places:
@@ -172,7 +172,8 @@ class Kernels:
 
     def _is_equal(self, dtype: torch.dtype, name: str, way: Way, case: int) -> bool:
         """Return whether the library, rounding in this way, and torch compute the same numbers."""
-        sizes = (7, 64, 71, 77)
+        # a square root may be another one in one of two hundred cases only
+        sizes = (7, 64, 71, 77, *([4096] if name == "sqrt" else []))
         lists = [[_samples(n, dtype, 10 * i + case) for n in sizes] for i in range(4)]
         lists[3] = [t.abs() for t in lists[3]]
         own = [[t.clone() for t in tensors] for tensors in lists]
@@ -215,6 +216,9 @@ def _expected(
     if name == "addcmul":
         torch._foreach_addcmul_(m, p, g)
         return (CODES["addcmul"], place[2], place[2], place[0], place[1]), [], []
+    if name == "sqrt":
+        m[:] = torch._foreach_sqrt(v)
+        return (CODES["sqrt"], place[2], place[3]), [], []
     decoupled, maximize = case % 2, case // 2
     if name == "adam":
         kernel: Callable[..., Any] = torch._fused_adamw_ if decoupled else torch._fused_adam_

@@ -279,6 +279,12 @@ def test_several_operations_in_one_have_the_bits_of_single_ones(kernels: Kernels
             assert_equal(other, one)
 
 
+def test_a_square_root_that_torch_rounds_in_its_own_way_is_torch_s_own(kernels: Kernels) -> None:
+    numbers = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 100
+    exact = numbers.double().sqrt().float()
+    assert kernels.knows(torch.float32, "sqrt") == torch.equal(numbers.sqrt(), exact)
+
+
 def test_a_kind_of_update_that_differs_in_one_bit_is_torch_s_own(
     kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:

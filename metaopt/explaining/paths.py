@@ -8,7 +8,7 @@ import torch
 from metaopt.engine.chain import Chain, ParamGroup
 from metaopt.engine.fused.lists import LARGE, MANY, why_no_lists
 from metaopt.engine.fused.recorded import rules_on_update
-from metaopt.programs import kernels, library
+from metaopt.programs import compared, kernels, library
 from metaopt.rules import Rule, rules_of
 from metaopt.stack import Stack
 from metaopt.wrapper import Wrapper
@@ -129,8 +129,8 @@ def _why_no_library(chain: Chain, joined: Iterable[Wrapper], dtypes: set[torch.d
         off = os.environ.get(library.OFF) == "0"
         return f"{library.OFF}=0 turns metaopt-kernels off" if off else "metaopt-kernels has no build for this machine"
     kernel = "adam" if "step" in (chain.fused_state or ()) else "sgd"
-    used = {symbol.op for w in joined for rule in rules_of(type(w)) for symbol in rule.graph.order}
-    unknown = [d for d in dtypes if not native.knows(d, kernel, *(used & {"lerp", "addcmul"}))]
+    used = compared(symbol for w in joined for rule in rules_of(type(w)) for symbol in rule.graph.order)
+    unknown = [d for d in dtypes if not native.knows(d, kernel, *used)]
     return f"metaopt-kernels does not compute torch's numbers in {str(unknown[0])[6:]}" if unknown else None
 
 
