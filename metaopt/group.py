@@ -85,7 +85,7 @@ class Group(_Log):
     @property
     @abstractmethod
     def update(self) -> list[torch.Tensor]:
-        """What is added to the weights, aligned with `params`: only in `on_update` and `after_updates`.
+        """What is added to the weights, aligned with `params`: in `on_update`, `after_updates` and `observe`.
 
         Changes in place count. float32 for parameters of 16 bits: the difference of what the base has rounded its own
         step to and the weights before; the sum with the weights is rounded once.
@@ -127,10 +127,10 @@ class Group(_Log):
     def random_like(self, tensors: Any, distribution: Literal["normal", "uniform"] = "normal") -> Any:
         """Return noise for each of the tensors, a list aligned with `params` (or one of its tensors).
 
-        The numbers depend only on the wrapper's `seed`, the count of updates, the parameter and how often this was
-        called before in the update: they are the same on all ranks, also for shards, and after a resume, whatever the
-        order of the groups. A parameter is known by its name, or by its position if it has none. Standard normal, or
-        uniform on [0, 1).
+        The numbers depend only on the wrapper's `seed` and label, the count of updates, the parameter and how often
+        this was called before in this `step()`: they are the same on all ranks, also for shards, and after a resume,
+        whatever the order of the groups. A parameter is known by its name, or by its position if it has none. Standard
+        normal, or uniform on [0, 1).
         """
 
     @abstractmethod

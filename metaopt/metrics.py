@@ -105,7 +105,7 @@ class Metrics:
     def point(self, tag: str, value: Value, step: int, updates: int) -> None:
         """Keep one number as a point of its own at x = `step`, recorded after so many updates of the run.
 
-        It is written with the next point of the run, by `write_points`, or by `close`. Raises LogError.
+        It is written with the next point of the run, by `write_points`, `flush` or `close`. Raises LogError.
         """
         number = kept(tag, value)
         self._last[tag] = number

@@ -51,7 +51,7 @@ def total_norm(tensors: list[torch.Tensor], norm_type: float = 2.0, *, uniform: 
 
 
 def _norm_of_rank(tensors: list[torch.Tensor], p: float) -> torch.Tensor:
-    """Return the norm over local tensors, of any dtypes and devices."""
+    """Return the norm over local tensors, of each device first, then of these on the first one; any dtypes."""
     kinds = dict.fromkeys((t.dtype, t.device) for t in tensors)
     if len(kinds) <= 1:
         return _norm_of_uniform(tensors, p)

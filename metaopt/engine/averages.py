@@ -1,4 +1,4 @@
-"""Averages shown in the parameters' place: weights and state are swapped, and swapped back bit for bit."""
+"""Averages shown in the parameters' place: weights are swapped with state, or set aside; they return bit for bit."""
 
 import copy
 from collections.abc import Iterator
@@ -94,8 +94,8 @@ def restore_weights(run: Run) -> None:
 def show(run: Run, label: str) -> None:
     """Put an average into the parameters' place, for all of them or for none.
 
-    An average that is kept in the state is swapped with the weights. If it is computed, or of another dtype, the
-    weights are set aside beside it.
+    An average that is kept in the state is swapped with the weights. If it is computed, of another dtype or on another
+    device, the weights are set aside beside it.
     """
     done: list[Shown] = []
     try:
@@ -257,7 +257,7 @@ def _averages(run: Run, label: str) -> Iterator[Shown]:
 
 
 def _place(param_state: ParamState, keys: tuple[str, ...], average: torch.Tensor) -> int | None:
-    """Return which tensor of the wrapper's own state an average is; None if it is computed from the state."""
+    """Return which tensor of the wrapper's own state an average is; None if it was computed, or fetched."""
     for place, key in enumerate(keys):
         kept = local(param_state[key]) if key in param_state else None
         if kept is not None and kept.data_ptr() == average.data_ptr() and kept.shape == average.shape:

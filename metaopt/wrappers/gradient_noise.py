@@ -6,7 +6,8 @@ from metaopt import Groups, Wrapper, hookimpl, hyper
 class GradientNoise(Wrapper):
     """g <- g + N(0, eta / (1 + t)^gamma), t being the number of updates made so far. arXiv:1511.06807
 
-    The noise depends on the seed, the update and the parameter only: a resumed run repeats it.
+    The noise depends on seed, label, update and parameter only: a resumed run repeats it. Write it behind `accumulate`:
+    before it, all gradients of a window would get the same noise.
     """
 
     known_as = ("add_noise", "gradient noise", "annealed Gaussian noise")
@@ -18,9 +19,8 @@ class GradientNoise(Wrapper):
     def on_gradients(self, groups: Groups) -> None:
         for group in groups:
             deviation = (group.eta / (1 + group.updates) ** group.gamma) ** 0.5
-            for (
-                gradient
-            ) in group.grads:  # one at a time: all the noise at once would take as much memory as the weights
+            # one at a time: all the noise at once would take as much memory as the weights
+            for gradient in group.grads:
                 gradient.add_(group.random_like(gradient), alpha=deviation)
 
 

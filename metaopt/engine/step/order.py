@@ -119,9 +119,10 @@ def _skip(update: Update, evaluation: Evaluation, reason: str) -> Evaluation:
 
 
 def abandon(update: Update) -> None:
-    """Leave an update that failed: wrappers' entries and counters return, nothing measured at this step counts.
+    """Leave an update that failed: counters and entries that were set aside return, nothing measured here counts.
 
-    What a base has done stays, also if it is one of several and its step was put off.
+    What a hook has changed in place stays. So does what a base has done, also if it is one of several and its step was
+    put off.
     """
     update.make_postponed()
     for group, key, before in reversed(update.counters_before):

@@ -109,7 +109,7 @@ class Change:
         return [piece.view(w.shape) for piece, w in zip(pieces, weights, strict=True)]
 
     def of(self, p: torch.Tensor) -> torch.Tensor:
-        """Return what was added to a parameter so far, at least float32; `apply` counts changes of it."""
+        """Return what was added to a parameter so far, at least float32; what is written to it is applied later."""
         if p in self.unapplied:
             return self.added[p]
         if self._has_moved_since(p):

@@ -57,7 +57,7 @@ class Update:
         # why a wrapper wants no update, and whether it keeps these gradients for a later one
         self.skip_reason: str | None = None
         self.accumulates = False
-        # by group and key: counters before this update changed them
+        # group, key and value of counters before this update changed them
         self.counters_before: list[tuple[ParamGroup, str, Any]] = []
         # how much the gradients of this step count beside those of others of one update
         self.step_weight: float | torch.Tensor = 1.0
@@ -67,7 +67,7 @@ class Update:
         self._params_and_grads: dict[int, tuple[Params, list[torch.Tensor]]] = {}
         # by group: their dtype if they are what a fused kernel takes, otherwise None
         self._uniform_dtypes: dict[int, torch.dtype | None] = {}
-        # by group: the parameters that the base updates, written down right before it does
+        # by group: the parameters that the base updates, written down right before if a part needs the old weights
         self.params_by_group: dict[int, Params] = {}
         # parameters whose gradient a wrapper has replaced: they lose it at the end of the step
         self.with_replaced_grads: Params = []
@@ -90,7 +90,7 @@ class Update:
         self.grads_to_divide: dict[int, PostponedStep] = {}
 
         # ---- random numbers
-        # by wrapper and parameter: how often numbers were drawn
+        # by label, parameter and rows of a block: how often numbers were drawn
         self.random_draws: dict[object, int] = {}
         self.param_names: dict[torch.Tensor, str] | None = None
 
@@ -101,7 +101,7 @@ class Update:
         return param_state if initial is None else {**param_state, **initial}
 
     def params_of(self, group: ParamGroup) -> Params:
-        """Return the parameters of a group that the base updates; until it does, those with a gradient."""
+        """Return the parameters of a group that the base updates; if they were not kept, those with a gradient."""
         if self.change.whole is not None:
             return [p for p in group["params"] if p in self.change.whole]
         params = self.params_by_group.get(id(group))

@@ -56,7 +56,7 @@ class GroupView(GroupNumbers):
         self._params: list[torch.Tensor] | None = None
         self.updates = group[UPDATES] if updates is None else updates
         self.index = list(range(len(parameters))) if index is None else index
-        # slots kept on another device: copies here, with the originals and their versions
+        # slots kept on another device: copies here, with the originals and the copies' versions
         self._fetched: dict[str, tuple[list[torch.Tensor], list[torch.Tensor], list[int]]] = {}
         # set by an exchange: the means that came from it, and the share of their own that the weights keep
         self.mean_displacements: list[torch.Tensor] | None = None
@@ -268,7 +268,7 @@ class GroupView(GroupNumbers):
         if change.whole is not None:
             return self._cut([change.whole[p] for p in self.parameters])
         if any(p not in change.weights_before for p in self.parameters):
-            raise StepError(f"{self._wrapper.label}: group.update exists only in on_update and in after_updates")
+            raise StepError(f"{self._wrapper.label}: group.update exists only in on_update, after_updates and observe")
         return self._cut(change.of_all(self.parameters))
 
     @property
