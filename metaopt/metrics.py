@@ -20,9 +20,10 @@ class Metrics:
     """Collects measurements without waiting for a device, and writes a point every `every` updates (50).
 
     A point is the mean over the updates since the point before that measured its tag: the loss at every update, what
-    costs extra (a norm) at the update of the point alone. `latest()` is of the last update that measured a tag. The
-    last, shorter window is written by `close`, or when the program ends. `run` is what `describe` takes; `spec` and
-    `hparams` may be callables, asked when the run opens: a checkpoint has been loaded by then.
+    costs extra (a norm) at the update of the point alone. On CUDA it is written when its copy is there, any other device
+    is waited for. `latest()` is of the last update that measured a tag. The last, shorter window is written by `close`,
+    or when the program ends. `run` is what `describe` takes; `spec` and `hparams` may be callables, asked when the run
+    opens: a checkpoint has been loaded by then.
     """
 
     def __init__(
@@ -254,7 +255,7 @@ class _Window:
             self._tallies.setdefault(tag, Tally()).add(value)
 
     def flush(self, *, wait: bool = True) -> None:
-        """Write what was added since the last point; without `wait` as soon as it can be read without waiting."""
+        """Write what was added since the last point; without `wait`, from CUDA as soon as it is there."""
         tallies, self._tallies = self._tallies, {}
         alone, self.points = self.points, []
         many, self._many = self._many, {}

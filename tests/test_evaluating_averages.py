@@ -42,6 +42,28 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+class Computes(metaopt.Wrapper):
+    """Shows what it works out, and can do so once only."""
+
+    asked = 0
+
+    def averaged(self, group: metaopt.Group) -> list[torch.Tensor]:
+        type(self).asked += 1
+        if self.asked > 1:
+            raise MemoryError("no room for a second one")
+        return [p * 2 for p in group.params]
+
+
+def test_weights_return_without_asking_for_the_average_again() -> None:
+    model = network()
+    opt = metaopt.build(model, metaopt.sgd(lr=0.1) | Computes())
+    train(model, opt)
+    before = tensors(model)
+    with opt.averaged():
+        assert torch.equal(model[0].weight, before["0.weight"] * 2)
+    assert_same(tensors(model), before)
+
+
 # ---- buffers
 
 

@@ -221,7 +221,7 @@ def _swapped(run: Run, label: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]
 
     The wrapper is not asked: its count or its settings may have changed since, so that it would show something else.
     """
-    marked = False
+    marked = unmarked = False
     for group in run.param_groups:
         chain = run.structure.chain_of(group)
         for p in group["params"] if label in chain.labelled else ():
@@ -230,7 +230,9 @@ def _swapped(run: Run, label: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]
                 marked = True
                 keys = chain.slots_of(chain.labelled[label]).state_keys
                 yield local(p), local(param_state[keys[int(param_state[f"{label}.shown"])]])
-    if not marked:  # a checkpoint of an earlier version has no marks
+            elif param_state and f"{label}.fast" not in param_state:
+                unmarked = True
+    if unmarked and not marked:  # a checkpoint of an earlier version has no marks
         for p, weights, average, place in _averages(run, label):
             if place is not None and f"{label}.fast" not in run.state.get(p, {}):
                 yield weights, average

@@ -32,7 +32,7 @@ def slot_device(slot: Slot, values: dict[str, Any], parameter: torch.Tensor) -> 
 
 
 def copy_for_slot(value: torch.Tensor, slot: Slot, values: dict[str, Any], parameter: torch.Tensor) -> torch.Tensor:
-    """Return a copy of a tensor in the dtype and on the device of its slot; pinned if on another device."""
+    """Return a copy of a tensor in the dtype and on the device of its slot; pinned if it leaves an accelerator."""
     dtype, device = slot_dtype(slot, values, parameter), slot_device(slot, values, parameter)
     if device.type == "cpu" and parameter.device.type != "cpu":
         pinned = torch.empty_like(value, dtype=dtype, device=device, pin_memory=True)
