@@ -21,9 +21,9 @@ class Metrics:
 
     A point is the mean over the updates since the point before that measured its tag: the loss at every update, what
     costs extra (a norm) at the update of the point alone. From CUDA it is written when its copy is there, any other
-    device is waited for. `latest()` is of the last update that measured a tag. The last, shorter window is written by `close`,
-    or when the program ends. `run` is what `describe` takes; `spec` and `hparams` may be callables, asked when the run
-    opens: a checkpoint has been loaded by then.
+    device is waited for. `latest()` is of the last update that measured a tag. The last, shorter window is written by
+    `close`, or when the program ends. `run` is what `describe` takes; `spec` and `hparams` may be callables, asked
+    when the run opens: a checkpoint has been loaded by then.
     """
 
     def __init__(
