@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from functools import partial
-from math import lcm
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from benchmarks.baselines import ByExpert, ByPackage, ByTorch, Recipe, Update, f
 from metaopt.construction.building import build
 from metaopt.errors import HyperparameterError, MetaoptError, SpecError
 from metaopt.lab.shapes import NamedParameters
+from metaopt.lab.timing import cycle_of
 from metaopt.specs.pipeline import Pipeline, as_pipeline
 
 # PyPI's names of packages that wrap an optimizer with a Lookahead of their own, and where it is found in them
@@ -52,9 +52,8 @@ class ByStack(Update):
         self.stack.close()
 
     def cycle(self) -> int:
-        """Return after how many updates everything that is due every so often has been due equally often."""
-        entry = self.stack.param_groups[0]
-        return lcm(*(int(entry[f"{w.label}.{w.acts_every}"]) for w in self.stack.wrappers if w.acts_every is not None))
+        """Return after how many steps everything that is due every so often has been due equally often."""
+        return cycle_of(self.stack)
 
 
 def stack_contender(spec: str, key: str = "", **settings: Any) -> Contender:

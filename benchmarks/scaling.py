@@ -25,7 +25,7 @@ from benchmarks.paths import CPU, FULL, by_hand
 from metaopt import Group, Wrapper, adamw, anchor, elementwise
 from metaopt.engine.views.blocks import CPU_BLOCK
 from metaopt.lab.shapes import make_tensor_set
-from metaopt.lab.timing import ratios
+from metaopt.lab.timing import ratios, steps_of_update
 from metaopt.programs import kernels
 
 ROUNDS = 20
@@ -37,7 +37,7 @@ EIGHT = (
     "ema(0.99, label='second') | outer(k=5)"
 )
 ONE = (
-    *("clip_grad_value(0.1) | adamw", "accumulate(1) | adamw", "decay(0.01) | adamw", "l2(0.01) | adamw"),
+    *("clip_grad_value(0.1) | adamw", "accumulate(2) | adamw", "decay(0.01) | adamw", "l2(0.01) | adamw"),
     *("adamw | ema", "adamw | lookahead(k=5)"),
 )
 
@@ -123,19 +123,21 @@ def own_rule(rounds: int) -> Iterator[Row]:
 
 
 def added_to_bytes(spec: Any, rounds: int) -> str:
-    """Return the time that a stack takes beyond `adamw`, as a multiple of the time of its parts' bytes."""
+    """Return the time that an update of a stack takes beyond that of `adamw`, as a multiple of its parts' bytes."""
     tensors = make_tensor_set("large")
-    moved = sum(size for label, size in least_bytes(tensors, spec).items() if label)
-    probe, own, alone = Probe(), tensors.parameters(), tensors.parameters()
+    own, alone = tensors.parameters(), tensors.parameters()
     stack, base = metaopt.build(own, spec), metaopt.build(alone, "adamw")
+    steps = steps_of_update(stack)
+    moved = steps * sum(size for label, size in least_bytes(tensors, spec).items() if label)
+    probe = Probe()
 
-    def update(params: list[tuple[str, torch.nn.Parameter]], step: Call) -> float:
-        return sample(CPU, lambda: tensors.restore(params), step, 5).host
+    def update(params: list[tuple[str, torch.nn.Parameter]], step: Call, steps: int = 1) -> float:
+        return steps * sample(CPU, lambda: tensors.restore(params), step, 5 * steps).host
 
     found = []
     for _ in range(rounds + 1):
         must = moved / probe.measure()
-        found.append((update(own, stack.step) - update(alone, base.step)) / must)
+        found.append((update(own, stack.step, steps) - update(alone, base.step)) / must)
     return f"{median(found[1:]):.2f} ({moved / tensors.elements:.0f} bytes an element)"
 
 

@@ -221,3 +221,33 @@ def test_the_loss_of_a_closure_counts_at_every_batch() -> None:
 
         opt.step(closure)
     assert opt.updates == 1 and opt.metrics()["train/loss"] == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("weights", [None, (2.0, 0.5, 3.0)])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_window_begins_without_anything_of_the_last_one(steps: int, weights: tuple[float, ...] | None) -> None:
+    params = [torch.nn.Parameter(torch.zeros(4, 2, dtype=torch.float64)) for _ in range(3)]
+    opt = metaopt.build(params, f"accumulate({steps}) | sgd(lr=1.0)")
+    random = torch.Generator().manual_seed(steps)
+    # which parameters have a gradient at each step of a window, after a first window in which all have
+    rounds = [(True, True, True), (True, False, False), (False, True, False), (False, False, True), (True, True, False)]
+    expected = [torch.zeros(4, 2, dtype=torch.float64) for _ in params]
+    for number in range(7):
+        sums, total = [torch.zeros(4, 2, dtype=torch.float64) for _ in params], 0.0
+        for step in range(steps):
+            weight = 1.0 if weights is None else weights[step]
+            total += weight
+            for i, p in enumerate(params):
+                p.grad = None
+                if number == 0 or rounds[(number + 2 * step) % len(rounds)][i]:
+                    gradient = torch.randn(4, 2, dtype=torch.float64, generator=random)
+                    p.grad = gradient.clone()
+                    sums[i] += weight * gradient
+            if weights is not None:
+                opt.weigh(weight)
+            opt.step()
+        for mean, s in zip(expected, sums, strict=True):
+            mean -= s / total
+        for p, weight_expected in zip(params, expected, strict=True):
+            torch.testing.assert_close(p.detach(), weight_expected, **CLOSE)
+    assert opt.updates == 7

@@ -9,7 +9,7 @@ import warm
 
 from metaopt.cli import main
 from metaopt.lab.shapes import make_tensor_set
-from metaopt.lab.timing import Runner, count_updates, ratios, spread, time_interleaved
+from metaopt.lab.timing import Runner, count_updates, cycle_of, ratios, spread, time_interleaved
 
 WHOLE = "clip_grad_norm(1.0) | adamw | lookahead(k=5)"
 
@@ -61,10 +61,15 @@ def test_a_ratio_is_taken_inside_each_round():
     assert vars(spread([1.0, 2.0, 3.0, 4.0, 5.0])) == {"median": 3.0, "low": 2.0, "high": 4.0}
 
 
+def test_a_sample_has_whole_windows_of_accumulated_gradients():
+    runner = Runner("accumulate(7) | adamw | lookahead(k=2)", make_tensor_set("tiny"))
+    assert cycle_of(runner.stack) == 14
+
+
 def test_every_update_gets_the_same_gradients_and_a_sample_has_whole_cycles():
     tensors = make_tensor_set("tiny")
     runner = Runner("clip_grad_value(1e-4) | sgd(lr=1.0) | lookahead(k=7)", tensors)
-    assert runner.find_cycle() == 7 and count_updates(tensors, 7) == 63
+    assert cycle_of(runner.stack) == 7 and count_updates(tensors, 7) == 63
     seen = []
     step = runner.step
     runner.step = lambda: seen.append([p.grad.clone() for _, p in runner.parameters]) or step()

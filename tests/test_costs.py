@@ -74,6 +74,29 @@ def test_the_full_stack_calls_torch_no_more_often_than_it_did(update: int, most:
     assert sum(calls.by_name.values()) <= most, calls.by_name
 
 
+@pytest.mark.parametrize(("steps", "calls"), [(1, []), (2, ["_foreach_copy_", "_foreach_add_", "_foreach_div_"])])
+def test_accumulate_copies_the_first_gradient_of_a_window_and_takes_an_only_one_as_it_is(
+    steps: int, calls: list[str]
+) -> None:
+    shapes = [shape for _, shape in shapes_of("tiny")]
+    params = parameters(shapes)
+    opt, plain = metaopt.build(params, f"accumulate({steps}) | sgd(lr=0.1)"), metaopt.build(tiny(), "sgd(lr=0.1)")
+
+    def window() -> Counter[str]:
+        with Calls() as watched:
+            for _ in range(steps):
+                for p in params:
+                    p.grad = torch.ones_like(p)
+                opt.step()
+        return watched.by_name
+
+    window(), plain.step()
+    with Calls() as base:
+        plain.step()
+    added = window() - base.by_name
+    assert sorted(name for name in added.elements() if "_foreach_" in name) == sorted(f"aten::{c}" for c in calls)
+
+
 @pytest.mark.parametrize(("frozen", "most"), [(False, 126), (True, 126)])
 def test_an_update_calls_no_more_functions_than_it_did(frozen: bool, most: int) -> None:
     params = tiny()

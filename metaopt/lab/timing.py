@@ -17,12 +17,12 @@ from metaopt.construction.building import build
 from metaopt.errors import SpecError, StepError
 from metaopt.lab.shapes import TensorSet, make_tensor_set
 from metaopt.specs.pipeline import as_pipeline
+from metaopt.stack import Stack
 
 Key = TypeVar("Key", bound=Hashable)
 Measured = TypeVar("Measured")
 
-# a sample has at least so many updates: one that is interrupted must not weigh too much if an update is short;
-# both numbers are divisible by the usual counts of accumulated gradients
+# a sample has at least so many updates: one that is interrupted must not weigh too much if an update is short
 MIN_UPDATES, MIN_SMALL_UPDATES = 12, 60
 SMALL_SAMPLE_BYTES = 1 << 20
 # parameters of fewer bytes than this are made again so many times
@@ -102,6 +102,18 @@ def mean_seconds(restore: Callable[[], Any], step: Callable[[], Any], updates: i
     return total / updates
 
 
+def steps_of_update(stack: Stack) -> int:
+    """Return how many steps make one update, which is more than one where gradients are accumulated."""
+    return math.prod(int(vars(w)[w.spans_steps]) for w in stack.wrappers if w.spans_steps is not None)
+
+
+def cycle_of(stack: Stack) -> int:
+    """Return after how many steps everything that happens every k updates has happened equally often."""
+    group = stack.param_groups[0]
+    periods = (int(group[f"{w.label}.{w.acts_every}"]) for w in stack.wrappers if w.acts_every is not None)
+    return math.lcm(*periods) * steps_of_update(stack)
+
+
 class Runner:
     """One update with parameters of its own: that of a stack, or with `bare` that of its base without wrappers.
 
@@ -131,13 +143,6 @@ class Runner:
         for (_, p), gradient in zip(self.parameters, self.tensors.handed_out, strict=True):
             p.grad = gradient
         return self.tensors.handed_out[0].new_zeros(())
-
-    def find_cycle(self) -> int:
-        """Return after how many updates everything that happens every k updates has happened equally often."""
-        group = self.stack.param_groups[0]
-        return math.lcm(
-            *(int(group[f"{w.label}.{w.acts_every}"]) for w in self.stack.wrappers if w.acts_every is not None)
-        )
 
     def measure(self, updates: int) -> float:
         """Return the mean seconds of so many updates."""
@@ -187,7 +192,7 @@ def time_specs(
 ) -> ShapeResult:
     """Time the update of each spec and that of its bare base in the same rounds. Raises MetaoptError."""
     bases = {spec: _base_of(spec) for spec in specs}
-    updates = {spec: count_updates(tensors, Runner(spec, tensors).find_cycle()) for spec in bases}
+    updates = {spec: count_updates(tensors, cycle_of(Runner(spec, tensors).stack)) for spec in bases}
     runners: dict[tuple[str, str], Runner] = {}
 
     def make(key: tuple[str, str], spec: str) -> Callable[[], float]:

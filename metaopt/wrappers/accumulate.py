@@ -36,16 +36,19 @@ class Accumulate(Wrapper):
         if seen == 0:
             groups.skip_update("nothing accumulated")
             return
-        if groups.seen == 0:
+        begins = groups.seen == 0
+        if begins:
             # here and not with the update, which may fail
             for group in groups.groups_with_state():
-                torch._foreach_zero_(group.sum)
+                pairs = zip(group.parameters, group.sum, strict=True)
+                if without := [s for p, s in pairs if p.grad is None]:
+                    torch._foreach_zero_(without)
             groups.extra_weight.zero_()
         weight = groups.step_weight
-        weighs = bool(fresh) and (isinstance(weight, torch.Tensor) or weight != 1.0)
+        weighs = bool(fresh) and not _is_one(weight)
         if seen < groups.steps and not groups.is_flush:
             for group in fresh:
-                _add(group, group.sum, group.grads, weight)
+                _add(group, group.sum, group.grads, weight, begins=begins)
                 group.clear_grads()
             if weighs:
                 groups.extra_weight.add_(weight - 1.0)
@@ -57,31 +60,32 @@ class Accumulate(Wrapper):
         total = groups.extra_weight + (weight - 1.0) + seen if weighs else groups.extra_weight + seen
         means: dict[int, torch.Tensor] = {}
         for group in fresh:
-            means.update(zip(map(id, group.parameters), _means(group, weight, total), strict=True))
+            means.update(zip(map(id, group.parameters), _means(group, weight, total, begins=begins), strict=True))
         for group in groups.groups_with_state():
             pairs = zip(group.parameters, group.sum, strict=True)
             group.replace_grads([means[id(p)] if id(p) in means else s / total.to(s.device) for p, s in pairs])
 
 
-def _means(group: Group, weight: float | torch.Tensor, total: torch.Tensor) -> list[torch.Tensor]:
+def _means(group: Group, weight: float | torch.Tensor, total: torch.Tensor, *, begins: bool) -> list[torch.Tensor]:
     """Return (sum + weight gradient) / total, in the memory of the gradients where each has its own."""
     sums, grads = group.sum, group.grads
     total = total.to(sums[0].device)
     # a gradient with a graph is not to be taken for the mean
-    if any(g.layout is not torch.strided or g.requires_grad for g in grads) or _share_memory(grads):
+    if any(g.requires_grad for g in grads) or _share_memory(grads):
         sums = group.copies(sums)
-        _add(group, sums, grads, weight)
+        _add(group, sums, grads, weight, begins=begins)
         torch._foreach_div_(sums, total)
         return sums
-    plain = not isinstance(weight, torch.Tensor) and weight == 1.0
-    if plain and all(g.dtype == s.dtype for g, s in zip(grads, sums, strict=True)):
+    if begins:
+        return grads  # the only ones of this window
+    if _is_one(weight) and all(g.dtype == s.dtype for g, s in zip(grads, sums, strict=True)):
         torch._foreach_add_(grads, sums)
         torch._foreach_div_(grads, total)
         return grads
     for block in group.blocks():
         # the sums of 16-bit gradients are wider
         means = block.copies(block.sum)
-        _add(block, means, block.grads, weight)
+        _add(block, means, block.grads, weight, begins=False)
         torch._foreach_div_(means, total)
         torch._foreach_copy_(block.grads, means)
     return grads
@@ -91,13 +95,30 @@ def _share_memory(tensors: list[torch.Tensor]) -> bool:
     return len({t.data_ptr() for t in tensors}) < len(tensors)
 
 
-def _add(group: Group, sums: list[torch.Tensor], gradients: list[torch.Tensor], weight: float | torch.Tensor) -> None:
+def _add(
+    group: Group,
+    sums: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    weight: float | torch.Tensor,
+    *,
+    begins: bool,
+) -> None:
+    """Set sum <- sum + weight gradient; the first one of a window takes the place of what the sum held."""
+    if begins and _is_one(weight):
+        torch._foreach_copy_(sums, gradients)
+        return
+    if begins:
+        torch._foreach_zero_(sums)
     if isinstance(weight, torch.Tensor):
         weight = weight.to(sums[0].device)
         for total, gradient in zip(sums, gradients, strict=True):
             total.addcmul_(gradient.to(total.dtype), weight.to(total.dtype))
     else:
         group.add(sums, gradients, alpha=weight)
+
+
+def _is_one(weight: float | torch.Tensor) -> bool:
+    return not isinstance(weight, torch.Tensor) and weight == 1.0
 
 
 @hookimpl

@@ -30,8 +30,9 @@ def test_one_wrapper_and_an_author_s_rule_are_measured_by_their_bytes(monkeypatc
     monkeypatch.setattr(scaling, "Probe", lambda: Probe(size=2**20))
     rows = [*scaling.one_wrapper(rounds=1), *scaling.own_rule(rounds=1)]
     bytes_an_element = [float(measured.split("(")[1].split()[0]) for *_, measured in rows]
-    # the weights or gradients read and written, the rule's own tensor likewise; a pull is due every fifth update
-    assert bytes_an_element == [8, 16, 8, 12, 12, 3, 16]
+    # the weights or gradients read and written, those of two steps by accumulate, and the rule's own tensor likewise;
+    # a pull is due every fifth update
+    assert bytes_an_element == [8, 20, 8, 12, 12, 3, 16]
 
 
 def test_the_table_of_paths_has_a_row_for_each_pair(
