@@ -8,7 +8,7 @@ from pathlib import Path
 import metaopt_tensorboard
 import pytest
 import torch
-from metaopt_tensorboard import read_spec, read_stack, read_verdicts
+from metaopt_tensorboard.descriptions import read_spec, read_stack, read_verdicts
 from tensorboard_server import LOADERS, tensorboard
 from torch.utils.tensorboard import SummaryWriter
 
