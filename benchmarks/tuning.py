@@ -24,7 +24,7 @@ from metaopt.lab.trial import has_diverged
 from metaopt.lab.tuning import TRAINING_SEED, tuner_named
 from metaopt.problem_class import Problem
 from metaopt.space import Space
-from metaopt.specs.pipeline import parse
+from metaopt.specs.parsing import parse
 from metaopt.specs.spaces import spaces_of
 from metaopt.tuner import Point, Task, Tried
 

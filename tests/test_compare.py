@@ -36,7 +36,7 @@ from metaopt.lab.runs import names
 from metaopt.lab.savings import evaluations_saved
 from metaopt.lab.trial import has_diverged
 from metaopt.registry import registry
-from metaopt.specs.pipeline import parse
+from metaopt.specs.parsing import parse
 
 pytestmark = pytest.mark.slow
 

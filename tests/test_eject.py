@@ -158,7 +158,7 @@ def test_most_parts_can_be_written_down() -> None:
     refused = 0
     for entry in BUILT_IN:
         try:
-            metaopt.ejecting.writing._check(metaopt.specs.pipeline.parse(alone(entry)))
+            metaopt.ejecting.writing._check(metaopt.specs.parsing.parse(alone(entry)))
         except metaopt.SpecError:
             refused += 1
     assert refused < len(BUILT_IN) / 2

@@ -11,7 +11,7 @@ import warm
 from documents import python
 
 from metaopt.registry import registry
-from metaopt.specs import pipeline
+from metaopt.specs import parsing, pipeline
 
 OFFERED = [entry.name for entry in registry.entries("optimizer") if entry.origin == "metaopt"]
 PARTS = {name: pipeline.part(name) for name in OFFERED}
@@ -77,7 +77,7 @@ def test_an_identity_stack_is_the_bare_optimizer_bit_for_bit(name: str) -> None:
         model, opt = resume_worker.make(spec + suffix)
         bare_model, built = resume_worker.make(spec)
         part = pipeline.part(name)
-        options = dict(pipeline.parse(spec).parts[0].arguments)
+        options = dict(parsing.parse(spec).parts[0].arguments)
         if "fused" in part.hyperparameters:
             options["fused"] = True
         bare = part.target(bare_model.parameters(), **options)

@@ -10,7 +10,7 @@ import torch
 from torch.optim import lr_scheduler
 
 import metaopt
-from metaopt.specs.pipeline import parse
+from metaopt.specs.parsing import parse
 
 STEPS = 300
 

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 import metaopt
 from metaopt import adamw, choice, cosine, integers, log, lookahead, muon, partition, sgd, switch, uniform, warmup
-from metaopt.specs.pipeline import as_pipeline, parse, to_text
+from metaopt.specs.parsing import parse
+from metaopt.specs.pipeline import as_pipeline
 from metaopt.specs.spaces import spaces_of, with_values
+from metaopt.specs.text import to_text
 
 FULL = (
     "adamw(lr=log(0.0001, 0.1), weight_decay=log(0.001, 1.0), betas=(choice(0.9, 0.95), 0.999)) | "

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import metaopt
-from metaopt.specs.pipeline import parse
+from metaopt.specs.parsing import parse
 from metaopt.specs.syntax import DEEPEST, LONGEST, MOST_PARTS
 
 metaopt.adamw  # noqa: B018  the first look-up loads every part, which is not the parser's time

@@ -17,7 +17,7 @@ from metaopt.cli import main
 from metaopt.lab import tune
 from metaopt.lab.search import draw, points, with_rate_space
 from metaopt.lab.tuning import tuner_named
-from metaopt.specs.pipeline import parse
+from metaopt.specs.parsing import parse
 from metaopt.specs.spaces import spaces_of
 from metaopt.tuner import Point, Task, Tried
 

@@ -13,7 +13,9 @@ import torch
 import metaopt
 from metaopt.docstrings import links, meanings
 from metaopt.registry import Entry, registry
-from metaopt.specs.pipeline import parse_value, part, to_text
+from metaopt.specs.parsing import parse_value
+from metaopt.specs.pipeline import part
+from metaopt.specs.text import to_text
 from site_pages import formula, pictures, runs
 
 KINDS = {

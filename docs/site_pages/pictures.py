@@ -3,7 +3,7 @@
 from typing import Any
 
 from metaopt.registry import Entry, registry
-from metaopt.specs.pipeline import parse_schedule
+from metaopt.specs.parsing import parse_schedule
 from metaopt.testing import cases
 from site_pages import plot, runs
 

@@ -36,7 +36,7 @@ def show(
 ) -> None:
     """Show a part's hyperparameters, formula, state and what others call it; a schedule's curve; a space's values."""
     from metaopt.registry import registry
-    from metaopt.specs.pipeline import parse_value
+    from metaopt.specs.parsing import parse_value
 
     if "(" in name:
         space = registry.find(name.partition("(")[0].strip()).kind == "space"
@@ -151,7 +151,7 @@ def _meaning(hyperparameter: Any, told: Mapping[str, str]) -> str:
 def _schedule(text: str) -> "Schedule":
     """Read a schedule from text; any other part is shown by its bare name."""
     from metaopt.registry import registry
-    from metaopt.specs.pipeline import parse_schedule
+    from metaopt.specs.parsing import parse_schedule
 
     name = text.partition("(")[0].strip()
     if registry.find(name).kind != "schedule":
@@ -161,7 +161,7 @@ def _schedule(text: str) -> "Schedule":
 
 def _values(space: "Space") -> list[str]:
     """Return a space as text and some of its values: those that divide it into tenths, or its options."""
-    from metaopt.specs.pipeline import to_text
+    from metaopt.specs.text import to_text
 
     options = space.options()
     values = [space.value(tenth / 10) for tenth in range(11)] if options is None else options[:SHOWN]
@@ -197,7 +197,7 @@ def _examples(entry: "Entry", steps: int) -> dict[str, Any]:
 
 def curve(schedule: "Schedule", steps: int) -> list[str]:
     """Return a picture of a schedule over a run: height is the value, width the updates."""
-    from metaopt.specs.pipeline import to_text
+    from metaopt.specs.text import to_text
 
     value: Callable[[float], float] = schedule.curve(steps, steps)
     try:

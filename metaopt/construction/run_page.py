@@ -24,7 +24,8 @@ from metaopt.explaining.report import table_of
 from metaopt.logger import Layout, RunPage, Table
 from metaopt.schedule import Schedule
 from metaopt.scheduled_values import tag_of
-from metaopt.specs.pipeline import Part, Pipeline, to_text
+from metaopt.specs.pipeline import Part, Pipeline
+from metaopt.specs.text import to_text
 from metaopt.stack import Stack
 from metaopt.wrapper import Wrapper
 

@@ -19,7 +19,8 @@ from metaopt.lab.rates import with_rate
 from metaopt.lab.settings import cost_of_settings, searches, settings
 from metaopt.lab.trial import Trial, cost_of_an_update
 from metaopt.problem_class import Problem
-from metaopt.specs.pipeline import Part, Pipeline, parse
+from metaopt.specs.parsing import parse
+from metaopt.specs.pipeline import Part, Pipeline
 
 DEFAULT_SPECS = (
     "sgd(momentum=0.9)",

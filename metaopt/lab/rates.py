@@ -10,7 +10,9 @@ import numpy as np
 from metaopt.errors import HyperparameterError, SpecError
 from metaopt.registry import registry
 from metaopt.schedule import Schedule, TupleSchedule
-from metaopt.specs.pipeline import Part, Pipeline, parse, to_text
+from metaopt.specs.parsing import parse
+from metaopt.specs.pipeline import Part, Pipeline
+from metaopt.specs.text import to_text
 
 # hyperparameters of schedules that are values of the curve; what does not scale with them is found by looking
 VALUES = ("value", "start", "end", "low", "high", "peak", "factor")

@@ -15,7 +15,7 @@ from metaopt.lab.bands import quartiles
 from metaopt.lab.plan import Plan
 from metaopt.logger import HyperValue, Layout, Logger, Margin
 from metaopt.registry import registry
-from metaopt.specs.pipeline import parse
+from metaopt.specs.parsing import parse
 
 MARK = ".metaopt-compare"
 

@@ -10,7 +10,7 @@ from metaopt.lab.placement import placed
 from metaopt.lab.rates import rate_of
 from metaopt.lab.trial import cost_of_an_update
 from metaopt.problem_class import Problem
-from metaopt.specs.pipeline import parse
+from metaopt.specs.parsing import parse
 from metaopt.specs.spaces import spaces_of, with_values
 
 

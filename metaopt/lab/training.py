@@ -26,7 +26,7 @@ from metaopt.lab.telling import told
 from metaopt.lab.trial import cost_of_an_update
 from metaopt.lab.weights import evaluated, shown
 from metaopt.problem_class import Problem
-from metaopt.specs.pipeline import parse
+from metaopt.specs.parsing import parse
 from metaopt.stack import Stack
 
 # what `--dtype` offers

@@ -20,7 +20,8 @@ from metaopt.lab.whole_file import write_whole
 from metaopt.lab.workers import Workers, begin_process
 from metaopt.problem_class import Problem
 from metaopt.space import Space
-from metaopt.specs.pipeline import as_pipeline, parse, parse_value
+from metaopt.specs.parsing import parse, parse_value
+from metaopt.specs.pipeline import as_pipeline
 from metaopt.specs.spaces import spaces_of, with_values
 from metaopt.tuner import Point, Task, Tried, Tuner
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from metaopt.errors import SpecError, did_you_mean
 from metaopt.hyperparameters import Hyperparameter
-from metaopt.specs.pipeline import Part, Pipeline, as_pipeline, parse_value, part
+from metaopt.specs.parsing import parse_value
+from metaopt.specs.pipeline import Part, Pipeline, as_pipeline, part
 
 # how other libraries name the class in a dict of its arguments
 _NAME_KEYS = ("name", "type", "class_path", "_target_")

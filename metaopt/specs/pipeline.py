@@ -1,26 +1,22 @@
-"""Text <-> stack: parts, pipelines of parts, and the one line of text that both can be written as."""
+"""Parts with their arguments, pipelines of parts, and the one line of text that a pipeline is written as."""
 
-import ast
 import inspect
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
-from inspect import isroutine
 from typing import Any, ClassVar
 
 import torch
 
 from metaopt import wrapper as wrapper_module
-from metaopt.deferred import Deferred
 from metaopt.engine.multi_base import Partitioner, Sequencer
-from metaopt.errors import HyperparameterError, MetaoptError, SpecError, with_article
+from metaopt.errors import SpecError, with_article
 from metaopt.hyperparameters import Hyperparameter, bind, from_signature, plain
 from metaopt.registry import Entry, registry
-from metaopt.schedule import FunctionSchedule, Schedule, TupleSchedule, validate_value
-from metaopt.space import Space, validate_ends
+from metaopt.schedule import validate_value
+from metaopt.space import Space
 from metaopt.specs.kinds import check_kind
-from metaopt.specs.syntax import Source
+from metaopt.specs.text import to_text
 from metaopt.wrapper import Wrapper
 
 
@@ -96,7 +92,7 @@ class Part:
         given = dict(self.arguments)
         given.update(bind(self.hyperparameters, self.name, args, kwargs))
         for name, value in given.items():
-            _refuse_parts(value, self.name)
+            refuse_parts(value, self.name)
             given[name] = validate_value(self.hyperparameters[name], value, self.name)
         if self.is_partition and isinstance(given.get("parts"), Mapping):
             given["parts"] = {str(part): as_pipeline(pipeline) for part, pipeline in given["parts"].items()}
@@ -204,6 +200,8 @@ def as_pipeline(parts: Any) -> Pipeline:
     if isinstance(parts, Pipeline):
         return parts
     if isinstance(parts, str):
+        from metaopt.specs.parsing import parse  # which makes parts, so it stands above this
+
         return parse(parts)
     if isinstance(parts, Part):
         if parts.kind not in ("optimizer", "wrapper"):
@@ -241,115 +239,7 @@ def as_pipeline(parts: Any) -> Pipeline:
     raise SpecError(f"expected text, metaopt's parts, a Wrapper or an optimizer class, got {shown:.80}")
 
 
-def parse(text: str) -> Pipeline:
-    """Read a pipeline from text; nothing in it is evaluated. Raises SpecError, UnknownPart, HyperparameterError.
-
-    An error's notes hold the text with a caret under the fault, where it is one line.
-    """
-    source = Source(text)
-    try:
-        return _pipeline(source.tree(), source)
-    except RecursionError:
-        raise SpecError("the spec is nested too deeply") from None
-
-
-def parse_schedule(text: str) -> Schedule:
-    """Read one schedule, such as `warmup(cosine(0.1), 0.05)`. Raises SpecError, HyperparameterError."""
-    source = Source(text)
-    node = source.tree()
-    value = _value(node, source)
-    if not isinstance(value, Schedule):
-        what = f"{value.name} is {with_article(value.kind)}" if isinstance(value, Part) else "it is none"
-        raise source.refused(node, f"a schedule is wanted here, such as cosine(0.1), and {what}")
-    return value
-
-
-def parse_value(text: str) -> Any:
-    """Read one value, such as `1e-3`, `(0.9, 0.99)` or a schedule. Raises SpecError, HyperparameterError."""
-    source = Source(text)
-    return _value(source.tree(), source)
-
-
-def _pipeline(node: ast.expr, source: Source) -> Pipeline:
-    parts: list[Part] = []
-    for member in _piped(node):
-        value = _value(member, source)
-        if not isinstance(value, Part):
-            raise source.refused(member)
-        with source.pointing_at(member):
-            parts.extend(as_pipeline(value).parts)
-    return Pipeline(tuple(parts))
-
-
-def _piped(node: ast.expr) -> list[ast.expr]:
-    members: list[ast.expr] = []
-    pending = [node]
-    while pending:
-        current = pending.pop()
-        if isinstance(current, ast.BinOp) and isinstance(current.op, ast.BitOr):
-            pending += [current.left, current.right]
-        else:
-            members.append(current)
-    return members[::-1]
-
-
-def _value(node: ast.expr, source: Source) -> Any:
-    if isinstance(node, ast.Constant):
-        if node.value is None or isinstance(node.value, bool | int | float | str):
-            return node.value
-    elif isinstance(node, ast.Name):
-        with source.pointing_at(node):
-            return math.inf if node.id == "inf" else part(node.id)
-    elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-        with source.pointing_at(node):
-            return part(f"{node.value.id}.{node.attr}")
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        number = _value(node.operand, source)
-        if isinstance(number, int | float) and not isinstance(number, bool):
-            return -number
-    elif isinstance(node, ast.Tuple):
-        return tuple(_value(item, source) for item in node.elts)
-    elif isinstance(node, ast.List):
-        return [_value(item, source) for item in node.elts]
-    elif isinstance(node, ast.Call):
-        return _called(node, source)
-    raise source.refused(node)
-
-
-def _called(node: ast.Call, source: Source) -> Any:
-    called = _value(node.func, source) if isinstance(node.func, ast.Name | ast.Attribute) else None
-    if not isinstance(called, Part) or called.kind in ("logger", "problem"):
-        raise source.refused(node.func)
-    if any(keyword.arg is None for keyword in node.keywords):
-        raise source.refused(node)
-    args = [_argument(item, called, source) for item in node.args]
-    kwargs = {}
-    for keyword in node.keywords:
-        if keyword.arg in kwargs:
-            with source.pointing_at(keyword):
-                raise HyperparameterError(f"{called.name}: {keyword.arg} is given twice")
-        kwargs[str(keyword.arg)] = _argument(keyword.value, called, source)
-        with source.pointing_at(keyword):
-            _check_alone(called, str(keyword.arg), kwargs[str(keyword.arg)])
-    with source.pointing_at(node):
-        try:
-            return called(*args, **kwargs)
-        except MetaoptError:
-            raise
-        except (TypeError, ValueError, ArithmeticError) as error:
-            raise SpecError(f"{called.name}: {error}") from error
-
-
-def _argument(node: ast.expr, called: Part, source: Source) -> Any:
-    if called.is_sequence:
-        return _value_or_pipeline(node, source)
-    value = (_value_or_parts if called.is_partition else _value)(node, source)
-    with source.pointing_at(node):
-        _refuse_parts(value, called.name)
-    return value
-
-
-def _refuse_parts(value: Any, where: str) -> None:
+def refuse_parts(value: Any, where: str) -> None:
     """Raise SpecError for a part in the place of a value, which most likely lacks its brackets."""
     for member in value if isinstance(value, tuple | list) else (value,):
         if isinstance(member, Part):
@@ -359,82 +249,8 @@ def _refuse_parts(value: Any, where: str) -> None:
             )
 
 
-def _check_alone(called: Part, name: str, value: Any) -> None:
-    """Raise for one keyword what the call would raise, so that the error points at the keyword."""
-    known = called.hyperparameters
-    if name in known and called.kind in ("schedule", "space"):  # a schedule of schedules says where it takes them
-        validate_ends(known[name], value, called.name, lambda own, end: own.validate(end, where=called.name))
-    elif name in known:
-        validate_value(known[name], value, called.name)
-    elif known and name != "label":
-        bind(known, called.name, (), {name: value})
-
-
-def _value_or_pipeline(node: ast.expr, source: Source) -> Any:
-    """Read a pipeline or a number, which a part with several bases in turn takes."""
-    if isinstance(node, ast.BinOp):
-        return _pipeline(node, source)
-    value = _value(node, source)
-    return as_pipeline(value) if isinstance(value, Part) else value
-
-
-def _value_or_parts(node: ast.expr, source: Source) -> Any:
-    """Read the dict of pipelines that a dividing part takes; anywhere else a dict is refused."""
-    if not isinstance(node, ast.Dict):
-        return _value(node, source)
-    parts = {}
-    for key, pipeline in zip(node.keys, node.values, strict=True):
-        if not isinstance(key, ast.Constant) or not isinstance(key.value, str):
-            raise source.refused(node if key is None else key)
-        if key.value in parts:
-            raise source.refused(key, f"the part {key.value!r} is given twice")
-        parts[key.value] = _pipeline(pipeline, source)
-    return parts
-
-
-def to_text(value: Any, where: str) -> str:
-    """Return a value as spec text. Raises SpecError, naming `where`, for what has no text."""
-    if isinstance(value, FunctionSchedule) or isroutine(value):
-        raise SpecError(
-            f"{where}: a Python function has no text and works only in Python; "
-            f"for a spec, write it as a metaopt.Schedule and register that"
-        )
-    if isinstance(value, TupleSchedule):
-        return to_text(value.members, where)
-    if isinstance(value, Deferred):
-        return _deferred_text(value, where)
-    if isinstance(value, bool | int | str) or value is None:
-        return repr(value)
-    if isinstance(value, float):
-        if math.isnan(value):
-            raise SpecError(f"{where}: nan has no text")
-        return repr(value)
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        # the shortest number that makes the same tensor
-        shorter = (float(f"{value.item():.{digits}g}") for digits in range(1, 18))
-        return repr(next(x for x in shorter if torch.equal(torch.full_like(value, x), value)))
-    if isinstance(value, tuple):
-        inner = ", ".join(to_text(item, where) for item in value)
-        return f"({inner},)" if len(value) == 1 else f"({inner})"
-    if isinstance(value, list):
-        return f"[{', '.join(to_text(item, where) for item in value)}]"
-    raise SpecError(
-        f"{where}: only numbers, text, None, tuples and lists can be written as text, got {type(value).__name__}"
-    )
-
-
 def _member_text(member: Any, where: str) -> str:
     return str(member) if isinstance(member, Pipeline) else to_text(member, where)
-
-
-def _deferred_text(value: Deferred, where: str) -> str:
-    name = registry.name_of(type(value))
-    if name is None:
-        raise SpecError(f"{where}: {type(value).__name__} is not registered and has no text")
-    if value.positional is not None:
-        return f"{name}({', '.join(to_text(member, where) for member in value.positional)})"
-    arguments = ", ".join(f"{key}={to_text(member, where)}" for key, member in value.given.items())
-    return f"{name}({arguments})"
 
 
 wrapper_module.compose = lambda left, right: as_pipeline(left) | right

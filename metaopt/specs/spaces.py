@@ -6,7 +6,8 @@ from typing import Any
 
 from metaopt.errors import SpecError
 from metaopt.space import Space, fill_spaces, find_spaces
-from metaopt.specs.pipeline import Part, Pipeline, to_text
+from metaopt.specs.pipeline import Part, Pipeline
+from metaopt.specs.text import to_text
 
 
 def spaces_of(pipeline: Pipeline) -> dict[str, Space]:

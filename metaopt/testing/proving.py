@@ -13,7 +13,7 @@ from metaopt.errors import MetaoptError
 from metaopt.hooks import Example
 from metaopt.lab.named import problem_entry
 from metaopt.registry import Entry, registry
-from metaopt.specs.pipeline import parse
+from metaopt.specs.parsing import parse
 from metaopt.testing.allowed_values import spec_with_allowed
 from metaopt.testing.executors import ExecutorSubject, is_executor
 from metaopt.testing.loggers import LoggerSubject

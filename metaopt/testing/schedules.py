@@ -11,7 +11,8 @@ from typing import Any
 
 from metaopt.errors import MetaoptError
 from metaopt.schedule import Curve, Schedule
-from metaopt.specs.pipeline import parse, to_text
+from metaopt.specs.parsing import parse
+from metaopt.specs.text import to_text
 from metaopt.testing.outcome import CheckFailed, NotApplicable, check
 from metaopt.testing.subject import Subject
 

@@ -7,7 +7,8 @@ import random
 from typing import Any
 
 from metaopt.space import Space
-from metaopt.specs.pipeline import parse_value, to_text
+from metaopt.specs.parsing import parse_value
+from metaopt.specs.text import to_text
 from metaopt.testing.outcome import CheckFailed, check
 from metaopt.testing.subject import Subject
 

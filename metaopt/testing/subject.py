@@ -16,7 +16,8 @@ import metaopt
 from metaopt.errors import MetaoptError
 from metaopt.hooks import Example
 from metaopt.registry import Entry
-from metaopt.specs.pipeline import Part, Pipeline, parse
+from metaopt.specs.parsing import parse
+from metaopt.specs.pipeline import Part, Pipeline
 from metaopt.stack import Stack
 from metaopt.testing.comparing import by, same
 from metaopt.testing.feeding import STEPS, Batch, Halves, make_batch, make_model, own_random_numbers

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from metaopt.lab.search import points
 from metaopt.space import Space
-from metaopt.specs.pipeline import parse_value
+from metaopt.specs.parsing import parse_value
 from metaopt.testing.outcome import CheckFailed, check
 from metaopt.testing.subject import Subject
 from metaopt.tuner import Point, Task, Tried, Tuner

@@ -136,7 +136,7 @@ def test_sparse_gradients_train_as_without_a_stack(spec: str, built: bool) -> No
         return torch.nn.Embedding(6, 3, sparse=True)
 
     model, twin = embedding(), embedding()
-    (part,) = metaopt.specs.pipeline.parse(spec).parts
+    (part,) = metaopt.specs.parsing.parse(spec).parts
     bare = part.target(twin.parameters(), **part.arguments)
     # a built stack takes the fused kernel where it can, which refuses sparse gradients
     opt = (

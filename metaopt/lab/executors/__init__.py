@@ -17,7 +17,7 @@ from metaopt.errors import MetaoptError, ProblemError, did_you_mean
 from metaopt.lab.circumstances import THREADS, circumstances, digest
 from metaopt.lab.trial import Trial, run_trial
 from metaopt.registry import registry
-from metaopt.specs.pipeline import parse
+from metaopt.specs.parsing import parse
 
 Result = dict[str, Any]
 # the default, which is no plugin: processes of this machine (metaopt.lab.workers)
