@@ -272,9 +272,11 @@ def _reachable(source: str, parts: str) -> str:
         unused += [n for n in tree.body if isinstance(n, ast.Assign) and not names & _assigned_twice(n, nodes)]
         if not unused:
             return source
-        node = unused[-1]
-        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
-        source = "\n".join([*lines[: first - 1], *lines[node.end_lineno :]]) + "\n"
+        dropped: set[int] = set()
+        for node in unused:
+            first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
+            dropped |= {*range(first, node.end_lineno + 1)}
+        source = "\n".join(line for number, line in enumerate(lines, 1) if number not in dropped) + "\n"
 
 
 def _used_outside_itself(node: ast.AST, kind: type, inside: tuple[str, ...] = ()) -> Iterator[str]:

@@ -24,7 +24,7 @@ WIDEST_FOLDED = 4
 class Update:
     """One update of a run: pending factors and state, the weights before and their change, steps that are put off.
 
-    Outside a step `averaged()`, `averaged_module()` and `record()` of a value on which a part acts use one, in which
+    Outside a step `averaged()`, `averaged_module()` and, with a part that acts on records, `record()` use one, in which
     nothing is pending.
     """
 
