@@ -10,11 +10,12 @@ import torch
 
 from benchmarks import start_up
 from benchmarks.bandwidth import Probe
-from benchmarks.contenders import Contender, find_baselines, stack_contender
+from benchmarks.contenders import ByStack, Contender, find_baselines, stack_contender
 from benchmarks.measure import check_memory, least_bytes, time_contenders
 from benchmarks.rounds import Runner
 from metaopt.errors import MetaoptError
 from metaopt.lab.shapes import TensorSet, make_tensor_set
+from metaopt.lab.timing import steps_of_update
 from metaopt.registry import registry
 from metaopt.specs.pipeline import part
 
@@ -154,8 +155,11 @@ def _each_wrapper(settings: Settings, tensors: TensorSet) -> Iterator[Verdict]:
         check_memory(tensors, len(contenders))
         settings.progress(f"{tensors.name}: what {name} adds")
         runners, bandwidths = time_contenders(tensors, contenders, settings.rounds, probe=Probe(settings.device))
-        added = median(a - b for a, b in zip(runners[text].seconds(), runners["adamw"].seconds(), strict=True))
-        must = sum(moved for label, moved in bytes_by_part.items() if label) / median(bandwidths)
+        update = runners[text].update
+        steps = steps_of_update(update.stack) if isinstance(update, ByStack) else 1
+        seconds = zip(runners[text].seconds(), runners["adamw"].seconds(), strict=True)
+        added = median(steps * a - b for a, b in seconds)
+        must = steps * sum(moved for label, moved in bytes_by_part.items() if label) / median(bandwidths)
         if must == 0.0:
             yield Verdict("5", text, tensors.name, None, limit, "times its bytes", None, "it moves no bytes of its own")
             continue
@@ -173,6 +177,8 @@ def wrappers_alone() -> Iterator[tuple[str, str | None, str]]:
             continue
         # a threshold or a rate that a wrapper insists on; its size does not change what is computed
         given: dict[str, Any] = {h.name: 1 if h.type is int else 0.1 for h in required}
+        if entry.target.spans_steps is not None:  # a window of one gradient has nothing to do
+            given[entry.target.spans_steps] = 2
         try:
             text = str(chosen(**given))
         except MetaoptError as error:

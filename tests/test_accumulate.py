@@ -251,3 +251,14 @@ def test_a_window_begins_without_anything_of_the_last_one(steps: int, weights: t
         for p, weight_expected in zip(params, expected, strict=True):
             torch.testing.assert_close(p.detach(), weight_expected, **CLOSE)
     assert opt.updates == 7
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_weight_on_the_device_that_is_no_number_is_not_hidden(steps: int) -> None:
+    weights = torch.nn.Parameter(torch.ones(2))
+    opt = metaopt.build([weights], f"accumulate({steps}) | sgd(lr=0.1)")
+    for _ in range(steps):
+        weights.grad = torch.ones(2)
+        opt.weigh(torch.tensor(float("nan")))
+        opt.step()
+    assert weights.isnan().all()

@@ -15,6 +15,7 @@ from metaopt.cli import main
 from metaopt.ejecting.writing import LONGEST, eject
 from metaopt.programs import kernels
 from metaopt.registry import registry
+from metaopt.specs.parsing import parse
 
 TYPICAL = "clip_grad_norm(1.0) | adamw(lr=warmup(cosine(1e-2), 0.1), weight_decay=0.1) | lookahead(k=3)"
 RUN = 40
@@ -158,7 +159,7 @@ def test_most_parts_can_be_written_down() -> None:
     refused = 0
     for entry in BUILT_IN:
         try:
-            metaopt.ejecting.writing._check(metaopt.specs.parsing.parse(alone(entry)))
+            metaopt.ejecting.writing._check(parse(alone(entry)))
         except metaopt.SpecError:
             refused += 1
     assert refused < len(BUILT_IN) / 2

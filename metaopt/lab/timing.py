@@ -104,7 +104,8 @@ def mean_seconds(restore: Callable[[], Any], step: Callable[[], Any], updates: i
 
 def steps_of_update(stack: Stack) -> int:
     """Return how many steps make one update, which is more than one where gradients are accumulated."""
-    return math.prod(int(vars(w)[w.spans_steps]) for w in stack.wrappers if w.spans_steps is not None)
+    group = stack.param_groups[0]
+    return math.prod(int(group[f"{w.label}.{w.spans_steps}"]) for w in stack.wrappers if w.spans_steps is not None)
 
 
 def cycle_of(stack: Stack) -> int:

@@ -76,7 +76,7 @@ def _means(group: Group, weight: float | torch.Tensor, total: torch.Tensor, *, b
         _add(group, sums, grads, weight, begins=begins)
         torch._foreach_div_(sums, total)
         return sums
-    if begins:
+    if begins and _is_one(weight):
         return grads  # the only ones of this window
     if _is_one(weight) and all(g.dtype == s.dtype for g, s in zip(grads, sums, strict=True)):
         torch._foreach_add_(grads, sums)
@@ -85,7 +85,7 @@ def _means(group: Group, weight: float | torch.Tensor, total: torch.Tensor, *, b
     for block in group.blocks():
         # the sums of 16-bit gradients are wider
         means = block.copies(block.sum)
-        _add(block, means, block.grads, weight, begins=False)
+        _add(block, means, block.grads, weight, begins=begins)
         torch._foreach_div_(means, total)
         torch._foreach_copy_(block.grads, means)
     return grads

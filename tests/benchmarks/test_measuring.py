@@ -210,6 +210,7 @@ def test_every_wrapper_that_has_an_update_of_its_own_is_among_the_targets():
     assert found["lookahead"] == "adamw | lookahead"
     assert found["clip_grad_norm"] == "clip_grad_norm(max_norm=0.1) | adamw"
     assert found["clip_grad_value"] == "clip_grad_value(clip_value=0.1) | adamw"
+    assert found["accumulate"] == "accumulate(steps=2) | adamw"
 
 
 @pytest.mark.cuda

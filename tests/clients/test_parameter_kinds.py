@@ -9,6 +9,7 @@ from small_runs import assert_same, assert_same_weights, loss_of, small_model, t
 
 import metaopt
 from metaopt.engine.views.blocks import CPU_BLOCK
+from metaopt.specs.parsing import parse
 
 WRAPPERS = "clip_grad_norm(0.5) | lookahead(k=3) | ema(0.9)"
 
@@ -136,7 +137,7 @@ def test_sparse_gradients_train_as_without_a_stack(spec: str, built: bool) -> No
         return torch.nn.Embedding(6, 3, sparse=True)
 
     model, twin = embedding(), embedding()
-    (part,) = metaopt.specs.parsing.parse(spec).parts
+    (part,) = parse(spec).parts
     bare = part.target(twin.parameters(), **part.arguments)
     # a built stack takes the fused kernel where it can, which refuses sparse gradients
     opt = (
