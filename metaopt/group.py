@@ -129,8 +129,8 @@ class Group(_Log):
 
         The numbers depend only on the wrapper's `seed` and label, the count of updates, the parameter and how often
         this was called before in this `step()`: they are the same on all ranks, also for shards, and after a resume,
-        whatever the order of the groups. A parameter is known by its name, or by its position if it has none. Standard
-        normal, or uniform on [0, 1).
+        whatever the order of the groups. A parameter is known by its name, or by its position if it has none. A GPU
+        draws other numbers than a processor, and float64 others than float32. Standard normal, or uniform on [0, 1).
         """
 
     @abstractmethod
