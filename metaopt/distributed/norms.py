@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from metaopt import multi_tensor
-from metaopt.distributed.shards import dtensor_module
+from metaopt.distributed.shards import dtensor_module, splits
 
 # elements from which on a tensor's norm is taken by rows, and how many rows
 LARGE = 1 << 16
@@ -35,7 +35,7 @@ def total_norm(tensors: list[torch.Tensor], norm_type: float = 2.0, *, uniform: 
     for tensor in tensors:
         if module is not None and isinstance(tensor, module.DTensor):
             tensor = _without_partial(tensor, module)
-            split = tuple(placement.is_shard() for placement in tensor.placements)
+            split = tuple(map(splits, tensor.placements))
             meshes.setdefault((tensor.device_mesh, split), []).append(tensor)
         else:
             plain.append(tensor)

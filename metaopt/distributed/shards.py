@@ -26,6 +26,14 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def splits(placement: Any) -> bool:
+    """Return whether a DTensor is split over the dimension of its mesh that has this placement.
+
+    FSDP2 over tensor parallelism gives strided shards, of which `is_shard()` is false.
+    """
+    return not (placement.is_replicate() or placement.is_partial())
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """Return the part of a tensor that this process holds: a DTensor's shard, any other tensor itself."""
     if type(tensor) in PLAIN:  # most are, and are asked for several times in an update
@@ -90,7 +98,7 @@ def sums_over_shards(sums: list[torch.Tensor], parameters: list[torch.Tensor]) -
     for i, parameter in enumerate(parameters):
         if is_sharded(parameter):
             sharded: Any = parameter
-            split = tuple(placement.is_shard() for placement in sharded.placements)
+            split = tuple(map(splits, sharded.placements))
             kinds.setdefault((sharded.device_mesh, split), []).append(i)
     totals = list(sums)
     for members in kinds.values():
@@ -141,12 +149,13 @@ def sum_over_shards(sums: torch.Tensor, parameter: torch.Tensor, *, rows: bool =
     """Return local sums plus those of the other shards; a sum per row is whole already if the shards are rows."""
     if not is_sharded(parameter):
         return sums
-    module, sharded = dtensor_module(), parameter
+    module = dtensor_module()
+    sharded: Any = parameter
     by_row = rows and parameter.dim() > 1
-    partial = [p.is_shard() and not (by_row and p.is_shard(0)) for p in sharded.placements]  # type: ignore[attr-defined]
+    partial = [splits(placement) and not (by_row and placement.dim == 0) for placement in sharded.placements]
     placed = module.DTensor.from_local(
         sums,
-        sharded.device_mesh,  # type: ignore[attr-defined]
+        sharded.device_mesh,
         # a row's own shards are left out of the sum: each process keeps its rows
         [module.Partial() if is_partial else module.Replicate() for is_partial in partial],
         run_check=False,
@@ -169,7 +178,7 @@ def holders_of_other_shards(parameter: torch.Tensor) -> set[int]:
         return set()
     alike = mesh.mesh
     for dim, (place, here) in enumerate(zip(placements, own, strict=True)):
-        if place.is_shard():
+        if splits(place):
             alike = alike.narrow(dim, here, 1)
     return {*mesh.mesh.flatten().tolist()} - {*alike.flatten().tolist()}
 
